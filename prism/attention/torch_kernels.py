@@ -1,0 +1,177 @@
+"""`Kernels` in plain torch operations: the backend of CPUs.
+
+Decoding sequences are attended together over padded tables; prompt chunks one by one. Garbage in blocks never
+reaches a result: fresh blocks are zeroed, and padding repeats a sequence's own first block under the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prism.attention.kernels import AttentionPlan, BatchLayout, KvView
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """All sequences that compute one token."""
+
+    rows: Tensor  # [batch] places in the concatenated tokens
+    tables: Tensor  # [batch, blocks]
+    mask: Tensor | None  # [batch, 1, 1, blocks * tokens_per_block], False where there is no token
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """One sequence that computes several tokens."""
+
+    rows: slice
+    table: Tensor  # [blocks]
+    context_len: int
+    mask: Tensor | None  # [query, context]; None where plain causal attention does
+
+
+@dataclass(frozen=True, slots=True)
+class TorchPlan:
+    """One batch over one KV view."""
+
+    kv: KvView
+    blocks: Tensor  # [tokens] block of each new token
+    offsets: Tensor  # [tokens] place in the block
+    decodes: _Decodes | None
+    prompts: tuple[_Prompt, ...]
+    is_grouped: bool  # fewer KV heads than query heads
+
+
+class TorchKernels:
+    """See the module's docstring."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def plan(self, batch: BatchLayout, kv: KvView, num_heads: int) -> TorchPlan:
+        """Index tensors for one batch. Zeroes the batch's fresh blocks."""
+        if batch.new_blocks:
+            kv.pages.index_fill_(0, self._index(list(batch.new_blocks)), 0)
+        starts = [0]
+        for length in batch.query_lens:
+            starts.append(starts[-1] + length)
+        single = [i for i, length in enumerate(batch.query_lens) if length == 1]
+        blocks, offsets = _slots(batch, kv.tokens_per_block)
+        return TorchPlan(
+            kv=kv,
+            blocks=self._index(blocks),
+            offsets=self._index(offsets),
+            decodes=self._plan_decodes(batch, single, starts, kv) if single else None,
+            prompts=tuple(
+                self._plan_prompt(batch, i, starts[i], kv)
+                for i, length in enumerate(batch.query_lens)
+                if length > 1
+            ),
+            is_grouped=kv.pages.shape[4] != num_heads,
+        )
+
+    def _index(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _plan_decodes(self, batch: BatchLayout, single: list[int], starts: list[int], kv: KvView) -> _Decodes:
+        width = max(len(batch.tables[i]) for i in single)
+        tables = [batch.tables[i] + batch.tables[i][:1] * (width - len(batch.tables[i])) for i in single]
+        lens = self._index([batch.context_lens[i] for i in single])
+        positions = torch.arange(width * kv.tokens_per_block, device=self.device)
+        mask = positions[None, :] < lens[:, None]
+        return _Decodes(
+            rows=self._index([starts[i] for i in single]),
+            tables=self._index(tables),
+            mask=mask[:, None, None, :],
+        )
+
+    def _plan_prompt(self, batch: BatchLayout, i: int, start: int, kv: KvView) -> _Prompt:
+        query, context = batch.query_lens[i], batch.context_lens[i]
+        mask = None
+        if query != context:
+            positions = torch.arange(context, device=self.device)
+            mask = positions[None, :] <= positions[context - query :, None]
+        num_blocks = -(-context // kv.tokens_per_block)
+        table = self._index(batch.tables[i][:num_blocks])
+        return _Prompt(slice(start, start + query), table, context, mask)
+
+    def attention(self, plan: AttentionPlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v to their slots, then attend."""
+        assert isinstance(plan, TorchPlan)
+        pages = plan.kv.pages[:, layer]  # [unit, 2, token, kv_head, dim]
+        pages[plan.blocks, 0, plan.offsets] = k
+        pages[plan.blocks, 1, plan.offsets] = v
+        out = torch.empty_like(q)
+        if plan.decodes is not None:
+            out[plan.decodes.rows] = _attend_decodes(plan, plan.decodes, pages, q)
+        for prompt in plan.prompts:
+            out[prompt.rows] = _attend_prompt(plan, prompt, pages, q)
+        return out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """F.linear."""
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """In fp32, rounded before the weight is applied, as the reference models do."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Add, then norm."""
+        residual = residual + x
+        return self.rms_norm(residual, weight, eps), residual
+
+    def rope(self, heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+        """Rotation of the two halves of each head, in fp32."""
+        cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, dim / 2]
+        first, second = heads.float().chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotated.to(heads.dtype)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """Two halves of one matrix product."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+
+def _slots(batch: BatchLayout, tokens_per_block: int) -> tuple[list[int], list[int]]:
+    blocks: list[int] = []
+    offsets: list[int] = []
+    for query, context, table in zip(batch.query_lens, batch.context_lens, batch.tables, strict=True):
+        for position in range(context - query, context):
+            blocks.append(table[position // tokens_per_block])
+            offsets.append(position % tokens_per_block)
+    return blocks, offsets
+
+
+def _attend_decodes(plan: TorchPlan, decodes: _Decodes, pages: Tensor, q: Tensor) -> Tensor:
+    num, width = decodes.tables.shape
+    gathered = pages[decodes.tables]  # [batch, blocks, 2, token, kv_head, dim]
+    tokens = width * pages.shape[2]
+    k = gathered[:, :, 0].reshape(num, tokens, *pages.shape[3:]).transpose(1, 2)
+    v = gathered[:, :, 1].reshape(num, tokens, *pages.shape[3:]).transpose(1, 2)
+    rows = q[decodes.rows].unsqueeze(2)  # [batch, heads, 1, dim]
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=decodes.mask, enable_gqa=plan.is_grouped)
+    return out.squeeze(2)
+
+
+def _attend_prompt(plan: TorchPlan, prompt: _Prompt, pages: Tensor, q: Tensor) -> Tensor:
+    gathered = pages[prompt.table]  # [blocks, 2, token, kv_head, dim]
+    k = gathered[:, 0].reshape(-1, *pages.shape[3:])[: prompt.context_len].transpose(0, 1)
+    v = gathered[:, 1].reshape(-1, *pages.shape[3:])[: prompt.context_len].transpose(0, 1)
+    out = F.scaled_dot_product_attention(
+        q[prompt.rows].transpose(0, 1).unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        attn_mask=prompt.mask,
+        is_causal=prompt.mask is None,
+        enable_gqa=plan.is_grouped,
+    )
+    return out.squeeze(0).transpose(0, 1)

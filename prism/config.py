@@ -1,0 +1,171 @@
+"""The configuration: frozen values with defaults, checked as a whole before anything starts.
+
+`examples/prism.yaml` shows every field with its default; a test keeps the two equal. Sizes are written
+as numbers of bytes or as `512MiB`, durations as numbers of seconds or as `500ms`. `${env.NAME}` in any
+string stands for an environment variable.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from prism.types import GiB, MiB, Slo
+
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_TIMES = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(value: object) -> object:
+    """Bytes of `512MiB`, `1.5 GB` or a plain number; other values are left for pydantic to refuse."""
+    if isinstance(value, str) and (match := _QUANTITY.fullmatch(value)):
+        number, unit = match.groups()
+        if (factor := _SIZES.get(unit.upper())) is not None:
+            return int(float(number) * factor)
+        raise ValueError(f"unknown size unit {unit!r}; use B, KB, MB, GB, KiB, MiB or GiB")
+    return value
+
+
+def parse_time(value: object) -> object:
+    """Seconds of `500ms`, `1.5s`, `2m` or a plain number; other values are left for pydantic to refuse."""
+    if isinstance(value, str) and (match := _QUANTITY.fullmatch(value)):
+        number, unit = match.groups()
+        if (factor := _TIMES.get(unit)) is not None:
+            return float(number) * factor
+        raise ValueError(f"unknown time unit {unit!r}; use ms, s, m or h")
+    return value
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Duration = Annotated[float, BeforeValidator(parse_time), Field(ge=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SloConfig(_Section):
+    """Latency objectives of a model; a request may bring its own in x-slo-ttft-ms and x-slo-tpot-ms."""
+
+    ttft: Duration = 2.0
+    tpot: Duration = 0.2
+
+    def slo(self) -> Slo:
+        """The same as a wire value."""
+        return Slo(self.ttft, self.tpot)
+
+
+class ModelMemory(_Section):
+    """KV memory of one model: `floor` is never taken from it, `limit` is never passed."""
+
+    floor: Size = 0
+    limit: Size | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ModelMemory:
+        if self.limit is not None and self.floor > self.limit:
+            raise ValueError("floor is larger than limit")
+        return self
+
+
+class ModelConfig(_Section):
+    """One served model."""
+
+    name: Name
+    path: str
+    """A Hugging Face model directory: config.json, safetensors, tokenizer.json."""
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    """`dummy` needs no weights in the directory: it makes random ones of the shape that config.json tells."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest prompt plus output in tokens; the default is the model's own."""
+    slo: SloConfig = SloConfig()
+    memory: ModelMemory = ModelMemory()
+    pinned: bool = False
+    """Loaded at start and never evicted under pressure."""
+    preload: bool = False
+    """Loaded at start, evicted like any other."""
+
+
+class DeviceConfig(_Section):
+    """One device; one worker process serves it."""
+
+    kind: Literal["cpu", "cuda"] = "cpu"
+    index: int = Field(default=0, ge=0)
+    memory: Size = 4 * GiB
+    """Physical memory for weights, KV and workspaces of all models together."""
+    slab: Size = 32 * MiB
+    threads: int = Field(default=0, ge=0)
+    """CPU threads for the mathematics; 0 takes all cores."""
+    max_batch_tokens: int = Field(default=2048, ge=1)
+    """Most tokens of one step, prompts and decodes together."""
+    max_batch_size: int = Field(default=256, ge=1)
+    """Most sequences of one step."""
+
+    @model_validator(mode="after")
+    def _whole_slabs(self) -> DeviceConfig:
+        if self.slab == 0 or self.slab & (self.slab - 1) or self.slab < 2 * MiB:
+            raise ValueError("slab must be a power of two and at least 2MiB")
+        if self.memory < 2 * self.slab:
+            raise ValueError("memory must hold at least two slabs")
+        return self
+
+
+class ServerConfig(_Section):
+    """Addresses and limits of the HTTP side."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    admin_host: str = "127.0.0.1"
+    admin_port: int = Field(default=8001, ge=0, le=65535)
+    """Admin endpoints (`prism ps`, load, unload) are served here and nowhere else."""
+    gateways: int = Field(default=1, ge=1, le=64)
+    api_keys: tuple[str, ...] = ()
+    """Accepted `Authorization: Bearer` keys; empty accepts everybody."""
+    max_body: Size = 16 * MiB
+    shutdown_grace: Duration = 30.0
+    """How long running streams may go on after SIGTERM."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: bool = False
+
+
+class LimitsConfig(_Section):
+    """Bounds on waiting. Nothing waits for ever."""
+
+    max_queue: int = Field(default=1024, ge=1)
+    """Waiting requests of one worker; one more is answered with 429."""
+    max_wait: Duration = 60.0
+    """Longest wait before the first token, activation included; then 429."""
+    request_timeout: Duration = 600.0
+    """Longest life of a request."""
+
+
+class HostMemoryConfig(_Section):
+    """Packed weights in host memory."""
+
+    budget: Size = 16 * GiB
+
+
+class Config(_Section):
+    """Everything that `prism serve` needs."""
+
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    devices: tuple[DeviceConfig, ...] = Field(default=(DeviceConfig(),), min_length=1)
+    server: ServerConfig = ServerConfig()
+    limits: LimitsConfig = LimitsConfig()
+    host_memory: HostMemoryConfig = HostMemoryConfig()
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Config:
+        names = [model.name for model in self.models]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"models: names used twice: {', '.join(twice)}")
+        return self
+
+    def model(self, name: str) -> ModelConfig | None:
+        """The model of that name."""
+        return next((model for model in self.models if model.name == name), None)

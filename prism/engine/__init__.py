@@ -1,0 +1,1 @@
+"""One model's engine: continuous batching over KV blocks. The heart is `schedule -> run -> commit`."""

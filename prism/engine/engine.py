@@ -1,0 +1,110 @@
+"""One model's engine. `schedule -> run -> commit` is one step; several engines live in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prism.engine.kv_blocks import KvSpace
+from prism.engine.runner import InFlight, Runner
+from prism.engine.sampler import Sampled
+from prism.engine.scheduler import Scheduler, Step
+from prism.engine.sequence import Sequence
+from prism.messages import ResumedChoice, TokenLogprob
+from prism.types import FinishReason, RequestId, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What an engine needs to know of a request."""
+
+    request_id: RequestId
+    prompt: list[int]
+    params: SamplingParams
+    resumed: tuple[ResumedChoice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token of a choice, or its end. `token` is None when the stop token ended it."""
+
+    sequence: Sequence
+    index: int
+    token: int | None
+    logprob: TokenLogprob | None
+    finish: FinishReason | None
+    stop_token: int | None
+
+
+class Engine:
+    """Sequences, blocks and runner of one model."""
+
+    def __init__(self, kv: KvSpace, runner: Runner, *, max_len: int, max_batch_size: int) -> None:
+        self.kv = kv
+        self.runner = runner
+        self.max_len = max_len
+        self.scheduler = Scheduler(kv, max_batch_size)
+
+    @property
+    def is_idle(self) -> bool:
+        """No sequence is unfinished."""
+        return self.scheduler.num_sequences == 0
+
+    def add(self, request: EngineRequest) -> None:
+        """Take a request in: one sequence for each choice that is not finished yet."""
+        resumed = {choice.choice: choice for choice in request.resumed}
+        for index in range(request.params.n):
+            earlier = resumed.get(index)
+            if earlier is None or not earlier.finished:
+                output = [] if earlier is None else earlier.token_ids
+                self.scheduler.add(self._sequence(request, index, output))
+
+    def _sequence(self, request: EngineRequest, choice: int, output: list[int]) -> Sequence:
+        sequence = Sequence(
+            request_id=request.request_id,
+            choice=choice,
+            prompt_len=len(request.prompt),
+            tokens=list(request.prompt),
+            params=request.params,
+            max_len=self.max_len,
+            num_resumed=len(output),
+        )
+        for token in output:
+            sequence.append(token)
+        return sequence
+
+    def cancel(self, request_id: RequestId, choice: int | None = None) -> int:
+        """Drop a request's choice, or all of them; returns how many were unfinished."""
+        found = [s for s in self.scheduler.sequences_of(request_id) if choice in (None, s.choice)]
+        for sequence in found:
+            self.scheduler.remove(sequence)
+        return len(found)
+
+    # --- one step --------------------------------------------------------------------------------------
+
+    def schedule(self, budget: int) -> Step | None:
+        """The next step of at most `budget` tokens."""
+        return self.scheduler.schedule(budget)
+
+    def run(self, step: Step) -> InFlight:
+        """Queue a step on the device."""
+        return self.runner.run(step)
+
+    def commit(self, flight: InFlight) -> list[Drawn]:
+        """Account for a step that has run; sequences that ended are gone afterwards."""
+        for chunk in flight.step.chunks:
+            chunk.sequence.is_started = True
+        self.scheduler.computed(flight.step)
+        return [
+            self._take(sequence, draw) for sequence, draw in zip(flight.sampled, flight.draws, strict=True)
+        ]
+
+    def _take(self, sequence: Sequence, draw: Sampled) -> Drawn:
+        index = sequence.num_output
+        if draw.token in sequence.params.stop_token_ids:
+            self.scheduler.remove(sequence)
+            return Drawn(sequence, index, None, draw.logprob, FinishReason.STOP, draw.token)
+        sequence.append(draw.token)
+        finish = sequence.finish_reason()
+        if finish is not None:
+            self.scheduler.remove(sequence)
+        return Drawn(sequence, index, draw.token, draw.logprob, finish, None)

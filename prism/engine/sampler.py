@@ -1,0 +1,112 @@
+"""Draws the next token of each sequence from its logits.
+
+Order of operations: logit_bias, penalties, min_tokens; then greedy, or temperature, min_p, top_k, top_p.
+A draw inverts the cumulative distribution at one uniform number, so it depends on nothing but the row's
+own logits and (seed, choice, position). Reported log-probabilities are of the raw logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prism.engine.randomness import uniform
+from prism.engine.sequence import Sequence
+from prism.messages import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's token, with its log-probabilities if they were asked for."""
+
+    token: int
+    logprob: TokenLogprob | None
+
+
+def sample(logits: Tensor, rows: Seq[Sequence]) -> list[Sampled]:
+    """One token for each row. `logits` is `[rows, vocabulary]` fp32 and may be overwritten."""
+    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
+    for index, row in enumerate(rows):
+        _adjust(logits[index], row)
+    tokens = torch.argmax(logits, dim=-1)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if drawn:
+        tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
+    chosen = tokens.tolist()
+    logprobs: dict[int, TokenLogprob] = {}
+    if raw is not None:
+        logprobs = _report(raw, wanted, rows, chosen)
+    return [Sampled(token, logprobs.get(i)) for i, token in enumerate(chosen)]
+
+
+def _adjust(logits: Tensor, row: Sequence) -> None:
+    """Bias, penalties and forbidden ends of one row, in place."""
+    params = row.params
+    if params.logit_bias:
+        tokens = torch.tensor(list(params.logit_bias), device=logits.device)
+        logits[tokens] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if params.repetition_penalty != 1.0:
+        tokens = torch.tensor(sorted(set(row.tokens)), device=logits.device)
+        seen = logits[tokens]
+        scale = params.repetition_penalty
+        logits[tokens] = torch.where(seen > 0, seen / scale, seen * scale)
+    if (params.frequency_penalty or params.presence_penalty) and row.counts:
+        tokens = torch.tensor(list(row.counts), device=logits.device)
+        counts = torch.tensor(list(row.counts.values()), dtype=torch.float32, device=logits.device)
+        logits[tokens] -= params.frequency_penalty * counts + params.presence_penalty
+    if row.num_output < params.min_tokens and params.stop_token_ids:
+        logits[list(params.stop_token_ids)] = -torch.inf
+
+
+def _draw(logits: Tensor, rows: Seq[Sequence]) -> Tensor:
+    """Tokens `[rows]` by inversion of each row's filtered distribution."""
+    device = logits.device
+    params = [row.params for row in rows]
+    temperature = torch.tensor([p.temperature for p in params], device=device).clamp_min(1e-5)
+    probs = torch.softmax(logits / temperature[:, None], dim=-1)
+    order = None
+    if any(p.top_k or p.top_p < 1.0 for p in params):
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+    if any(p.min_p for p in params):
+        floor = torch.tensor([p.min_p for p in params], device=device)[:, None]
+        probs = probs.masked_fill(probs < floor * probs.amax(dim=-1, keepdim=True), 0.0)
+    if order is not None:
+        probs = _filter_sorted(probs, rows)
+    cumulative = probs.double().cumsum(dim=-1)
+    numbers = [uniform(row.params.seed, row.choice, row.num_output) for row in rows]
+    target = torch.tensor(numbers, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
+    places = torch.searchsorted(cumulative, target, right=True)
+    last = (probs > 0).long().mul(torch.arange(probs.shape[-1], device=device)).amax(dim=-1, keepdim=True)
+    places = torch.minimum(places, last)
+    return (places if order is None else order.gather(-1, places)).squeeze(-1)
+
+
+def _filter_sorted(probs: Tensor, rows: Seq[Sequence]) -> Tensor:
+    """Keep the top_k likeliest, then the fewest that reach top_p; `probs` descends."""
+    device, size = probs.device, probs.shape[-1]
+    top_k = torch.tensor([row.params.top_k or size for row in rows], device=device)[:, None]
+    probs = probs.masked_fill(torch.arange(size, device=device)[None] >= top_k, 0.0)
+    top_p = torch.tensor([row.params.top_p for row in rows], dtype=torch.float64, device=device)[:, None]
+    cumulative = probs.double().cumsum(dim=-1)
+    before = cumulative - probs
+    drop = (before >= top_p * cumulative[:, -1:]) & (top_p < 1.0)
+    drop[:, 0] = False
+    return probs.masked_fill(drop, 0.0)
+
+
+def _report(raw: Tensor, wanted: Seq[int], rows: Seq[Sequence], chosen: Seq[int]) -> dict[int, TokenLogprob]:
+    """Log-probabilities of the rows that want them."""
+    most = max(rows[i].params.logprobs or 0 for i in wanted)
+    values, ids = raw.topk(most, dim=-1) if most else (raw[:, :0], raw[:, :0].long())
+    picked = raw.gather(-1, torch.tensor([[chosen[i]] for i in wanted], device=raw.device)).squeeze(-1)
+    reports = {}
+    lists = zip(wanted, picked.tolist(), ids.tolist(), values.tolist(), strict=True)
+    for index, logprob, top_ids, top_values in lists:
+        count = rows[index].params.logprobs or 0
+        pairs = list(zip(top_ids[:count], top_values[:count], strict=True))
+        reports[index] = TokenLogprob(logprob, pairs)
+    return reports

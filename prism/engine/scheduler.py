@@ -1,0 +1,211 @@
+"""What an engine runs next: which sequences, and how many tokens of each.
+
+Pure: it mutates sequences and blocks and knows neither torch nor time. Decodes and prompt chunks share
+a step. Memory is asked for beforehand by the worker (`blocks_wanted`); what could not be had bounds the
+step, and when even the decodes do not fit, the youngest sequence gives its blocks back and is recomputed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from prism.engine.kv_blocks import KvSpace, Move
+from prism.engine.sequence import Sequence
+from prism.types import BlockId, RequestId
+
+
+class Chunk(NamedTuple):
+    """Compute `length` tokens of a sequence from `start` on; draw a token behind the last if `samples`."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of one engine."""
+
+    chunks: tuple[Chunk, ...]
+    new_blocks: tuple[BlockId, ...]
+    """Blocks that get their first tokens in this step."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(chunk.length for chunk in self.chunks)
+
+
+class Scheduler:
+    """Sequences of one model in the order in which they were admitted, and their blocks."""
+
+    def __init__(self, kv: KvSpace, max_batch_size: int) -> None:
+        self.kv = kv
+        self.max_batch_size = max_batch_size
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()  # admitted, or preempted: first
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence, behind all others."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence has ended or is cancelled; its blocks go back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def sequences_of(self, request_id: RequestId) -> list[Sequence]:
+        """All unfinished choices of a request."""
+        return [s for s in (*self.running, *self.waiting) if s.request_id == request_id]
+
+    @property
+    def num_sequences(self) -> int:
+        """Unfinished sequences."""
+        return len(self.running) + len(self.waiting)
+
+    # --- the step ------------------------------------------------------------------------------------
+
+    def blocks_wanted(self, budget: int) -> int:
+        """Free blocks that a step of `budget` tokens could use, prefix hits not counted."""
+        wanted = 0
+        order = [*self.running, *self.waiting][: self.max_batch_size]
+        for sequence in order:
+            length = min(sequence.num_missing, budget)
+            if length == 0:
+                break
+            budget -= length
+            held = len(sequence.blocks)
+            wanted += max(0, self.kv.layout.num_blocks(sequence.num_computed + length) - held)
+        return wanted
+
+    def schedule(self, budget: int) -> Step | None:
+        """The next step of at most `budget` tokens, or None when nothing can run.
+
+        1. Running sequences in order: one token each for decodes, a chunk for unfinished prompts.
+        2. A running sequence without room takes it from the youngest running one (which may be itself).
+        3. Waiting sequences, prefix cache first, as far as budget, batch size and blocks reach.
+        """
+        chunks: list[Chunk] = []
+        fresh: list[BlockId] = []
+        index = 0
+        while index < len(self.running) and budget > 0:  # 1; preemption shortens the list from its end
+            sequence = self.running[index]
+            length = self._make_room(sequence, min(sequence.num_missing, budget), fresh)  # 2
+            if length:
+                budget -= length
+                chunks.append(_chunk(sequence, length))
+                index += 1
+        self._start_waiting(budget, chunks, fresh)  # 3
+        return Step(tuple(chunks), tuple(fresh)) if chunks else None
+
+    def _make_room(self, sequence: Sequence, length: int, fresh: list[BlockId]) -> int:
+        """Blocks for `length` more tokens, or for fewer; 0 when the sequence itself had to give way."""
+        while True:
+            fitting = self._extend(sequence, length, fresh)
+            if fitting:
+                return fitting
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return 0
+
+    def _extend(self, sequence: Sequence, length: int, fresh: list[BlockId]) -> int:
+        """Give the sequence blocks for `length` tokens, or for as many as the free blocks hold."""
+        layout = self.kv.layout
+        room = (len(sequence.blocks) + self.kv.num_free) * layout.tokens_per_block
+        length = min(length, room - sequence.num_computed)
+        if length <= 0:
+            return 0
+        missing = layout.num_blocks(sequence.num_computed + length) - len(sequence.blocks)
+        blocks = self.kv.allocate(max(0, missing))
+        assert blocks is not None
+        sequence.blocks += blocks
+        fresh += blocks
+        return length
+
+    def _start_waiting(self, budget: int, chunks: list[Chunk], fresh: list[BlockId]) -> None:
+        passed: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
+            sequence = self.waiting.popleft()
+            if self._must_follow(sequence):
+                passed.append(sequence)
+                continue
+            self._match_prefix(sequence)
+            length = self._extend(sequence, min(sequence.num_missing, budget), fresh)
+            if length == 0:
+                self._release(sequence)
+                passed.append(sequence)
+                break
+            self.running.append(sequence)
+            budget -= length
+            chunks.append(_chunk(sequence, length))
+        self.waiting.extendleft(reversed(passed))
+
+    def _must_follow(self, sequence: Sequence) -> bool:
+        """A request's later choices wait until the first one has computed the prompt that they share."""
+        return any(
+            other.request_id == sequence.request_id and not other.is_prompt_computed for other in self.running
+        )
+
+    def _match_prefix(self, sequence: Sequence) -> None:
+        """Take published blocks; at least one token is left to compute, since its logits are needed."""
+        size = self.kv.layout.tokens_per_block
+        sequence.blocks = self.kv.match(sequence.full_keys(size, len(sequence.tokens) - 1))
+        sequence.num_published = len(sequence.blocks)
+        sequence.num_computed = sequence.num_published * size
+        if not sequence.is_started:
+            sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
+
+    # --- afterwards ----------------------------------------------------------------------------------
+
+    def computed(self, step: Step) -> None:
+        """The step's KV is written: count it and publish the blocks that are full now."""
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.start + chunk.length
+            self._publish(sequence)
+
+    def _publish(self, sequence: Sequence) -> None:
+        keys = sequence.full_keys(self.kv.layout.tokens_per_block, sequence.num_computed)
+        for index in range(sequence.num_published, len(keys)):
+            self.kv.publish(sequence.blocks[index], keys[index])
+        sequence.num_published = len(keys)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def preempt_youngest(self) -> Sequence | None:
+        """Take the blocks of the sequence that was admitted last; it is recomputed later."""
+        if not self.running:
+            return None
+        victim = self.running[-1]
+        self._preempt(victim)
+        return victim
+
+    def _release(self, sequence: Sequence) -> None:
+        self.kv.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
+        sequence.num_published = 0
+
+    def rename_blocks(self, moves: tuple[Move, ...]) -> None:
+        """Blocks have moved: rewrite the tables that name them."""
+        target = dict(moves)
+        for sequence in self.running:
+            sequence.blocks = [target.get(block, block) for block in sequence.blocks]
+
+
+def _chunk(sequence: Sequence, length: int) -> Chunk:
+    start = sequence.num_computed
+    return Chunk(sequence, start, length, start + length == len(sequence.tokens))

@@ -1,0 +1,72 @@
+"""The state of one choice of one request inside an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from prism.engine.kv_blocks import ROOT_KEY, BlockKey, block_key
+from prism.types import BlockId, FinishReason, RequestId, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens of a choice and where their KV is.
+
+    tokens   [ prompt ............. | output ........ ]
+    KV       [ num_computed ............ )              the rest has still to be computed
+    """
+
+    request_id: RequestId
+    choice: int
+    prompt_len: int
+    tokens: list[int]
+    params: SamplingParams
+    max_len: int
+    """Context length of the model: the choice ends when `tokens` reaches it."""
+    num_resumed: int = 0
+    """Output tokens that an earlier attempt had produced."""
+    num_computed: int = 0
+    num_cached: int = 0
+    """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
+    num_preemptions: int = 0
+    blocks: list[BlockId] = field(default_factory=list)
+    keys: list[BlockKey] = field(default_factory=list)
+    """Keys of the full blocks of `tokens`, as far as they were needed."""
+    num_published: int = 0
+    is_started: bool = False
+    counts: dict[int, int] = field(default_factory=dict)
+    """Occurrences of each output token, for penalties."""
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far, resumed ones included: the index of the next one."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens whose KV must be computed before the next one can be drawn."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_prompt_computed(self) -> bool:
+        """The whole prompt is in KV blocks."""
+        return self.num_computed >= self.prompt_len
+
+    def append(self, token: int) -> None:
+        """A drawn token."""
+        self.tokens.append(token)
+        self.counts[token] = self.counts.get(token, 0) + 1
+
+    def finish_reason(self) -> FinishReason | None:
+        """`LENGTH` once no further token may follow."""
+        full = self.num_output >= self.params.max_tokens or len(self.tokens) >= self.max_len
+        return FinishReason.LENGTH if full else None
+
+    def full_keys(self, tokens_per_block: int, num_tokens: int) -> list[BlockKey]:
+        """Keys of the full blocks among the first `num_tokens` tokens, extended as needed."""
+        wanted = num_tokens // tokens_per_block
+        while len(self.keys) < wanted:
+            start = len(self.keys) * tokens_per_block
+            parent = self.keys[-1] if self.keys else ROOT_KEY
+            self.keys.append(block_key(parent, self.tokens[start : start + tokens_per_block]))
+        return self.keys[:wanted]

@@ -1,0 +1,312 @@
+"""Everything that Prism's processes say to one another, as tagged unions (msgspec, MessagePack).
+
+ gateway --Submit, CancelChoice--> worker      worker --Accepted, Started, Outputs, Rejected--> gateway
+ gateway --Demand--> controller                controller --Routes--> gateway
+ controller --Activate, Evict, SetLimits--> worker      worker --Report, CommandDone--> controller, gateways
+ agent --ProcessUp, ProcessEnded, Stop--> everyone      worker --WeightsWanted--> agent --Weights*--> worker
+
+The agent is the authority on who is alive: it is the parent of every process and tells the others at
+once when one has started or ended, so that nobody polls.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from prism.errors import WireError
+from prism.types import FinishReason, ModelState, SamplingParams, Slo
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+class Role(StrEnum):
+    """What a process is."""
+
+    GATEWAY = "gateway"
+    CONTROLLER = "controller"
+    WORKER = "worker"
+
+
+# --- gateway and worker ----------------------------------------------------------------------------
+
+
+class ResumedChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """What a choice had produced before its worker died; never part of the prompt."""
+
+    choice: int
+    token_ids: list[int]
+    finished: bool
+
+
+class Submit(Message, frozen=True, kw_only=True):
+    """Run a request. `attempt` grows with each resubmission; answers of earlier ones are void."""
+
+    request_id: str
+    attempt: int
+    model: str
+    prompt: list[int]
+    params: SamplingParams
+    slo: Slo
+    arrival: float
+    """Unix time in seconds at which the gateway had read the request."""
+    latest_end: float
+    """Unix time at which the worker gives the request up."""
+    resumed: list[ResumedChoice] = []
+    clip_max_tokens: bool = False
+    """max_tokens is a default, so it shrinks to what the worker's memory can hold; else that is an error."""
+    alone: bool = False
+    """The request is suspected of killing workers: nothing else may run beside it."""
+
+
+class CancelChoice(Message, frozen=True, kw_only=True):
+    """Stop a choice, or all of them (`choice` None). A request that is unknown is no error."""
+
+    request_id: str
+    attempt: int
+    choice: int | None = None
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of a drawn token and of the likeliest ones, before temperature and filters."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+    """(token id, log-probability), most likely first; as many as were asked for."""
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of one choice. `index` is the place of the first one among the choice's output tokens.
+
+    A token that ended the choice (end of sequence, stop_token_ids) is in `stop_token`, not in
+    `token_ids`; it counts as one completion token.
+    """
+
+    request_id: str
+    attempt: int
+    choice: int
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+
+
+class Started(Message, frozen=True, kw_only=True):
+    """A request runs for the first time in this attempt: from here on it is a suspect if the worker dies."""
+
+    request_id: str
+    attempt: int
+    incarnation: int
+    queue_seconds: float
+    cached_tokens: int
+    """Prompt tokens found in the prefix cache."""
+
+
+class Outputs(Message, frozen=True, kw_only=True):
+    """All new tokens of one step that belong to one gateway."""
+
+    incarnation: int
+    items: list[Output]
+
+
+class Rejected(Message, frozen=True, kw_only=True):
+    """A request ended without its last token."""
+
+    request_id: str
+    attempt: int
+    incarnation: int
+    error: WireError
+
+
+# --- everyone and the agent ------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First message on every connection: who is calling."""
+
+    role: Role
+    name: str
+    incarnation: int = 0
+
+
+class ProcessUp(Message, frozen=True, kw_only=True):
+    """A process has started and said Hello to the agent; `address` is where it listens, if it does."""
+
+    role: Role
+    name: str
+    incarnation: int
+    address: str | None = None
+
+
+class ProcessEnded(Message, frozen=True, kw_only=True):
+    """A process has ended, well or not."""
+
+    role: Role
+    name: str
+    incarnation: int
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """A child tells the agent that it listens at `address` and does its work."""
+
+    role: Role
+    name: str
+    incarnation: int
+    address: str | None = None
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """Refuse new work, finish what runs within `grace` seconds, then exit."""
+
+    grace: float
+
+
+class WeightsWanted(Message, frozen=True, kw_only=True):
+    """A worker needs a model's packed weights in host memory."""
+
+    model: str
+
+
+class WeightsProgress(Message, frozen=True, kw_only=True):
+    """Packing goes on."""
+
+    model: str
+    done_bytes: int
+    total_bytes: int
+
+
+class WeightsReady(Message, frozen=True, kw_only=True):
+    """The packed weights can be fetched as a file descriptor from the store's socket."""
+
+    model: str
+    total_bytes: int
+
+
+class WeightsFailed(Message, frozen=True, kw_only=True):
+    """The checkpoint cannot be packed; `reason` names file and tensor."""
+
+    model: str
+    reason: str
+
+
+# --- controller, workers and gateways --------------------------------------------------------------
+
+
+class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One model as its worker sees it. Sizes in bytes."""
+
+    model: str
+    state: ModelState
+    weights_bytes: int
+    kv_used_bytes: int
+    kv_cached_bytes: int
+    """Prefix-cache blocks that no sequence uses: reclaimable."""
+    kv_slab_bytes: int
+    kv_floor_bytes: int
+    kv_limit_bytes: int | None
+    num_running: int
+    num_waiting: int
+    load_progress: float
+    idle_seconds: float
+    num_activations: int
+    max_len: int | None
+    """Longest context in tokens that the model and its memory limit allow; None while unknown."""
+    pinned: bool
+    error: str | None = None
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """A worker's state, sent to the controller and to gateways when it changes and once a second."""
+
+    worker: str
+    device: str
+    incarnation: int
+    epoch: int
+    slab_bytes: int
+    num_slabs: int
+    num_free_slabs: int
+    models: list[ModelReport]
+
+
+class Demand(Message, frozen=True, kw_only=True):
+    """A gateway holds a request for a model that has no route."""
+
+    model: str
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests for `model` go to any of `workers`, which activate it when they must."""
+
+    model: str
+    workers: list[str]
+
+
+class Routes(Message, frozen=True, kw_only=True):
+    """The whole routing table; a higher (epoch, version) replaces a lower one."""
+
+    epoch: int
+    version: int
+    routes: list[Route]
+
+
+class Command(Message, frozen=True, kw_only=True):
+    """Base of what the controller tells workers; a worker ignores epochs below the highest seen."""
+
+    epoch: int
+    command_id: int
+
+
+class Activate(Command, frozen=True, kw_only=True):
+    """Load a model now; `pinned` models are never evicted under pressure."""
+
+    model: str
+    pinned: bool | None = None
+
+
+class Evict(Command, frozen=True, kw_only=True):
+    """Give up a model's weights once nothing of it runs; its waiting requests load it again."""
+
+    model: str
+
+
+class SetLimits(Command, frozen=True, kw_only=True):
+    """Change a model's KV floor and limit, in bytes."""
+
+    model: str
+    kv_floor_bytes: int
+    kv_limit_bytes: int | None
+
+
+class CommandDone(Message, frozen=True, kw_only=True):
+    """The command was carried out, or `error` says why not."""
+
+    command_id: int
+    worker: str
+    error: str | None = None
+
+
+ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits
+FromWorker = Started | Outputs | Rejected | Report | CommandDone
+ToAgent = Hello | Ready | WeightsWanted
+FromAgent = ProcessUp | ProcessEnded | Stop | WeightsProgress | WeightsReady | WeightsFailed
+ToController = Hello | Demand
+FromController = Routes
+
+AnyMessage = ToWorker | FromWorker | ToAgent | FromAgent | ToController | FromController
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    """Bytes of a message."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | memoryview) -> AnyMessage:
+    """The message in `data`; raises `msgspec.DecodeError` if it is none."""
+    return _decoder.decode(data)

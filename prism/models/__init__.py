@@ -1,0 +1,1 @@
+"""Dense decoder models as small compositions of shared layers."""

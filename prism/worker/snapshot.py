@@ -1,0 +1,115 @@
+"""What the worker's policies see: values only, taken at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prism.types import ModelId, ModelState, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingRequest:
+    """A request that no engine has taken in yet. Times are those of the worker's clock, in seconds."""
+
+    request_id: RequestId
+    model: ModelId
+    arrival: float
+    deadline: float
+    """Its first token is due: arrival plus TTFT objective."""
+    expires: float
+    """It is refused when it has not started by then."""
+    num_sequences: int
+    num_blocks: int
+    """KV blocks that its prompt, resumed tokens and one more fill."""
+    alone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoad:
+    """What admission must know of a model."""
+
+    model: ModelId
+    state: ModelState
+    num_sequences: int
+    max_sequences: int
+    num_obtainable_blocks: int
+    """Blocks that are free, or that could be had without touching a running sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionSnapshot:
+    """All waiting requests and all models of a device."""
+
+    waiting: tuple[WaitingRequest, ...]
+    models: dict[ModelId, ModelLoad]
+    num_running_requests: int
+    alone_is_running: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Runnable:
+    """A model that has sequences to step."""
+
+    model: ModelId
+    deadline: float
+    """The earliest next-token deadline among its running sequences."""
+    last_turn: float
+    num_decodes: int
+    has_prompts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TurnSnapshot:
+    """All models that could run the next step."""
+
+    runnable: tuple[Runnable, ...]
+    max_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a model holds of the device's memory, in slabs, and on what terms it gives it up."""
+
+    model: ModelId
+    is_active: bool
+    is_pinned: bool
+    weight_slabs: int
+    kv_slabs: int
+    kv_floor: int
+    kv_limit: int | None
+    empty_slabs: int
+    gatherable_slabs: int
+    """Slabs that dropping the whole prefix cache would free, empty ones included."""
+    num_cached_blocks: int
+    recompute_cost: float
+    """Floating-point operations per byte of KV that a dropped block costs when it is needed again."""
+    last_used: float
+    active_since: float
+    is_idle: bool
+    """No sequence runs and no request waits."""
+    oldest_request: float | None
+    """Arrival of its oldest request, waiting or running."""
+    youngest_running: float | None
+    """Arrival of its youngest running request."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySnapshot:
+    """The device's pool and everybody's holdings."""
+
+    num_free: int
+    num_retiring: int
+    """Slabs on their way to the free list: they come without anybody giving up anything."""
+    holdings: tuple[Holding, ...]
+    min_residency: float
+    """Seconds that a busy model keeps its weights before an older request of another may take them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Slabs wanted by a model; `arrival` is that of its oldest request, which gives the need its rank."""
+
+    model: ModelId
+    slabs: int
+    arrival: float
+    for_weights: bool

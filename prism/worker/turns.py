@@ -1,0 +1,35 @@
+"""Which model steps next, and for how many tokens. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prism.types import ModelId
+from prism.worker.snapshot import TurnSnapshot
+
+SHARED_CHUNK = 512
+"""Prompt tokens of a step while other models decode: bounds how long their next tokens wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Run one step of a model with at most `budget` tokens."""
+
+    model: ModelId
+    budget: int
+
+
+def decide(snapshot: TurnSnapshot) -> Turn | None:
+    """The model with the earliest next-token deadline; ties go to the one that has waited longest.
+
+    A late model does not starve the rest: each step moves its deadlines on by its TPOT objective, while those
+    of the others stand still.
+    """
+    if not snapshot.runnable:
+        return None
+    first = min(snapshot.runnable, key=lambda r: (r.deadline, r.last_turn, r.model))
+    others_decode = any(r.num_decodes for r in snapshot.runnable if r.model != first.model)
+    budget = snapshot.max_batch_tokens
+    if others_decode:
+        budget = min(budget, SHARED_CHUNK + first.num_decodes)
+    return Turn(first.model, budget)
