@@ -20,6 +20,7 @@ class EngineRequest:
     request_id: RequestId
     prompt: list[int]
     params: SamplingParams
+    arrival: float = 0.0
     resumed: tuple[ResumedChoice, ...] = ()
 
 
@@ -49,6 +50,12 @@ class Engine:
         """No sequence is unfinished."""
         return self.scheduler.num_sequences == 0
 
+    def attach(self, kv: KvSpace) -> None:
+        """Start afresh on other blocks; only while idle (the model's memory has left and returned)."""
+        assert self.is_idle
+        self.kv = kv
+        self.scheduler.kv = kv
+
     def add(self, request: EngineRequest) -> None:
         """Take a request in: one sequence for each choice that is not finished yet."""
         resumed = {choice.choice: choice for choice in request.resumed}
@@ -65,6 +72,7 @@ class Engine:
             prompt_len=len(request.prompt),
             tokens=list(request.prompt),
             params=request.params,
+            arrival=request.arrival,
             max_len=self.max_len,
             num_resumed=len(output),
         )
@@ -78,6 +86,16 @@ class Engine:
         for sequence in found:
             self.scheduler.remove(sequence)
         return len(found)
+
+    def suspend(self) -> dict[RequestId, list[ResumedChoice]]:
+        """Drop all sequences; returns what each unfinished choice had produced, so that it can go on."""
+        suspended: dict[RequestId, list[ResumedChoice]] = {}
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.scheduler.remove(sequence)
+            output = sequence.tokens[sequence.prompt_len :]
+            choice = ResumedChoice(choice=sequence.choice, token_ids=output, finished=False)
+            suspended.setdefault(sequence.request_id, []).append(choice)
+        return suspended
 
     # --- one step --------------------------------------------------------------------------------------
 

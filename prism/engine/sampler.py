@@ -33,9 +33,10 @@ def sample(logits: Tensor, rows: Seq[Sequence]) -> list[Sampled]:
     for index, row in enumerate(rows):
         _adjust(logits[index], row)
     tokens = torch.argmax(logits, dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    if drawn:
-        tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
+    for needs_order in (False, True):  # apart, since an inversion depends on the order of the tokens
+        drawn = [i for i, r in enumerate(rows) if r.params.temperature > 0 and _is_cut(r) is needs_order]
+        if drawn:
+            tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn], needs_order)
     chosen = tokens.tolist()
     logprobs: dict[int, TokenLogprob] = {}
     if raw is not None:
@@ -62,14 +63,18 @@ def _adjust(logits: Tensor, row: Sequence) -> None:
         logits[list(params.stop_token_ids)] = -torch.inf
 
 
-def _draw(logits: Tensor, rows: Seq[Sequence]) -> Tensor:
+def _is_cut(row: Sequence) -> bool:
+    return bool(row.params.top_k) or row.params.top_p < 1.0
+
+
+def _draw(logits: Tensor, rows: Seq[Sequence], needs_order: bool) -> Tensor:
     """Tokens `[rows]` by inversion of each row's filtered distribution."""
     device = logits.device
     params = [row.params for row in rows]
     temperature = torch.tensor([p.temperature for p in params], device=device).clamp_min(1e-5)
     probs = torch.softmax(logits / temperature[:, None], dim=-1)
     order = None
-    if any(p.top_k or p.top_p < 1.0 for p in params):
+    if needs_order:
         probs, order = probs.sort(dim=-1, descending=True, stable=True)
     if any(p.min_p for p in params):
         floor = torch.tensor([p.min_p for p in params], device=device)[:, None]

@@ -7,7 +7,7 @@ step, and when even the decodes do not fit, the youngest sequence gives its bloc
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,18 +40,18 @@ class Step:
 
 
 class Scheduler:
-    """Sequences of one model in the order in which they were admitted, and their blocks."""
+    """Sequences of one model, oldest first, and their blocks."""
 
     def __init__(self, kv: KvSpace, max_batch_size: int) -> None:
         self.kv = kv
         self.max_batch_size = max_batch_size
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()  # admitted, or preempted: first
+        self.waiting: list[Sequence] = []  # admitted and not started, or preempted
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        """A new sequence, behind all others."""
-        self.waiting.append(sequence)
+        """A new sequence."""
+        insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence has ended or is cancelled; its blocks go back."""
@@ -133,7 +133,7 @@ class Scheduler:
     def _start_waiting(self, budget: int, chunks: list[Chunk], fresh: list[BlockId]) -> None:
         passed: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
-            sequence = self.waiting.popleft()
+            sequence = self.waiting.pop(0)
             if self._must_follow(sequence):
                 passed.append(sequence)
                 continue
@@ -143,10 +143,10 @@ class Scheduler:
                 self._release(sequence)
                 passed.append(sequence)
                 break
-            self.running.append(sequence)
+            insort(self.running, sequence, key=_rank)
             budget -= length
             chunks.append(_chunk(sequence, length))
-        self.waiting.extendleft(reversed(passed))
+        self.waiting[:0] = passed
 
     def _must_follow(self, sequence: Sequence) -> bool:
         """A request's later choices wait until the first one has computed the prompt that they share."""
@@ -183,10 +183,10 @@ class Scheduler:
         self._release(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_rank)
 
     def preempt_youngest(self) -> Sequence | None:
-        """Take the blocks of the sequence that was admitted last; it is recomputed later."""
+        """Take the blocks of the youngest sequence; it is recomputed later."""
         if not self.running:
             return None
         victim = self.running[-1]
@@ -204,6 +204,10 @@ class Scheduler:
         target = dict(moves)
         for sequence in self.running:
             sequence.blocks = [target.get(block, block) for block in sequence.blocks]
+
+
+def _rank(sequence: Sequence) -> tuple[float, str, int]:
+    return sequence.rank
 
 
 def _chunk(sequence: Sequence, length: int) -> Chunk:

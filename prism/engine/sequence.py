@@ -21,6 +21,8 @@ class Sequence:
     prompt_len: int
     tokens: list[int]
     params: SamplingParams
+    arrival: float
+    """Rank: memory goes to the oldest first."""
     max_len: int
     """Context length of the model: the choice ends when `tokens` reaches it."""
     num_resumed: int = 0
@@ -36,6 +38,11 @@ class Sequence:
     is_started: bool = False
     counts: dict[int, int] = field(default_factory=dict)
     """Occurrences of each output token, for penalties."""
+
+    @property
+    def rank(self) -> tuple[float, RequestId, int]:
+        """Order in which sequences are served; unique."""
+        return (self.arrival, self.request_id, self.choice)
 
     @property
     def num_output(self) -> int:

@@ -14,13 +14,6 @@ from prism.worker.snapshot import Holding, MemorySnapshot, Need
 
 
 @dataclass(frozen=True, slots=True)
-class TakeFree:
-    """Take slabs from the free list."""
-
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class TakeEmpty:
     """Take one parked empty slab of a model."""
 
@@ -60,30 +53,26 @@ class AwaitRetirement:
     """Nothing to do: enough slabs are on their way to the free list."""
 
 
-ReclaimDecision = (
-    TakeFree | TakeEmpty | DropOwnCache | DropCache | EvictModel | PreemptYoungest | AwaitRetirement
-)
+ReclaimDecision = TakeEmpty | DropOwnCache | DropCache | EvictModel | PreemptYoungest | AwaitRetirement
 
 
 def decide(snapshot: MemorySnapshot, need: Need, now: float) -> ReclaimDecision | None:
     """The next step towards `need`, or None when nobody can or must give.
 
     1. Beyond its KV limit a model only recycles its own cache.
-    2. Free slabs; then those that are retiring.
+    2. Slabs that are retiring are awaited.
     3. Parked empty slabs of other models, above their floors.
     4. Prefix caches, cheapest to recompute per byte and second first, above floors; the model's own too.
     5. Idle models, least recently used first; not pinned.
     6. Running sequences of other models, youngest first, if they are younger than the need.
-    7. For weights: a busy model all of whose requests are younger than the need and which has been active
-       for `min_residency`.
+    7. A busy model all of whose requests are younger than the need and which has been active for
+       `min_residency`.
     """
     own = next((h for h in snapshot.holdings if h.model == need.model), None)
     others = [h for h in snapshot.holdings if h.model != need.model and h.is_active]
     if own is not None and not need.for_weights and _at_limit(own):  # 1
         return DropOwnCache(own.model) if own.num_cached_blocks else None
-    if snapshot.num_free:  # 2
-        return TakeFree(min(need.slabs, snapshot.num_free))
-    if snapshot.num_retiring >= need.slabs:
+    if snapshot.num_retiring >= need.slabs:  # 2
         return AwaitRetirement()
     for other in others:  # 3
         if other.empty_slabs and other.kv_slabs > other.kv_floor:
@@ -120,9 +109,7 @@ def _running(others: list[Holding], need: Need) -> ReclaimDecision | None:
     younger = [
         (h.youngest_running, h.model)
         for h in others
-        if h.youngest_running is not None
-        and h.youngest_running > need.arrival
-        and h.kv_slabs > max(h.kv_floor, 1)
+        if h.youngest_running is not None and h.youngest_running > need.arrival and h.kv_slabs > h.kv_floor
     ]
     return PreemptYoungest(max(younger)[1]) if younger else None
 
@@ -130,8 +117,6 @@ def _running(others: list[Holding], need: Need) -> ReclaimDecision | None:
 def _busy_model(
     others: list[Holding], need: Need, min_residency: float, now: float
 ) -> ReclaimDecision | None:
-    if not need.for_weights:
-        return None
     younger = [
         h
         for h in others

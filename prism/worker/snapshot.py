@@ -97,7 +97,6 @@ class Holding:
 class MemorySnapshot:
     """The device's pool and everybody's holdings."""
 
-    num_free: int
     num_retiring: int
     """Slabs on their way to the free list: they come without anybody giving up anything."""
     holdings: tuple[Holding, ...]
@@ -107,7 +106,7 @@ class MemorySnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Slabs wanted by a model; `arrival` is that of its oldest request, which gives the need its rank."""
+    """Slabs wanted by a model beyond the free ones; ranked by the arrival of its oldest request."""
 
     model: ModelId
     slabs: int

@@ -1,0 +1,217 @@
+"""The agent: parent of all processes of one machine, owner of packed weights, authority on who is alive.
+
+start: bind ports -> run directory -> weight store -> children
+a child says Hello: it is told who is up      a child is Ready: everybody is told
+a child ends: everybody is told, and it is started again after a back-off
+SIGTERM: gateways finish their streams, then the rest is stopped; status 0
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Coroutine
+
+import zmq.asyncio
+
+from prism import transport
+from prism.agent.children import Child, ChildSpec
+from prism.agent.rundir import RunDir
+from prism.config import Config
+from prism.errors import PrismError
+from prism.messages import (
+    Hello,
+    ProcessEnded,
+    ProcessUp,
+    Ready,
+    Role,
+    Stop,
+    WeightsFailed,
+    WeightsProgress,
+    WeightsReady,
+    WeightsWanted,
+)
+from prism.metrics import forget_process
+from prism.types import Bytes, ModelId
+from prism.weights.protocol import WeightSource
+from prism.weights.store import HostStore
+
+log = logging.getLogger(__name__)
+
+KILL_SECONDS = 2.0
+"""What does not end this long after it was told to is killed."""
+
+
+class Agent:
+    """One server on one machine."""
+
+    def __init__(self, config: Config, run_dir: RunDir, api: socket.socket, admin: socket.socket) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._context = zmq.asyncio.Context()
+        self._router = transport.bind_router(self._context, transport.socket_address(run_dir.path, "agent"))
+        self._peers: dict[str, Child] = {}
+        self._children = [
+            Child(spec, run_dir.path, self._child_ended, self._child_hopeless)
+            for spec in child_specs(config, api.fileno(), admin.fileno())
+        ]
+        self._stopping = asyncio.Event()
+        self._status = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._store = HostStore(
+            run_dir.store_socket,
+            Bytes(config.host_memory.budget),
+            [
+                WeightSource(
+                    model=ModelId(model.name),
+                    path=model.path,
+                    load_format=model.load_format,
+                    dtype=model.dtype,
+                )
+                for model in config.models
+            ],
+            on_progress=self._packing,
+        )
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        await self._store.start()
+        supervisors = [asyncio.create_task(child.supervise()) for child in self._children]
+        listener = asyncio.create_task(self._listen())
+        for model in self._config.models:
+            if model.pinned or model.preload:
+                self._start(self._pack(model.name, None))
+        await self._stopping.wait()
+        await self._stop_children()
+        await asyncio.gather(*supervisors)
+        listener.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await self._store.close()
+        self._context.destroy(linger=0)
+        return self._status
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- messages -----------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        async for sender, message in transport.areceive(self._router):
+            match message:
+                case Hello():
+                    self._welcome(sender, message)
+                case Ready():
+                    self._child_ready(sender, message)
+                case WeightsWanted(model=model):
+                    self._start(self._pack(model, sender))
+                case _:
+                    log.error("unexpected message dropped", extra={"sender": sender})
+
+    def _welcome(self, sender: str, hello: Hello) -> None:
+        child = next((c for c in self._children if c.spec.name == hello.name), None)
+        if child is None or child.incarnation != hello.incarnation:
+            log.error("a stranger said Hello: %s", sender)
+            return
+        self._peers[sender] = child
+        for other in self._children:
+            if other.ready_since is not None and other is not child:
+                transport.asend(self._router, _up(other), sender)
+
+    def _child_ready(self, sender: str, ready: Ready) -> None:
+        child = self._peers.get(sender)
+        if child is None:
+            return
+        child.became_ready(ready.address)
+        log.info("%s is up", child.spec.name)
+        self._tell_everybody(_up(child), but=sender)
+
+    def _tell_everybody(self, message: ProcessUp | ProcessEnded | WeightsProgress, but: str = "") -> None:
+        for peer in self._peers:
+            if peer != but:
+                transport.asend(self._router, message, peer)
+
+    # --- weights ------------------------------------------------------------------------------------
+
+    async def _pack(self, model: str, wanted_by: str | None) -> None:
+        """Pack a model and tell whoever asked for it."""
+        answer: WeightsReady | WeightsFailed
+        try:
+            size = await self._store.want(ModelId(model))
+            answer = WeightsReady(model=model, total_bytes=size)
+        except PrismError as error:
+            log.error("packing %s failed: %s", model, error)
+            answer = WeightsFailed(model=model, reason=str(error))
+        if wanted_by is not None and wanted_by in self._peers:
+            transport.asend(self._router, answer, wanted_by)
+
+    def _packing(self, model: ModelId, done: Bytes, total: Bytes) -> None:
+        log.info("packing %s: %d of %d MB", model, done // 10**6, total // 10**6)
+        for peer, child in self._peers.items():
+            if child.spec.role is Role.WORKER:
+                progress = WeightsProgress(model=model, done_bytes=done, total_bytes=total)
+                transport.asend(self._router, progress, peer)
+
+    # --- life and death -----------------------------------------------------------------------------
+
+    def _child_ended(self, child: Child, code: int) -> None:
+        identity = transport.identity_of(child.spec.name, child.incarnation)
+        self._peers.pop(identity, None)
+        if child.last_pid is not None:
+            forget_process(child.last_pid)
+        ended = ProcessEnded(role=child.spec.role, name=child.spec.name, incarnation=child.incarnation)
+        self._tell_everybody(ended)
+        (self._run_dir.path / f"{identity}.sock").unlink(missing_ok=True)
+
+    def _child_hopeless(self, child: Child) -> None:
+        log.error("%s does not start; giving up", child.spec.name)
+        self._status = 1
+        self._stopping.set()
+
+    async def _stop_children(self) -> None:
+        """Gateways first, so that streams can end; then everything else."""
+        for child in self._children:
+            child.stop()
+        grace = self._config.server.shutdown_grace
+        gateways = [c for c in self._children if c.spec.role is Role.GATEWAY]
+        for peer, child in self._peers.items():
+            if child.spec.role is Role.GATEWAY:
+                transport.asend(self._router, Stop(grace=grace), peer)
+        await self._wait_ended(gateways, grace + KILL_SECONDS)
+        for child in self._children:
+            child.signal(signal.SIGTERM)
+        await self._wait_ended(self._children, KILL_SECONDS)
+
+    async def _wait_ended(self, children: list[Child], seconds: float) -> None:
+        """Wait for processes to end, and kill those that do not."""
+        ends = [asyncio.create_task(child.ended()) for child in children]
+        _, pending = await asyncio.wait(ends, timeout=seconds)
+        for child in children:
+            if pending:
+                child.signal(signal.SIGKILL)
+        await asyncio.gather(*ends)
+
+
+def child_specs(config: Config, api_fd: int, admin_fd: int) -> list[ChildSpec]:
+    """All processes of one machine."""
+    workers = [ChildSpec(Role.WORKER, f"worker-{i}") for i in range(len(config.devices))]
+    gateways = [
+        ChildSpec(Role.GATEWAY, f"gateway-{i}", listen_fd=api_fd) for i in range(config.server.gateways)
+    ]
+    return [*workers, ChildSpec(Role.CONTROLLER, "controller", listen_fd=admin_fd), *gateways]
+
+
+def _up(child: Child) -> ProcessUp:
+    return ProcessUp(
+        role=child.spec.role,
+        name=child.spec.name,
+        incarnation=child.incarnation,
+        address=child.address,
+    )

@@ -1,0 +1,169 @@
+"""Reads a configuration file: Prism's YAML, or the placement JSON of the published prototype.
+
+All problems of a file are reported at once, each naming its field.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from prism.config import Config
+from prism.errors import ConfigError
+
+_ENVIRONMENT = re.compile(r"\$\{env\.([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def load_config(path: Path, environment: Mapping[str, str] | None = None) -> Config:
+    """The configuration in a file. Relative model paths start at the file's folder.
+
+    Raises `ConfigError` with every problem found.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+    return parse_config(text, path.parent, os.environ if environment is None else environment)
+
+
+def parse_config(text: str, folder: Path, environment: Mapping[str, str]) -> Config:
+    """The configuration in a text; see `load_config`."""
+    try:
+        raw = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not valid YAML: {error}"]) from None
+    problems: list[str] = []
+    raw = _expand(raw, environment, problems, "")
+    if isinstance(raw, list):
+        raw = _from_placement(raw, problems)
+    if not isinstance(raw, dict):
+        problems.append("must hold a mapping with `models:`, or a list of placements")
+    if problems:
+        raise ConfigError(problems)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([_sentence(item) for item in error.errors()]) from None
+    return _checked(config, folder)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without repeated keys, which would silently win over one another."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _expand(value: Any, environment: Mapping[str, str], problems: list[str], place: str) -> Any:
+    """Puts environment variables in place of `${env.NAME}` in all strings."""
+    if isinstance(value, dict):
+        return {k: _expand(v, environment, problems, f"{place}.{k}".lstrip(".")) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v, environment, problems, f"{place}[{i}]") for i, v in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in environment:
+            problems.append(f"{place}: environment variable {name} is not set")
+        return environment.get(name, "")
+
+    return _ENVIRONMENT.sub(replace, value)
+
+
+def _sentence(error: Any) -> str:
+    place = ""
+    for part in error["loc"]:
+        place += f"[{part}]" if isinstance(part, int) else f".{part}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        message = "unknown field"
+    return f"{place.lstrip('.') or 'configuration'}: {message}"
+
+
+def _checked(config: Config, folder: Path) -> Config:
+    """What needs a look at the disk: model paths, made absolute."""
+    problems = []
+    models = []
+    for index, model in enumerate(config.models):
+        path = (folder / Path(model.path).expanduser()).resolve()
+        if not (path / "config.json").is_file():
+            problems.append(f"models[{index}].path: {path} holds no config.json")
+        models.append(model.model_copy(update={"path": str(path)}))
+    if problems:
+        raise ConfigError(problems)
+    return config.model_copy(update={"models": tuple(models)})
+
+
+# --- the prototype's placement files ---------------------------------------------------------------------
+
+_PLACEMENT_FIELDS = {"model_name", "model_path", "tokenizer_path", "tp_size", "init_placements"}
+_INSTANCE_FIELDS = {"gpu_ids", "on", "max_memory_pool_size"}
+
+
+def _from_placement(entries: list[Any], problems: list[str]) -> dict[str, Any]:
+    """A list of placements as Prism's own configuration; the pool size becomes the KV limit."""
+    models = []
+    devices: set[int] = set()
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            problems.append(f"[{index}]: must be an object with model_name and model_path")
+            continue
+        models.append(_placed_model(entry, f"[{index}]", problems, devices))
+    kind = [{"kind": "cuda", "index": index} for index in sorted(devices)]
+    return {"models": models, **({"devices": kind} if kind else {})}
+
+
+def _placed_model(
+    entry: dict[str, Any], place: str, problems: list[str], devices: set[int]
+) -> dict[str, Any]:
+    problems += [f"{place}.{name}: unknown field" for name in sorted(set(entry) - _PLACEMENT_FIELDS)]
+    model: dict[str, Any] = {"name": entry.get("model_name"), "path": entry.get("model_path")}
+    problems += [
+        f"{place}.{name}: is missing" for name in ("model_name", "model_path") if not entry.get(name)
+    ]
+    if entry.get("tp_size", 1) != 1:
+        problems.append(f"{place}.tp_size: tensor parallelism is not supported yet; only 1 is")
+    if entry.get("tokenizer_path") not in (None, entry.get("model_path")):
+        problems.append(f"{place}.tokenizer_path: must equal model_path")
+    placements = entry.get("init_placements") or []
+    if len(placements) > 1:
+        problems.append(f"{place}.init_placements: several instances of a model are not supported yet")
+    for number, instance in enumerate(placements[:1]):
+        _place(instance, f"{place}.init_placements[{number}]", model, problems, devices)
+    return model
+
+
+def _place(instance: Any, place: str, model: dict[str, Any], problems: list[str], devices: set[int]) -> None:
+    if not isinstance(instance, dict):
+        problems.append(f"{place}: must be an object")
+        return
+    problems += [f"{place}.{name}: unknown field" for name in sorted(set(instance) - _INSTANCE_FIELDS)]
+    gpus = instance.get("gpu_ids", [0])
+    if not isinstance(gpus, list) or len(gpus) != 1 or not isinstance(gpus[0], int):
+        problems.append(f"{place}.gpu_ids: must name exactly one device; several are not supported yet")
+    else:
+        devices.add(gpus[0])
+    model["preload"] = bool(instance.get("on", True))
+    if (size := instance.get("max_memory_pool_size")) is not None:
+        model["memory"] = {"limit": f"{size}GB"}
+
+
+def config_schema() -> str:
+    """JSON schema of the YAML file, for editors."""
+    return json.dumps(Config.model_json_schema(), indent=2) + "\n"

@@ -1,0 +1,121 @@
+"""Admin endpoints, on an address of their own.
+
+GET  /admin/models                    state and memory of all models (`prism ps`)
+POST /admin/models/{name}/load        {"pinned": bool | null}
+POST /admin/models/{name}/unload
+POST /admin/models/{name}/limits      {"kv_floor_bytes": int, "kv_limit_bytes": int | null}
+GET  /health
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import Body, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from prism.controller.service import ControllerService
+from prism.errors import InvalidRequest, ModelNotFound, RequestError
+from prism.types import ModelId
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LoadBody(_Body):
+    """Options of a load."""
+
+    pinned: bool | None = None
+
+
+class LimitsBody(_Body):
+    """A model's KV limits in bytes."""
+
+    kv_floor_bytes: int = Field(default=0, ge=0)
+    kv_limit_bytes: int | None = Field(default=None, ge=1)
+
+
+def build_app(service: ControllerService) -> FastAPI:
+    """The admin application."""
+    app = FastAPI(openapi_url=None)
+
+    def known(name: str) -> ModelId:
+        if ModelId(name) not in service.state.homes:
+            raise ModelNotFound(f"model {name!r} does not exist", param="model")
+        return ModelId(name)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/admin/models")
+    async def models() -> dict[str, Any]:
+        return describe(service)
+
+    @app.post("/admin/models/{name:path}/load")
+    async def load(name: str, body: Annotated[LoadBody | None, Body()] = None) -> dict[str, Any]:
+        model = known(name)
+        await service.load(model, body.pinned if body is not None else None)
+        return {"model": model, "state": "active"}
+
+    @app.post("/admin/models/{name:path}/unload")
+    async def unload(name: str) -> dict[str, Any]:
+        model = known(name)
+        await service.unload(model)
+        return {"model": model, "state": "cold"}
+
+    @app.post("/admin/models/{name:path}/limits")
+    async def limits(name: str, body: LimitsBody) -> dict[str, Any]:
+        model = known(name)
+        await service.set_limits(model, body.kv_floor_bytes, body.kv_limit_bytes)
+        return {"model": model, **body.model_dump()}
+
+    @app.exception_handler(RequestError)
+    async def failed(_: Request, error: RequestError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:])
+        return error_response(InvalidRequest(first["msg"], param=place or None))
+
+    return app
+
+
+def describe(service: ControllerService) -> dict[str, Any]:
+    """Devices and models with their memory in bytes; `report` is null while a worker is away."""
+    state = service.state
+    devices = [
+        {
+            "worker": report.worker,
+            "device": report.device,
+            "incarnation": report.incarnation,
+            "slab_bytes": report.slab_bytes,
+            "num_slabs": report.num_slabs,
+            "num_free_slabs": report.num_free_slabs,
+        }
+        for report in state.reports.values()
+    ]
+    models = []
+    for model, worker in state.homes.items():
+        report = state.model_report(model)
+        models.append(
+            {
+                "model": model,
+                "worker": worker,
+                "report": None if report is None else msgspec.to_builtins(report),
+            }
+        )
+    return {"epoch": state.epoch, "devices": devices, "models": models}
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """An error in OpenAI's shape."""
+    headers = {} if error.retry_after is None else {"retry-after": str(max(1, round(error.retry_after)))}
+    body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return JSONResponse({"error": body}, status_code=error.status, headers=headers)

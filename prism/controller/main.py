@@ -1,0 +1,84 @@
+"""The controller process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from pathlib import Path
+
+import uvicorn
+import zmq.asyncio
+
+from prism import logs, transport
+from prism.config import Config, ModelConfig
+from prism.controller.admin import build_app
+from prism.controller.placement import place
+from prism.controller.service import ControllerService
+from prism.controller.state import ControllerState, DeviceSize, ModelSize
+from prism.errors import CheckpointError
+from prism.messages import Hello, Ready, Role
+from prism.modelspec import read_spec
+from prism.types import ModelId, WorkerId
+
+log = logging.getLogger(__name__)
+
+
+def run(run_dir: Path, name: str, incarnation: int, config: Config, listen_fd: int) -> int:
+    """Serve until told to stop; the exit status."""
+    logs.setup(config.server.log_level, config.server.log_json)
+    asyncio.run(_serve(run_dir, name, incarnation, config, listen_fd))
+    return 0
+
+
+async def _serve(run_dir: Path, name: str, incarnation: int, config: Config, listen_fd: int) -> None:
+    context = zmq.asyncio.Context()
+    identity = transport.identity_of(name, incarnation)
+    address = transport.socket_address(run_dir, identity)
+    router = transport.bind_router(context, address)
+    agent = transport.connect_dealer(context, transport.socket_address(run_dir, "agent"), identity)
+    state = ControllerState(epoch=time.time_ns() // 10**6, homes=initial_homes(config))
+    service = ControllerService(state, context, router, agent, identity)
+    server = uvicorn.Server(
+        uvicorn.Config(build_app(service), log_config=None, access_log=False, lifespan="off")
+    )
+
+    def stop() -> None:
+        server.should_exit = True
+
+    transport.asend(agent, Hello(role=Role.CONTROLLER, name=name, incarnation=incarnation))
+    followers = [
+        asyncio.create_task(service.follow_agent(stop)),
+        asyncio.create_task(service.follow_gateways()),
+    ]
+    for task in followers:
+        task.add_done_callback(lambda _: stop())
+    ready = Ready(role=Role.CONTROLLER, name=name, incarnation=incarnation, address=address)
+    transport.asend(agent, ready)
+    signal.signal(signal.SIGTERM, lambda *_: stop())
+    await server.serve(sockets=[socket.socket(fileno=listen_fd)])
+    for task in followers:
+        task.cancel()
+
+
+def initial_homes(config: Config) -> dict[ModelId, WorkerId]:
+    """A home for each model by the size of its weights."""
+    devices = tuple(
+        DeviceSize(WorkerId(f"worker-{i}"), device.memory) for i, device in enumerate(config.devices)
+    )
+    return place(tuple(ModelSize(ModelId(m.name), _weights_bytes(m)) for m in config.models), devices)
+
+
+def _weights_bytes(model: ModelConfig) -> int:
+    """Size of the weights as the model's shape tells; 0 for a directory that cannot be read."""
+    try:
+        spec = read_spec(model.path, dtype=model.dtype)
+    except CheckpointError as error:
+        log.error("model %s: %s", model.name, error)
+        return 0
+    attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
+    layer = attention + 3 * spec.hidden_size * spec.intermediate_size
+    embeddings = (1 if spec.tied_embeddings else 2) * spec.vocab_size * spec.hidden_size
+    return (spec.num_layers * layer + embeddings) * spec.dtype.itemsize

@@ -1,0 +1,69 @@
+"""The few calls that physical memory and virtual addresses need, the same for every kind of device.
+
+    reserve ── addresses without memory ──┐
+                                          ├── map ──> memory at addresses ── unmap ──> both apart again
+    create ─── memory without addresses ──┘
+
+One handle may be mapped at several addresses at once: writes through one are read through the others.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, NewType, Protocol
+
+from prism.types import Address, Bytes
+
+Handle = NewType("Handle", int)
+"""A piece of physical memory, as large as it was created."""
+
+
+class MemoryInfo(NamedTuple):
+    """What the device itself says about its memory."""
+
+    free: Bytes
+    total: Bytes
+
+
+class Driver(Protocol):
+    """Every method raises `DriverError(call, code)` when the device refuses, and then has changed nothing.
+
+    Addresses and sizes are multiples of `granularity`. Calls may come from several threads; none waits for
+    work that is queued on the device, so whoever unmaps memory makes sure first that no such work uses it.
+    """
+
+    @property
+    def granularity(self) -> Bytes:
+        """Smallest unit of addresses and sizes."""
+        ...
+
+    def reserve(self, size: Bytes) -> Address:
+        """Take a range of addresses that nothing else will use; no memory is behind it yet."""
+        ...
+
+    def unreserve(self, address: Address, size: Bytes) -> None:
+        """Give a whole range back; nothing may be mapped in it."""
+        ...
+
+    def create(self, size: Bytes) -> Handle:
+        """Take physical memory. Its content is undefined."""
+        ...
+
+    def release(self, handle: Handle) -> None:
+        """Give physical memory back to the system; it may be mapped nowhere."""
+        ...
+
+    def map(self, address: Address, handle: Handle) -> None:
+        """Put the whole handle at `address`, inside one reserved range, for reading and writing."""
+        ...
+
+    def unmap(self, address: Address, size: Bytes) -> None:
+        """Take away what is mapped in the range, whole handles only; the addresses stay reserved."""
+        ...
+
+    def memory_info(self) -> MemoryInfo:
+        """Free and total memory of the device."""
+        ...
+
+    def close(self) -> None:
+        """End the driver; everything it gave out has been given back."""
+        ...

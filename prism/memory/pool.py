@@ -1,0 +1,176 @@
+"""The physical memory of one device in slabs, all mapped once into one window of virtual addresses.
+
+A slab passes from owner to owner by accounting alone (slabs.py); only growing and shrinking call the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+
+from prism.errors import DriverError
+from prism.memory.driver import Driver, Handle
+from prism.memory.slabs import Owner, SlabAccounts
+from prism.types import Address, Bytes, LaneId, SlabId, Stamp
+
+
+class SlabPool:
+    """All slabs of a device. Slab i lies at `window + i * slab_bytes` for as long as it has memory."""
+
+    def __init__(
+        self, driver: Driver, slab_bytes: Bytes, num_slabs: int, max_slabs: int | None = None
+    ) -> None:
+        """Create and map `num_slabs` slabs, in a window with room for `max_slabs`.
+
+        Raises `DriverError`, having given everything back, when the device refuses.
+        """
+        self._driver = driver
+        self.slab_bytes = slab_bytes
+        self._accounts = SlabAccounts(num_slabs if max_slabs is None else max_slabs)
+        self._handles: dict[SlabId, Handle] = {}
+        self._stray: list[Handle] = []  # unmapped, but the driver refused to release them: tried again later
+        self.window_bytes = Bytes(self._accounts.max_slabs * slab_bytes)
+        self.window = driver.reserve(self.window_bytes)
+        try:
+            self.grow(num_slabs)
+        except DriverError:
+            with suppress(DriverError):
+                self.close()
+            raise
+
+    # --- accounting --------------------------------------------------------------------------------
+
+    @property
+    def num_slabs(self) -> int:
+        """Slabs that have memory."""
+        return self._accounts.num_slabs
+
+    @property
+    def num_free(self) -> int:
+        """Slabs that can be taken now."""
+        return self._accounts.num_free
+
+    @property
+    def num_retiring(self) -> int:
+        """Slabs that will be free once queued steps have completed."""
+        return self._accounts.num_retiring
+
+    @property
+    def max_slabs(self) -> int:
+        """Slabs that the window has room for."""
+        return self._accounts.max_slabs
+
+    @property
+    def physical_bytes(self) -> Bytes:
+        """Memory that the driver has given to this pool."""
+        return Bytes((self.num_slabs + len(self._stray)) * self.slab_bytes)
+
+    def take(self, owner: Owner, count: int) -> tuple[SlabId, ...]:
+        """The lowest free slabs become the owner's; raises `OutOfSlabs`, taking none, if they are too few."""
+        return self._accounts.take(owner, count)
+
+    def give_back(self, owner: Owner, slabs: Iterable[SlabId], after: Stamp | None = None) -> None:
+        """Slabs leave their owner: free at once, or once the stamped step has completed."""
+        self._accounts.give_back(owner, slabs, after)
+
+    def completed(self, lane: LaneId, step: int) -> int:
+        """A lane's steps up to `step` have completed; returns how many slabs became free by it."""
+        return self._accounts.completed(lane, step)
+
+    def owned(self, owner: Owner) -> tuple[SlabId, ...]:
+        """Slabs of an owner, lowest first."""
+        return self._accounts.owned(owner)
+
+    def owners(self) -> dict[Owner, int]:
+        """Number of slabs of everyone who has any."""
+        return self._accounts.owners()
+
+    def free_slabs(self) -> tuple[SlabId, ...]:
+        """Free slabs, lowest first."""
+        return self._accounts.free_slabs()
+
+    # --- places ------------------------------------------------------------------------------------
+
+    def address(self, slab: SlabId) -> Address:
+        """Where the slab lies in the window."""
+        return Address(self.window + slab * self.slab_bytes)
+
+    def handle(self, slab: SlabId) -> Handle:
+        """The slab's physical memory, for mapping it a second time."""
+        return self._handles[slab]
+
+    # --- memory comes and goes ---------------------------------------------------------------------
+
+    def grow(self, count: int) -> None:
+        """Add free slabs, at the lowest places; raises `DriverError` having added none."""
+        added: list[SlabId] = []
+        try:
+            for slab in self._accounts.absent(count):
+                self._attach(slab)
+                added.append(slab)
+        except DriverError:
+            self._accounts.add(added)
+            for slab in added:
+                with suppress(DriverError):  # what cannot be given back stays, as a free slab
+                    self._detach(slab)
+            raise
+        self._accounts.add(added)
+
+    def shrink(self, count: int) -> int:
+        """Release up to `count` free slabs to the driver, the highest first; returns how many went.
+
+        Raises `DriverError` when the device refuses; the slabs released before stay released.
+        """
+        self._release_strays()
+        slabs = self.free_slabs()[::-1][:count]
+        for slab in slabs:
+            self._detach(slab)
+        return len(slabs)
+
+    def _attach(self, slab: SlabId) -> None:
+        handle = self._driver.create(self.slab_bytes)
+        try:
+            self._driver.map(self.address(slab), handle)
+        except DriverError:
+            self._release(handle)
+            raise
+        self._handles[slab] = handle
+
+    def _detach(self, slab: SlabId) -> None:
+        """Unmap and release a free slab; if unmapping fails it stays a free slab."""
+        self._driver.unmap(self.address(slab), self.slab_bytes)
+        self._accounts.remove(slab)
+        self._release(self._handles.pop(slab))
+
+    def _release(self, handle: Handle) -> None:
+        try:
+            self._driver.release(handle)
+        except DriverError:
+            self._stray.append(handle)
+
+    def _release_strays(self) -> None:
+        strays, self._stray = self._stray, []
+        for handle in strays:
+            self._release(handle)
+
+    # --- laws and end ------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Free, owned and retiring slabs make up all, and exactly those have a handle."""
+        self._accounts.check()
+        assert len(self._handles) == self.num_slabs
+        assert all(slab in self._handles for slab in self.free_slabs())
+        for owner in self.owners():
+            assert all(slab in self._handles for slab in self.owned(owner)), owner
+
+    def close(self) -> None:
+        """Give all memory back; every slab has been given back before.
+
+        Raises `DriverError` when the device refuses; calling again goes on where it stopped.
+        """
+        assert self.num_free == self.num_slabs, f"slabs are still in use: {self.owners()}"
+        self.shrink(self.num_slabs)
+        self._release_strays()
+        if self._stray:
+            raise DriverError("release", f"{len(self._stray)} slabs could not be released")
+        self._driver.unreserve(self.window, self.window_bytes)

@@ -1,0 +1,141 @@
+"""A device: its driver, its pool of slabs and its lane's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prism.attention.kernels import Kernels, KvView
+from prism.attention.torch_kernels import TorchKernels
+from prism.config import DeviceConfig
+from prism.engine.kv_blocks import Move
+from prism.engine.kv_layout import KvLayout
+from prism.memory.arena import Arena
+from prism.memory.driver import Driver
+from prism.memory.host import HostDriver
+from prism.memory.pool import SlabPool
+from prism.memory.tensors import tensor_at
+from prism.modelspec import ModelSpec
+from prism.types import Address, Bytes, DType, LaneId, Stamp
+from prism.worker.models import Profile
+
+TORCH_DTYPES = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
+
+
+@dataclass(slots=True)
+class Lane:
+    """Counts the steps that were queued on the device and those that have run."""
+
+    lane_id: LaneId
+    num_queued: int = 0
+    num_completed: int = 0
+
+    def stamp(self) -> Stamp:
+        """Names the last step that has been queued."""
+        return Stamp(self.lane_id, self.num_queued)
+
+
+class Device:
+    """Everything of one device that models share."""
+
+    def __init__(self, driver: Driver, pool: SlabPool, kernels: Kernels, name: str) -> None:
+        self.driver = driver
+        self.pool = pool
+        self.kernels = kernels
+        self.name = name
+        self.lane = Lane(LaneId(0))
+
+    @property
+    def slab_bytes(self) -> Bytes:
+        """Size of one slab."""
+        return self.pool.slab_bytes
+
+    def new_arena(self, size: Bytes) -> Arena:
+        """Addresses for one model's weights; no memory yet."""
+        return Arena(self.driver, size, self.slab_bytes)
+
+    def kv_view(self, spec: ModelSpec, layout: KvLayout) -> KvView:
+        """The whole window in pages of one model."""
+        dtype = TORCH_DTYPES[spec.dtype]
+        size = spec.dtype.itemsize
+        row = spec.num_kv_heads * spec.head_dim
+        tokens = layout.tokens_per_block
+        num_pages = (self.pool.window_bytes - layout.block_bytes) // layout.unit + 1
+        pages = tensor_at(
+            self.pool.window,
+            (num_pages, spec.num_layers, 2, tokens, spec.num_kv_heads, spec.head_dim),
+            dtype,
+            (layout.unit // size, 2 * tokens * row, tokens * row, row, spec.head_dim, 1),
+            self.kernels.device,
+        )
+        return KvView(pages)
+
+    def arena_bytes(self, arena: Arena, size: Bytes) -> Tensor:
+        """The arena's first `size` bytes as `[size]` uint8."""
+        return tensor_at(arena.base, (size,), torch.uint8, None, self.kernels.device)
+
+    def weight_tensors(self, profile: Profile, arena: Arena) -> dict[str, Tensor]:
+        """Views of all weights by name; nothing is touched."""
+        return {
+            entry.name: tensor_at(
+                Address(arena.base + entry.offset),
+                tuple(entry.shape),
+                TORCH_DTYPES[entry.dtype],
+                None,
+                self.kernels.device,
+            )
+            for entry in profile.weights.entries
+        }
+
+    def rotary_tensor(self, profile: Profile, arena: Arena) -> Tensor:
+        """`[max_position, head_dim]` fp32 behind the weights."""
+        spec = profile.spec
+        return tensor_at(
+            Address(arena.base + profile.rotary_offset),
+            (spec.max_position, spec.head_dim),
+            torch.float32,
+            None,
+            self.kernels.device,
+        )
+
+    @torch.inference_mode()
+    def copy_blocks(self, view: KvView, moves: tuple[Move, ...]) -> None:
+        """Copy blocks within a model's KV, behind the steps that are queued."""
+        if moves:
+            device = self.kernels.device
+            sources = torch.tensor([move.source for move in moves], device=device)
+            targets = torch.tensor([move.target for move in moves], device=device)
+            view.pages.index_copy_(0, targets, view.pages.index_select(0, sources))
+
+    def begin_step(self) -> None:
+        """A step (or a copy) is about to be queued."""
+        self.lane.num_queued += 1
+
+    def end_step(self) -> None:
+        """All queued steps have run: what they could touch may change its owner."""
+        self.lane.num_completed = self.lane.num_queued
+        self.pool.completed(self.lane.lane_id, self.lane.num_completed)
+
+    def wait_for_steps(self) -> Callable[[], None]:
+        """A function that returns once all steps queued so far have run; for other threads."""
+        return lambda: None
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self.pool.close()
+        self.driver.close()
+
+
+def open_device(config: DeviceConfig) -> Device:
+    """Opens a device and creates its pool. Raises `DriverError`."""
+    num_slabs = config.memory // config.slab
+    if config.kind == "cuda":
+        raise NotImplementedError
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    driver = HostDriver(Bytes(num_slabs * config.slab))
+    pool = SlabPool(driver, Bytes(config.slab), num_slabs)
+    return Device(driver, pool, TorchKernels(torch.device("cpu")), f"cpu:{config.index}")

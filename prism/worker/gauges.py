@@ -1,0 +1,55 @@
+"""Keeps a worker's Prometheus metrics up to date."""
+
+from __future__ import annotations
+
+from prism.memory.slabs import KvOwner, LaneOwner, WeightsOwner
+from prism.metrics import Metrics
+from prism.types import ModelId
+from prism.worker.loop import Worker
+
+Place = tuple[str, str]
+"""(owner, model)"""
+
+
+class Gauges:
+    """Gauges are set from the worker's state once a second; counters grow by what was added since."""
+
+    def __init__(self, metrics: Metrics, worker_name: str) -> None:
+        self._metrics = metrics
+        self._worker_name = worker_name
+        self._places: set[Place] = set()
+        self._preemptions: dict[ModelId, int] = {}
+
+    def update(self, worker: Worker) -> None:
+        """Set everything."""
+        self._slabs(worker)
+        for model in worker.models.values():
+            tickets = worker.requests.of_model(model.name)
+            running = sum(ticket.is_running for ticket in tickets)
+            self._metrics.num_requests_running.labels(model.name).set(running)
+            self._metrics.num_requests_waiting.labels(model.name).set(len(tickets) - running)
+            kv = model.kv
+            share = 0.0
+            if kv is not None and (total := kv.num_slabs * kv.layout.blocks_per_slab):
+                share = kv.num_used / total
+            self._metrics.kv_cache_usage_perc.labels(model.name).set(share)
+            if model.engine is not None:
+                count = model.engine.scheduler.num_preemptions
+                added = count - self._preemptions.get(model.name, 0)
+                self._preemptions[model.name] = count
+                self._metrics.num_preemptions.labels(model.name).inc(added)
+
+    def _slabs(self, worker: Worker) -> None:
+        pool = worker.device.pool
+        counts: dict[Place, int] = {("free", ""): pool.num_free, ("retiring", ""): pool.num_retiring}
+        for owner, count in pool.owners().items():
+            match owner:
+                case KvOwner(model=model):
+                    counts["kv", model] = count
+                case WeightsOwner(model=model):
+                    counts["weights", model] = count
+                case LaneOwner():
+                    counts["workspace", ""] = count
+        for place in self._places | set(counts):
+            self._metrics.slabs.labels(*place, self._worker_name).set(counts.get(place, 0))
+        self._places |= set(counts)

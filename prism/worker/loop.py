@@ -1,0 +1,421 @@
+"""The worker's loop: all mutable state of a device has its owner here.
+
+One method for each event that can come in (`on_*`), and `advance`, which does the next piece of work:
+
+    admit -> move models in and out -> choose a turn -> schedule, run, commit -> deliver
+
+Nothing here waits. Slow work (loading, unloading) runs beside the loop and comes back as an event.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import assert_never
+
+from prism.config import Config, DeviceConfig, ModelConfig
+from prism.engine.engine import Drawn, EngineRequest
+from prism.errors import Overloaded, RequestError, Unavailable
+from prism.messages import (
+    Activate,
+    CancelChoice,
+    Command,
+    CommandDone,
+    Evict,
+    Output,
+    Outputs,
+    Rejected,
+    ResumedChoice,
+    SetLimits,
+    Started,
+    Submit,
+)
+from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelState, RequestId, WorkerId
+from prism.worker import admission, turns
+from prism.worker.device import Device
+from prism.worker.entry import check_submit
+from prism.worker.loading import JobEvent, Jobs, Loaded, Unloaded
+from prism.worker.models import Model
+from prism.worker.outbox import Outbox
+from prism.worker.rate import CompletionRate
+from prism.worker.reclaimer import Reclaimer
+from prism.worker.requests import Requests, Ticket
+from prism.worker.residency import Residency
+from prism.worker.views import admission_snapshot, kv_capacity_tokens, turn_snapshot
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """One device's models and requests."""
+
+    def __init__(
+        self,
+        config: Config,
+        device_config: DeviceConfig,
+        device: Device,
+        *,
+        outbox: Outbox,
+        jobs: Jobs,
+        store: Path,
+        clock: Callable[[], float],
+        name: WorkerId,
+        incarnation: Incarnation,
+    ) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.epoch = Epoch(0)
+        self.device = device
+        self.limits = config.limits
+        self.max_batch_tokens = device_config.max_batch_tokens
+        self.max_batch_size = device_config.max_batch_size
+        self.models = {m.name: _new_model(m, device.slab_bytes) for m in config.models}
+        self.requests = Requests()
+        self._outbox = outbox
+        self._clock = clock
+        self._needs_admission = False
+        self._rate = CompletionRate()
+        self.residency = Residency(device, jobs, outbox, store, clock, self.max_batch_size)
+        self.residency.worker_id = name
+        self.reclaimer = Reclaimer(device, self.models, self.requests, self._evict, self.limits.min_residency)
+
+    # --- events ---------------------------------------------------------------------------------------
+
+    def on_submit(self, gateway: GatewayId, submit: Submit) -> None:
+        """A request, or a later attempt at one."""
+        earlier = self.requests.get(RequestId(submit.request_id))
+        if earlier is not None:
+            if earlier.submit.attempt >= submit.attempt:
+                return
+            self._end(earlier)
+        ticket = Ticket(submit, gateway, expires=submit.arrival + self.limits.max_wait)
+        ticket.resumed = {choice.choice: choice for choice in submit.resumed}
+        try:
+            check_submit(self, ticket, self._clock())
+        except RequestError as error:
+            self._reject(ticket, error)
+            return
+        self.requests.add(ticket)
+        self._needs_admission = True
+        self.residency.want(self.models[ticket.model])
+
+    def on_cancel(self, gateway: GatewayId, cancel: CancelChoice) -> None:
+        """A client has gone, or a stop string ended a choice."""
+        ticket = self.requests.get(RequestId(cancel.request_id))
+        if ticket is None or ticket.submit.attempt != cancel.attempt or ticket.gateway != gateway:
+            return
+        if cancel.choice is not None:
+            self._drop_choice(ticket, cancel.choice)
+            if ticket.open_choices:
+                return
+        self._end(ticket)
+
+    def on_gateway_ended(self, gateway: GatewayId) -> None:
+        """Nobody waits for its answers any more."""
+        for ticket in self.requests.of_gateway(gateway):
+            self._end(ticket)
+
+    def on_packed(self, model: str) -> None:
+        """The agent holds a model's packed weights."""
+        self.residency.packed(self.models[model])
+
+    def on_packing_failed(self, model: str, reason: str) -> None:
+        """The checkpoint is unusable."""
+        self.residency.fail(self.models[model], Unavailable(reason))
+        self.model_failed(self.models[model])
+
+    def on_job(self, event: JobEvent) -> None:
+        """Something that ran beside the loop has ended."""
+        model = self.models[event.model]
+        match event:
+            case Loaded():
+                self.residency.loaded(model, event)
+                if model.state is ModelState.FAILED:
+                    self.model_failed(model)
+            case Unloaded():
+                self.residency.unloaded(model, event)
+            case _:
+                assert_never(event)
+        self._memory_changed()
+
+    def on_command(self, command: Activate | Evict | SetLimits) -> None:
+        """The controller decides; commands of an earlier controller are void."""
+        if command.epoch < self.epoch:
+            return
+        self.epoch = Epoch(command.epoch)
+        model = self.models.get(command.model)
+        if model is None:
+            self._done(command, f"model {command.model!r} is not configured")
+            return
+        match command:
+            case Activate():
+                self._activate(model, command)
+            case Evict():
+                self._evict_on_command(model, command)
+            case SetLimits():
+                model.kv_floor = _slabs_up(command.kv_floor_bytes, self.device.slab_bytes)
+                model.kv_limit = _limit_slabs(command.kv_limit_bytes, self.device.slab_bytes)
+                self._memory_changed()
+                self._done(command, None)
+            case _:
+                assert_never(command)
+
+    def _activate(self, model: Model, command: Activate) -> None:
+        model.pinned = model.pinned if command.pinned is None else command.pinned
+        if model.is_active:
+            self._done(command, None)
+            return
+        model.is_wanted = True
+        model.retry_at = 0.0
+        model.load_commands.append(command.command_id)
+        self.residency.want(model)
+
+    def _evict_on_command(self, model: Model, command: Evict) -> None:
+        if self.requests.of_model(model.name):
+            self._done(command, f"model {model.name} has unfinished requests")
+            return
+        model.is_wanted = False
+        model.pinned = False
+        if model.is_active:
+            model.evict_commands.append(command.command_id)
+            self._evict(model)
+        elif model.state in (ModelState.COLD, ModelState.FAILED):
+            self._done(command, None)
+        else:
+            self._done(command, f"model {model.name} is {model.state}; try again")
+
+    def _done(self, command: Command, error: str | None) -> None:
+        self._outbox.to_controller(CommandDone(command_id=command.command_id, worker=self.name, error=error))
+
+    # --- work -----------------------------------------------------------------------------------------
+
+    def advance(self) -> bool:
+        """Do what can be done now; whether there is more to do at once."""
+        now = self._clock()
+        self._move_models(now)
+        self._admit(now)
+        return self._step(now)
+
+    def next_timer(self) -> float | None:
+        """The time at which `advance` must be called even if nothing comes in."""
+        times = [ticket.expires for ticket in self.requests if not ticket.is_started]
+        times += [ticket.submit.latest_end for ticket in self.requests]
+        for model in self.models.values():
+            if model.state is ModelState.FAILED and self.requests.of_model(model.name):
+                times.append(model.retry_at)
+            if model.is_waiting_for_slabs or model.is_stalled:
+                times.append(self._clock() + self.limits.min_residency)
+        return min(times, default=None)
+
+    def _move_models(self, now: float) -> None:
+        """Bring in what is wanted; those with the oldest requests first."""
+        wanted = [m for m in self.models.values() if m.is_wanted or self.requests.of_model(m.name)]
+        for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
+            before = model.state
+            self.residency.want(model)
+            self.residency.try_load(model, self.reclaimer, now)
+            if model.state is not before:
+                self._needs_admission = True
+                if model.state is ModelState.FAILED:
+                    self.model_failed(model)
+
+    def _admit(self, now: float) -> None:
+        for ticket in self.requests:
+            if ticket.submit.latest_end <= now:
+                self._end(ticket)
+                self._reject(ticket, Unavailable("the request took longer than limits.request_timeout"))
+        if not self._needs_admission and not self._some_expired(now):
+            return
+        self._needs_admission = False
+        for decision in admission.decide(admission_snapshot(self), now):
+            waiting = self.requests.get(decision.request_id)
+            assert waiting is not None
+            match decision:
+                case admission.Admit():
+                    self._enter(waiting)
+                case admission.Expire():
+                    self._end(waiting)
+                    self._reject(waiting, self._expired(waiting))
+                case _:
+                    assert_never(decision)
+
+    def _some_expired(self, now: float) -> bool:
+        return any(t.expires <= now for t in self.requests if not t.is_running and not t.is_started)
+
+    def _expired(self, ticket: Ticket) -> RequestError:
+        model = self.models[ticket.model]
+        if model.state is ModelState.FAILED:
+            return Unavailable(f"model {model.name} cannot be loaded: {model.error}", retry_after=5.0)
+        return Overloaded(
+            f"no capacity within limits.max_wait ({self.limits.max_wait:g} s)",
+            retry_after=self.queue_seconds(),
+        )
+
+    def _enter(self, ticket: Ticket) -> None:
+        engine = self.models[ticket.model].engine
+        assert engine is not None
+        submit = ticket.submit
+        ticket.is_running = True
+        self.models[ticket.model].is_stalled = False
+        engine.add(
+            EngineRequest(
+                request_id=ticket.request_id,
+                prompt=submit.prompt,
+                params=submit.params,
+                arrival=submit.arrival,
+                resumed=tuple(ticket.resumed.values()),
+            )
+        )
+
+    def _step(self, now: float) -> bool:
+        turn = turns.decide(turn_snapshot(self))
+        if turn is None:
+            return False
+        model = self.models[turn.model]
+        engine = model.engine
+        assert engine is not None
+        model.last_turn = now
+        wanted = engine.scheduler.blocks_wanted(turn.budget)
+        self.reclaimer.ensure_kv(model, wanted, self.reclaimer.rank(model), now)
+        step = engine.schedule(turn.budget)
+        if step is None:
+            model.is_stalled = True
+            return True
+        self._announce(model, {RequestId(chunk.sequence.request_id) for chunk in step.chunks})
+        self.device.begin_step()
+        flight = engine.run(step)
+        self.device.end_step()
+        self._deliver(model, engine.commit(flight))
+        return True
+
+    def _announce(self, model: Model, running: set[RequestId]) -> None:
+        """Tell gateways what starts, before it could kill this process."""
+        assert model.engine is not None
+        for request_id in running:
+            ticket = self.requests.get(request_id)
+            if ticket is None or ticket.is_started:
+                continue
+            ticket.is_started = True
+            sequences = model.engine.scheduler.sequences_of(request_id)
+            started = Started(
+                request_id=request_id,
+                attempt=ticket.submit.attempt,
+                incarnation=self.incarnation,
+                queue_seconds=max(0.0, self._clock() - ticket.submit.arrival),
+                cached_tokens=max((s.num_cached for s in sequences), default=0),
+            )
+            self._outbox.to_gateway(ticket.gateway, started)
+
+    def _deliver(self, model: Model, drawn: list[Drawn]) -> None:
+        """Send a step's tokens, one message a gateway, and close what has ended."""
+        now = self._clock()
+        model.last_used = now
+        by_gateway: dict[GatewayId, list[Output]] = {}
+        for item in drawn:
+            ticket = self.requests.get(item.sequence.request_id)
+            assert ticket is not None
+            ticket.last_token = now
+            by_gateway.setdefault(ticket.gateway, []).append(_output(ticket, item))
+            if item.finish is not None:
+                ticket.finish_choice(item.sequence.choice)
+                if not ticket.open_choices:
+                    self._rate.completed(now)
+                    self._end(ticket)
+        for gateway, items in by_gateway.items():
+            self._outbox.to_gateway(gateway, Outputs(incarnation=self.incarnation, items=items))
+
+    # --- ends and returns -----------------------------------------------------------------------------
+
+    def _end(self, ticket: Ticket) -> None:
+        """Forget a request, running or not; what it held goes back."""
+        model = self.models[ticket.model]
+        self.requests.remove(ticket)
+        model.last_used = self._clock()
+        if ticket.is_running and model.engine is not None:
+            model.engine.cancel(ticket.request_id)
+            self.reclaimer.trim(model)
+        self._memory_changed()
+
+    def _drop_choice(self, ticket: Ticket, choice: int) -> None:
+        ticket.finish_choice(choice)
+        engine = self.models[ticket.model].engine
+        if ticket.is_running and engine is not None:
+            engine.cancel(ticket.request_id, choice)
+        self._memory_changed()
+
+    def _memory_changed(self) -> None:
+        self._needs_admission = True
+        for model in self.models.values():
+            model.is_stalled = False
+
+    def _reject(self, ticket: Ticket, error: RequestError) -> None:
+        rejected = Rejected(
+            request_id=ticket.request_id,
+            attempt=ticket.submit.attempt,
+            incarnation=self.incarnation,
+            error=error.wire(),
+        )
+        self._outbox.to_gateway(ticket.gateway, rejected)
+
+    def _evict(self, model: Model) -> None:
+        self.residency.evict(model, self.reclaimer, self)
+        self._memory_changed()
+
+    def model_failed(self, model: Model) -> None:
+        """Refuse what waits for a model that cannot be loaded."""
+        wait = max(1.0, model.retry_at - self._clock())
+        for ticket in self.requests.of_model(model.name):
+            self._end(ticket)
+            message = f"model {model.name} cannot be loaded: {model.error}"
+            self._reject(ticket, Unavailable(message, retry_after=wait))
+
+    def requests_suspended(self, choices: dict[RequestId, list[ResumedChoice]]) -> None:
+        """An eviction took these requests' place: they wait again, with what they had produced."""
+        for request_id, unfinished in choices.items():
+            ticket = self.requests.get(request_id)
+            assert ticket is not None
+            ticket.is_running = False
+            for choice in unfinished:
+                ticket.resumed[choice.choice] = choice
+
+    def queue_seconds(self) -> float:
+        """Estimated time until a request that comes now would start: waiting ones over the recent rate."""
+        return self._rate.seconds_for(self.requests.num_waiting + 1, self._clock())
+
+    def max_len(self, model: Model) -> int | None:
+        """Longest context of a model on this device, in tokens."""
+        if model.profile is None:
+            return None
+        return min(model.profile.spec.max_position, kv_capacity_tokens(self, model))
+
+
+def _output(ticket: Ticket, drawn: Drawn) -> Output:
+    return Output(
+        request_id=ticket.submit.request_id,
+        attempt=ticket.submit.attempt,
+        choice=drawn.sequence.choice,
+        index=drawn.index,
+        token_ids=[] if drawn.token is None else [drawn.token],
+        logprobs=None if drawn.logprob is None or drawn.token is None else [drawn.logprob],
+        finish=drawn.finish,
+        stop_token=drawn.stop_token,
+    )
+
+
+def _new_model(config: ModelConfig, slab_bytes: Bytes) -> Model:
+    return Model(
+        config=config,
+        kv_floor=_slabs_up(config.memory.floor, slab_bytes),
+        kv_limit=_limit_slabs(config.memory.limit, slab_bytes),
+        pinned=config.pinned,
+        is_wanted=config.pinned or config.preload,
+    )
+
+
+def _slabs_up(size: int, slab_bytes: Bytes) -> int:
+    return -(-size // slab_bytes)
+
+
+def _limit_slabs(size: int | None, slab_bytes: Bytes) -> int | None:
+    return None if size is None else max(1, size // slab_bytes)

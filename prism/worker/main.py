@@ -1,0 +1,239 @@
+"""The worker process: sockets and threads around the loop's `Worker`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from prism import logs, transport
+from prism.clock import SystemClock
+from prism.config import Config, DeviceConfig
+from prism.errors import DriverError
+from prism.messages import (
+    Activate,
+    CancelChoice,
+    CommandDone,
+    Evict,
+    Hello,
+    Outputs,
+    ProcessEnded,
+    Ready,
+    Rejected,
+    Report,
+    Role,
+    SetLimits,
+    Started,
+    Stop,
+    Submit,
+    WeightsFailed,
+    WeightsProgress,
+    WeightsReady,
+    WeightsWanted,
+)
+from prism.metrics import Metrics
+from prism.transport import Envelope
+from prism.types import GatewayId, Incarnation, WorkerId
+from prism.worker.device import open_device
+from prism.worker.gauges import Gauges
+from prism.worker.loading import JobEvent
+from prism.worker.loop import Worker
+from prism.worker.reports import make_report
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 1.0
+
+
+class ThreadJobs:
+    """Runs jobs on threads of their own; `wake` becomes readable when an event is there."""
+
+    def __init__(self) -> None:
+        self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._events: queue.SimpleQueue[JobEvent] = queue.SimpleQueue()
+
+    def start(self, work: Callable[[], JobEvent]) -> None:
+        """Run `work` beside the loop."""
+
+        def run() -> None:
+            self._events.put(work())
+            os.eventfd_write(self.wake, 1)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def finished(self) -> Iterator[JobEvent]:
+        """Events that have come in."""
+        try:
+            os.eventfd_read(self.wake)
+        except BlockingIOError:
+            return
+        while not self._events.empty():
+            yield self._events.get()
+
+
+class Sockets:
+    """The worker's connections, as its outbox."""
+
+    def __init__(self, run_dir: Path, name: str, incarnation: int) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.address = transport.socket_address(run_dir, f"{name}.{incarnation}")
+        self.router = transport.bind_router(context, self.address)
+        self.agent = transport.connect_dealer(
+            context,
+            transport.socket_address(run_dir, "agent"),
+            transport.identity_of(name, incarnation),
+        )
+        self.peers: dict[str, Role] = {}
+
+    def to_gateway(self, gateway: GatewayId, message: Started | Outputs | Rejected) -> None:
+        """To one gateway."""
+        transport.send(self.router, message, gateway)
+
+    def to_agent(self, message: WeightsWanted | Hello | Ready) -> None:
+        """To the agent."""
+        transport.send(self.agent, message)
+
+    def to_controller(self, message: CommandDone) -> None:
+        """To every controller that is connected: there is one at most, and maybe its predecessor."""
+        for peer, role in self.peers.items():
+            if role is Role.CONTROLLER:
+                transport.send(self.router, message, peer)
+
+    def report(self, message: Report) -> None:
+        """To everybody who said Hello."""
+        for peer in self.peers:
+            transport.send(self.router, message, peer)
+
+
+class Process:
+    """Feeds events to the worker and lets it work in between."""
+
+    def __init__(self, worker: Worker, sockets: Sockets, jobs: ThreadJobs, gauges: Gauges) -> None:
+        self._worker = worker
+        self._sockets = sockets
+        self._jobs = jobs
+        self._gauges = gauges
+        self._clock = SystemClock()
+        self._poller = zmq.Poller()
+        for source in (sockets.router, sockets.agent, jobs.wake):
+            self._poller.register(source, zmq.POLLIN)
+        self._is_stopping = False
+        self._report_due = 0.0
+        self._last_states: tuple[str, ...] = ()
+
+    def run(self) -> None:
+        """Until told to stop."""
+        has_work = True
+        while not self._is_stopping:
+            self._take_events(0.0 if has_work else self._idle_seconds())
+            has_work = self._worker.advance()
+            self._report()
+
+    def stop(self, *_: Any) -> None:
+        """From a signal handler."""
+        self._is_stopping = True
+        os.eventfd_write(self._jobs.wake, 1)
+
+    def _idle_seconds(self) -> float:
+        now = self._clock.now()
+        timer = self._worker.next_timer()
+        until = self._report_due if timer is None else min(timer, self._report_due)
+        return max(0.0, until - now)
+
+    def _take_events(self, seconds: float) -> None:
+        self._poller.poll(math.ceil(seconds * 1000))
+        for event in self._jobs.finished():
+            self._worker.on_job(event)
+        for envelope in transport.receive(self._sockets.agent):
+            self._on_agent(envelope)
+        for envelope in transport.receive(self._sockets.router):
+            self._on_peer(envelope)
+
+    def _on_agent(self, envelope: Envelope) -> None:
+        match envelope.message:
+            case WeightsReady(model=model):
+                self._worker.on_packed(model)
+            case WeightsFailed(model=model, reason=reason):
+                self._worker.on_packing_failed(model, reason)
+            case WeightsProgress(model=model, done_bytes=done, total_bytes=total):
+                self._worker.models[model].packed_share = done / max(total, 1)
+            case ProcessEnded(role=role, name=name, incarnation=incarnation):
+                peer = transport.identity_of(name, incarnation)
+                self._sockets.peers.pop(peer, None)
+                if role is Role.GATEWAY:
+                    self._worker.on_gateway_ended(GatewayId(peer))
+            case Stop():
+                self.stop()
+            case _:
+                pass  # others that come and go
+
+    def _on_peer(self, envelope: Envelope) -> None:
+        sender, message = envelope
+        match message:
+            case Hello(role=role):
+                self._sockets.peers[sender] = role
+                self._report_due = 0.0
+            case Submit():
+                self._worker.on_submit(GatewayId(sender), message)
+            case CancelChoice():
+                self._worker.on_cancel(GatewayId(sender), message)
+            case Activate() | Evict() | SetLimits():
+                self._worker.on_command(message)
+            case _:
+                log.error("unexpected message dropped", extra={"sender": sender})
+
+    def _report(self) -> None:
+        """Once a second, and whenever a model's state has changed."""
+        states = tuple(model.state for model in self._worker.models.values())
+        now = self._clock.now()
+        if now < self._report_due and states == self._last_states:
+            return
+        self._report_due = now + REPORT_SECONDS
+        self._last_states = states
+        report = make_report(self._worker, now)
+        self._sockets.report(report)
+        self._gauges.update(self._worker)
+
+
+def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
+    """Serve one device until told to stop; the exit status."""
+    logs.setup(config.server.log_level, config.server.log_json)
+    device_config = device_of(config, name)
+    sockets = Sockets(run_dir, name, incarnation)
+    sockets.to_agent(Hello(role=Role.WORKER, name=name, incarnation=incarnation))
+    try:
+        device = open_device(device_config)
+    except DriverError as error:
+        log.error("%s: the device cannot be opened: %s", name, error)
+        return 1
+    jobs = ThreadJobs()
+    worker = Worker(
+        config,
+        device_config,
+        device,
+        outbox=sockets,
+        jobs=jobs,
+        store=run_dir / "store.sock",
+        clock=SystemClock().now,
+        name=WorkerId(name),
+        incarnation=Incarnation(incarnation),
+    )
+    process = Process(worker, sockets, jobs, Gauges(Metrics(), name))
+    signal.signal(signal.SIGTERM, process.stop)
+    address = sockets.address
+    sockets.to_agent(Ready(role=Role.WORKER, name=name, incarnation=incarnation, address=address))
+    process.run()
+    return 0
+
+
+def device_of(config: Config, name: str) -> DeviceConfig:
+    """The device that a worker of this name serves."""
+    return config.devices[int(name.removeprefix("worker-"))]

@@ -1,0 +1,113 @@
+"""A worker's record of each configured model: what it is, where it is, what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from prism.config import ModelConfig
+from prism.engine.engine import Engine
+from prism.engine.kv_blocks import KvSpace
+from prism.engine.kv_layout import KvLayout, plan_kv_layout
+from prism.errors import CheckpointError
+from prism.memory.arena import Arena
+from prism.modelspec import ModelSpec, read_spec
+from prism.types import Bytes, ModelId, ModelState, SlabId
+from prism.weights.layout import Layout, plan_layout
+from prism.worker.loading import Load
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a model's directory tells, in the device's units."""
+
+    spec: ModelSpec
+    weights: Layout
+    kv: KvLayout
+    arena_bytes: Bytes
+    """Weights and rotary table, in whole slabs."""
+    rotary_offset: Bytes
+    weight_slabs: int
+    recompute_cost: float
+    """Floating-point operations per byte of KV."""
+
+
+def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
+    """Reads a model directory. Raises `CheckpointError`."""
+    spec = read_spec(config.path, dtype=config.dtype, max_len=config.max_model_len)
+    weights = plan_layout(spec)
+    kv = plan_kv_layout(spec, slab_bytes)
+    if kv is None:
+        raise CheckpointError(
+            f"a KV block of {16 * spec.kv_bytes_per_token} bytes does not fit a slab of {slab_bytes}; "
+            "use larger slabs",
+            file=config.path,
+        )
+    rotary_offset = Bytes(-(-weights.total_bytes // 256) * 256)
+    arena = rotary_offset + spec.max_position * spec.head_dim * 4
+    slabs = -(-arena // slab_bytes)
+    operations = 2 * weights.total_bytes / spec.dtype.itemsize
+    return Profile(
+        spec=spec,
+        weights=weights,
+        kv=kv,
+        arena_bytes=Bytes(slabs * slab_bytes),
+        rotary_offset=rotary_offset,
+        weight_slabs=slabs,
+        recompute_cost=operations / spec.kv_bytes_per_token,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One model of a worker. Only the worker's loop touches it."""
+
+    config: ModelConfig
+    kv_floor: int
+    """Slabs of KV that nobody takes from it while it is active."""
+    kv_limit: int | None
+    pinned: bool
+    state: ModelState = ModelState.COLD
+    profile: Profile | None = None
+    arena: Arena | None = None
+    weight_slabs: tuple[SlabId, ...] = ()
+    kv: KvSpace | None = None
+    engine: Engine | None = None
+    load: Load | None = None
+    packed_share: float = 0.0
+    """How much of its weights has been packed."""
+    is_packed: bool = False
+    """The agent holds its packed weights in host memory."""
+    is_wanted: bool = False
+    """To be loaded although no request asks for it: by command or by configuration."""
+    is_stalled: bool = False
+    """Its last turn could not run for want of memory; cleared when some memory or request changes."""
+    error: str | None = None
+    retry_at: float = 0.0
+    num_failures: int = 0
+    last_used: float = 0.0
+    active_since: float = 0.0
+    last_turn: float = 0.0
+    load_started: float = 0.0
+    num_activations: int = 0
+    load_commands: list[int] = field(default_factory=list)
+    evict_commands: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> ModelId:
+        """Its name in the configuration."""
+        return ModelId(self.config.name)
+
+    @property
+    def is_waiting_for_slabs(self) -> bool:
+        """Its packed weights are in host memory, and the pool has no room for them yet."""
+        return self.state is ModelState.FETCHING and self.is_packed
+
+    @property
+    def is_evicting(self) -> bool:
+        """Its weights' slabs will come back to the pool."""
+        return self.state is ModelState.EVICTING
+
+    @property
+    def is_active(self) -> bool:
+        """It can run steps now."""
+        return self.state is ModelState.ACTIVE

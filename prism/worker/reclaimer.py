@@ -1,0 +1,195 @@
+"""Carries out what reclaim.py decides, and keeps each model's holdings within its needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import assert_never
+
+from prism.memory.slabs import KvOwner, WeightsOwner
+from prism.types import SlabId
+from prism.worker import reclaim
+from prism.worker.device import Device
+from prism.worker.models import Model
+from prism.worker.requests import Requests
+from prism.worker.snapshot import Holding, MemorySnapshot, Need
+
+
+class Reclaimer:
+    """Moves slabs between models. `evict` starts the eviction of a model; its slabs come back later."""
+
+    def __init__(
+        self,
+        device: Device,
+        models: dict[str, Model],
+        requests: Requests,
+        evict: Callable[[Model], None],
+        min_residency: float,
+    ) -> None:
+        self._device = device
+        self._pool = device.pool
+        self._models = models
+        self._requests = requests
+        self._evict = evict
+        self._min_residency = min_residency
+
+    # --- getting memory -----------------------------------------------------------------------------
+
+    def ensure_kv(self, model: Model, num_blocks: int, arrival: float, now: float) -> None:
+        """Raise a model's free blocks to `num_blocks`, as far as memory and rank allow."""
+        kv = model.kv
+        assert kv is not None
+        while kv.num_free < num_blocks:
+            missing = -(-(num_blocks - kv.num_free) // kv.layout.blocks_per_slab)
+            if self._grow(model, missing, arrival):
+                continue
+            need = Need(model.name, missing, arrival, for_weights=False)
+            if not self._give(model, need, now):
+                return
+
+    def _grow(self, model: Model, count: int, arrival: float) -> bool:
+        """Take free slabs that no older need is waiting for, within the model's limit."""
+        kv = model.kv
+        assert kv is not None
+        room = count if model.kv_limit is None else model.kv_limit - kv.num_slabs
+        spare = self._pool.num_free - self._reserved(model, arrival)
+        count = min(count, room, spare)
+        if count <= 0:
+            return False
+        for slab in self._pool.take(KvOwner(model.name), count):
+            kv.add_slab(slab)
+        return True
+
+    def _reserved(self, model: Model, arrival: float) -> int:
+        """Slabs for which older requests of models without weights are waiting."""
+        return sum(
+            slabs_to_activate(other)
+            for other in self._models.values()
+            if other is not model and other.is_waiting_for_slabs and self.rank(other) <= arrival
+        )
+
+    def ensure_weights(self, model: Model, now: float) -> bool:
+        """Whether the pool has what the model's activation takes, after asking others for it."""
+        wanted = slabs_to_activate(model)
+        while (missing := wanted - self._pool.num_free) > 0:
+            need = Need(model.name, missing, self.rank(model), for_weights=True)
+            if not self._give(model, need, now):
+                return False
+        return True
+
+    def _give(self, model: Model, need: Need, now: float) -> bool:
+        """One reclaim step; whether asking again makes sense at once."""
+        decision = reclaim.decide(self.snapshot(), need, now)
+        match decision:
+            case None | reclaim.AwaitRetirement():
+                return False
+            case reclaim.TakeEmpty(model=name) | reclaim.DropCache(model=name):
+                return self._release_slab(self._models[name])
+            case reclaim.DropOwnCache():
+                assert model.kv is not None
+                return model.kv.drop_cached(model.kv.layout.blocks_per_slab) > 0
+            case reclaim.PreemptYoungest(model=name):
+                engine = self._models[name].engine
+                assert engine is not None
+                return engine.scheduler.preempt_youngest() is not None
+            case reclaim.EvictModel(model=name):
+                self._evict(self._models[name])
+                return True
+            case _:
+                assert_never(decision)
+
+    # --- giving memory back -------------------------------------------------------------------------
+
+    def _release_slab(self, victim: Model) -> bool:
+        """Gather one slab of a model's KV and give it back."""
+        assert victim.kv is not None and victim.engine is not None
+        gathered = victim.kv.gather_slab()
+        if gathered is None:
+            return False
+        if gathered.moves:
+            self._device.begin_step()
+            self._device.copy_blocks(victim.engine.runner.kv, gathered.moves)
+            victim.engine.scheduler.rename_blocks(gathered.moves)
+            self._device.end_step()
+        self._give_back(victim, [gathered.slab])
+        return True
+
+    def _give_back(self, model: Model, slabs: Iterable[SlabId]) -> None:
+        assert model.kv is not None
+        for slab in slabs:
+            model.kv.remove_slab(slab)
+            self._pool.give_back(KvOwner(model.name), (slab,), self._device.lane.stamp())
+        lane = self._device.lane
+        self._pool.completed(lane.lane_id, lane.num_completed)
+
+    def trim(self, model: Model) -> None:
+        """Return empty slabs: all but one of a busy model, and what compaction frees of an idle one."""
+        kv = model.kv
+        if kv is None or model.engine is None:
+            return
+        spare = kv.num_slabs - max(model.kv_floor, 0)
+        if model.engine.is_idle:
+            while kv.num_free >= kv.layout.blocks_per_slab and spare > 0 and self._release_slab(model):
+                spare -= 1
+            return
+        parked = len(kv.empty_slabs) - 1
+        self._give_back(model, kv.empty_slabs[: max(0, min(parked, spare))])
+
+    def release_kv(self, model: Model) -> None:
+        """Give up all KV of a model that runs nothing."""
+        assert model.kv is not None
+        model.kv.drop_cached(model.kv.num_cached)
+        self._give_back(model, model.kv.empty_slabs)
+        assert model.kv.num_slabs == 0
+
+    # --- what the policy sees -----------------------------------------------------------------------
+
+    def rank(self, model: Model) -> float:
+        """Arrival of the model's oldest request; commands and preloads come behind all requests."""
+        arrivals = [ticket.submit.arrival for ticket in self._requests.of_model(model.name)]
+        return min(arrivals, default=float("inf"))
+
+    def snapshot(self) -> MemorySnapshot:
+        """All holdings, as values."""
+        evicting = [m for m in self._models.values() if m.is_evicting]
+        coming = sum(len(m.weight_slabs) for m in evicting)
+        return MemorySnapshot(
+            num_retiring=self._pool.num_retiring + coming,
+            holdings=tuple(self._holding(m) for m in self._models.values() if m.kv is not None),
+            min_residency=self._min_residency,
+        )
+
+    def _holding(self, model: Model) -> Holding:
+        kv, profile = model.kv, model.profile
+        assert kv is not None and profile is not None
+        tickets = self._requests.of_model(model.name)
+        running = [ticket.submit.arrival for ticket in tickets if ticket.is_running]
+        holds_blocks = model.engine is not None and bool(model.engine.scheduler.running)
+        return Holding(
+            model=model.name,
+            is_active=model.is_active,
+            is_pinned=model.pinned,
+            weight_slabs=len(model.weight_slabs),
+            kv_slabs=kv.num_slabs,
+            kv_floor=model.kv_floor,
+            kv_limit=model.kv_limit,
+            empty_slabs=len(kv.empty_slabs),
+            gatherable_slabs=kv.num_gatherable,
+            num_cached_blocks=kv.num_cached,
+            recompute_cost=profile.recompute_cost,
+            last_used=model.last_used,
+            active_since=model.active_since,
+            is_idle=not tickets,
+            oldest_request=min((t.submit.arrival for t in tickets), default=None),
+            youngest_running=max(running) if running and holds_blocks else None,
+        )
+
+
+def slabs_to_activate(model: Model) -> int:
+    """Slabs that a model takes when it is loaded: weights, and its floor or at least one slab of KV."""
+    assert model.profile is not None
+    return model.profile.weight_slabs + max(1, model.kv_floor)
+
+
+def weights_owner(model: Model) -> WeightsOwner:
+    """How the pool knows a model's weights."""
+    return WeightsOwner(model.name)

@@ -1,0 +1,59 @@
+"""What a worker tells about itself."""
+
+from __future__ import annotations
+
+from prism.messages import ModelReport, Report
+from prism.types import ModelState
+from prism.worker.loop import Worker
+from prism.worker.models import Model
+
+
+def make_report(worker: Worker, now: float) -> Report:
+    """The worker's state as one message."""
+    pool = worker.device.pool
+    return Report(
+        worker=worker.name,
+        device=worker.device.name,
+        incarnation=worker.incarnation,
+        epoch=worker.epoch,
+        slab_bytes=pool.slab_bytes,
+        num_slabs=pool.num_slabs,
+        num_free_slabs=pool.num_free,
+        models=[_model(worker, model, now) for model in worker.models.values()],
+    )
+
+
+def _model(worker: Worker, model: Model, now: float) -> ModelReport:
+    slab = worker.device.slab_bytes
+    kv = model.kv
+    block = 0 if kv is None else kv.layout.block_bytes
+    tickets = worker.requests.of_model(model.name)
+    running = sum(ticket.is_running for ticket in tickets)
+    return ModelReport(
+        model=model.name,
+        state=model.state,
+        weights_bytes=len(model.weight_slabs) * slab,
+        kv_used_bytes=0 if kv is None else kv.num_used * block,
+        kv_cached_bytes=0 if kv is None else kv.num_cached * block,
+        kv_slab_bytes=0 if kv is None else kv.num_slabs * slab,
+        kv_floor_bytes=model.kv_floor * slab,
+        kv_limit_bytes=None if model.kv_limit is None else model.kv_limit * slab,
+        num_running=running,
+        num_waiting=len(tickets) - running,
+        load_progress=_progress(model),
+        idle_seconds=0.0 if tickets else max(0.0, now - model.last_used) if model.last_used else 0.0,
+        num_activations=model.num_activations,
+        max_len=worker.max_len(model),
+        pinned=model.pinned,
+        error=model.error,
+    )
+
+
+def _progress(model: Model) -> float:
+    match model.state:
+        case ModelState.ACTIVE:
+            return 1.0
+        case ModelState.LOADING if model.load is not None:
+            return model.load.progress
+        case _:
+            return 0.0

@@ -1,0 +1,99 @@
+"""The requests that a worker holds, from `Submit` to their one end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from prism.messages import ResumedChoice, Submit
+from prism.types import GatewayId, ModelId, RequestId
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request in this worker. `waiting -> running -> ended`; an eviction makes it wait again."""
+
+    submit: Submit
+    gateway: GatewayId
+    expires: float
+    is_running: bool = False
+    is_started: bool = False
+    """`Started` has been sent in this attempt."""
+    last_token: float | None = None
+    resumed: dict[int, ResumedChoice] = field(default_factory=dict)
+
+    @property
+    def request_id(self) -> RequestId:
+        """Its identity."""
+        return RequestId(self.submit.request_id)
+
+    @property
+    def model(self) -> ModelId:
+        """The model that it asks for."""
+        return ModelId(self.submit.model)
+
+    @property
+    def open_choices(self) -> list[int]:
+        """Choices that have not finished."""
+        resumed = self.resumed
+        return [c for c in range(self.submit.params.n) if c not in resumed or not resumed[c].finished]
+
+    @property
+    def next_deadline(self) -> float:
+        """When its next token is due."""
+        if self.last_token is None:
+            return self.submit.arrival + self.submit.slo.ttft
+        return self.last_token + self.submit.slo.tpot
+
+    def clip(self, max_tokens: int) -> None:
+        """Lower a default max_tokens to what memory can hold."""
+        params = msgspec.structs.replace(self.submit.params, max_tokens=max_tokens)
+        self.submit = msgspec.structs.replace(self.submit, params=params)
+
+    def finish_choice(self, choice: int) -> None:
+        """The choice has ended and is never run again."""
+        self.resumed[choice] = ResumedChoice(choice=choice, token_ids=[], finished=True)
+
+
+class Requests:
+    """All tickets, by request and by model."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[RequestId, Ticket] = {}
+        self._by_model: dict[ModelId, dict[RequestId, Ticket]] = {}
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(tuple(self._tickets.values()))
+
+    def get(self, request_id: RequestId) -> Ticket | None:
+        """The ticket, if it has not ended."""
+        return self._tickets.get(request_id)
+
+    def add(self, ticket: Ticket) -> None:
+        """A new request."""
+        assert ticket.request_id not in self._tickets
+        self._tickets[ticket.request_id] = ticket
+        self._by_model.setdefault(ticket.model, {})[ticket.request_id] = ticket
+
+    def remove(self, ticket: Ticket) -> None:
+        """The request has ended."""
+        del self._tickets[ticket.request_id]
+        del self._by_model[ticket.model][ticket.request_id]
+
+    def of_model(self, model: ModelId) -> tuple[Ticket, ...]:
+        """A model's tickets in order of arrival here."""
+        return tuple(self._by_model.get(model, {}).values())
+
+    def of_gateway(self, gateway: GatewayId) -> tuple[Ticket, ...]:
+        """What one gateway has sent."""
+        return tuple(t for t in self._tickets.values() if t.gateway == gateway)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests outside of any engine."""
+        return sum(not ticket.is_running for ticket in self._tickets.values())

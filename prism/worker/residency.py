@@ -1,0 +1,238 @@
+"""Brings models onto the device and takes them off again.
+
+    COLD --want--> FETCHING --packed, slabs free--> LOADING --verified--> ACTIVE
+      ^               |                                |                    |
+      |               └──────────> FAILED <────────────┘                  evict
+      |                              | retry_at passes                      |
+      └──────────────────────────────┴───────────── EVICTING <──────────────┘
+
+All of it happens on the loop except loading and unloading themselves (loading.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from prism.engine.engine import Engine
+from prism.engine.kv_blocks import KvSpace
+from prism.engine.runner import Runner
+from prism.errors import PrismError
+from prism.memory.slabs import KvOwner, WeightsOwner
+from prism.messages import CommandDone, ResumedChoice, WeightsWanted
+from prism.models.decoder import Decoder
+from prism.models.rotary import rotary_table
+from prism.types import Bytes, ModelState, RequestId
+from prism.worker.device import Device
+from prism.worker.loading import Jobs, Load, Loaded, Unloaded, unload
+from prism.worker.models import Model, read_profile
+from prism.worker.outbox import Outbox
+from prism.worker.reclaimer import Reclaimer, slabs_to_activate
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Waits before a failed load is tried again."""
+
+
+class Listener(Protocol):
+    """What the owner of the requests does when a model's state changes."""
+
+    def model_failed(self, model: Model) -> None:
+        """Its waiting requests cannot be served now."""
+        ...
+
+    def requests_suspended(self, choices: dict[RequestId, list[ResumedChoice]]) -> None:
+        """Running requests have lost their place and wait again."""
+        ...
+
+
+class Residency:
+    """The only place where a model's `state` changes."""
+
+    def __init__(
+        self,
+        device: Device,
+        jobs: Jobs,
+        outbox: Outbox,
+        store: Path,
+        clock: Callable[[], float],
+        max_batch_size: int,
+    ) -> None:
+        self._device = device
+        self._jobs = jobs
+        self._outbox = outbox
+        self._store = store
+        self._clock = clock
+        self._max_batch_size = max_batch_size
+        self.worker_id = ""
+
+    # --- towards active -----------------------------------------------------------------------------
+
+    def want(self, model: Model) -> None:
+        """Somebody needs the model: start bringing it in, unless that is under way or has just failed."""
+        if model.state is ModelState.FAILED and self._clock() >= model.retry_at:
+            model.state = ModelState.COLD
+        if model.state is not ModelState.COLD:
+            return
+        try:
+            if model.profile is None:
+                model.profile = read_profile(model.config, self._device.slab_bytes)
+        except PrismError as error:
+            self.fail(model, error)
+            return
+        model.state = ModelState.FETCHING
+        model.load_started = self._clock()
+        self._outbox.to_agent(WeightsWanted(model=model.name))
+
+    def packed(self, model: Model) -> None:
+        """The agent has the weights in host memory."""
+        model.is_packed = True
+
+    def try_load(self, model: Model, reclaimer: Reclaimer, now: float) -> None:
+        """Start the load if there is room for the model, or ask others for room."""
+        if not model.is_waiting_for_slabs or not reclaimer.ensure_weights(model, now):
+            return
+        profile = model.profile
+        assert profile is not None
+        pool = self._device.pool
+        model.weight_slabs = pool.take(WeightsOwner(model.name), profile.weight_slabs)
+        model.kv = KvSpace(profile.kv)
+        for slab in pool.take(KvOwner(model.name), slabs_to_activate(model) - profile.weight_slabs):
+            model.kv.add_slab(slab)
+        try:
+            if model.arena is None:
+                model.arena = self._device.new_arena(profile.arena_bytes)
+        except PrismError as error:
+            self._release(model)
+            self.fail(model, error)
+            return
+        model.state = ModelState.LOADING
+        model.load = self._start_load(model)
+
+    def _start_load(self, model: Model) -> Load:
+        arena, profile = model.arena, model.profile
+        assert arena is not None and profile is not None
+        rotary = self._device.rotary_tensor(profile, arena)
+
+        def fill_rotary() -> None:
+            spec = profile.spec
+            rotary.copy_(rotary_table(spec.rope, spec.head_dim, spec.max_position))
+
+        load = Load(
+            model.name,
+            self._store,
+            arena,
+            tuple(self._device.pool.handle(slab) for slab in model.weight_slabs),
+            profile.weights.fingerprint,
+            self._device.arena_bytes(arena, Bytes(profile.weights.total_bytes)),
+            fill_rotary,
+            self._clock,
+        )
+        self._jobs.start(load.run)
+        return load
+
+    def loaded(self, model: Model, event: Loaded) -> None:
+        """The load has ended, well or not."""
+        model.load = None
+        if event.error is not None:
+            self._load_failed(model, event.error)
+            return
+        profile, arena, kv = model.profile, model.arena, model.kv
+        assert profile is not None and arena is not None and kv is not None
+        if model.engine is None:
+            decoder = Decoder(
+                profile.spec,
+                self._device.weight_tensors(profile, arena),
+                self._device.rotary_tensor(profile, arena),
+            )
+            runner = Runner(decoder, self._device.kernels, self._device.kv_view(profile.spec, profile.kv))
+            model.engine = Engine(
+                kv, runner, max_len=profile.spec.max_position, max_batch_size=self._max_batch_size
+            )
+        model.engine.attach(kv)
+        now = self._clock()
+        model.state = ModelState.ACTIVE
+        model.active_since = model.last_used = now
+        model.num_activations += 1
+        model.num_failures = 0
+        model.error = None
+        log.info(
+            "model %s active after %.3f s (copy %.3f s)", model.name, now - model.load_started, event.seconds
+        )
+        self._answer(model.load_commands, None)
+
+    def _load_failed(self, model: Model, error: Exception) -> None:
+        if model.arena is not None and not model.arena.is_empty:
+            # Still mapped: its slabs must not be given to anybody. Try to unmap until it works.
+            model.state = ModelState.EVICTING
+            model.error = str(error)
+            self._start_unload(model)
+            return
+        self._release(model)
+        self.fail(model, error)
+
+    def fail(self, model: Model, error: Exception) -> None:
+        """The model cannot be served now; a later want tries again."""
+        wait = RETRY_SECONDS[min(model.num_failures, len(RETRY_SECONDS) - 1)]
+        model.num_failures += 1
+        model.state = ModelState.FAILED
+        model.is_packed = False
+        model.is_wanted = False
+        model.error = str(error)
+        model.retry_at = self._clock() + wait
+        log.error("model %s cannot be loaded: %s", model.name, error)
+        self._answer(model.load_commands, model.error)
+
+    # --- towards cold -------------------------------------------------------------------------------
+
+    def evict(self, model: Model, reclaimer: Reclaimer, listener: Listener) -> None:
+        """Give up all memory of an active model. What it was running waits for its return."""
+        assert model.is_active and model.engine is not None
+        suspended = model.engine.suspend()
+        listener.requests_suspended(suspended)
+        reclaimer.release_kv(model)
+        model.kv = None
+        model.state = ModelState.EVICTING
+        model.is_wanted = False
+        log.info("model %s evicted", model.name)
+        self._start_unload(model)
+
+    def _start_unload(self, model: Model) -> None:
+        arena = model.arena
+        assert arena is not None
+        wait = self._device.wait_for_steps()
+        name = model.name
+        self._jobs.start(lambda: unload(name, arena, wait))
+
+    def unloaded(self, model: Model, event: Unloaded) -> None:
+        """The arena is unmapped, so its slabs are free; on an error it is tried again."""
+        if event.error is not None:
+            log.error("model %s could not be unmapped, trying again: %s", model.name, event.error)
+            self._start_unload(model)
+            return
+        self._release(model)
+        model.state = ModelState.COLD
+        model.is_packed = False
+        self._answer(model.evict_commands, None)
+
+    def _release(self, model: Model) -> None:
+        """Give back the slabs of a model whose arena is not mapped."""
+        pool = self._device.pool
+        if model.weight_slabs:
+            pool.give_back(WeightsOwner(model.name), model.weight_slabs, None)
+            model.weight_slabs = ()
+        if model.kv is not None:
+            owned = pool.owned(KvOwner(model.name))
+            if owned:
+                pool.give_back(KvOwner(model.name), owned, self._device.lane.stamp())
+            model.kv = None
+        lane = self._device.lane
+        pool.completed(lane.lane_id, lane.num_completed)
+
+    def _answer(self, commands: list[int], error: str | None) -> None:
+        for command in commands:
+            self._outbox.to_controller(CommandDone(command_id=command, worker=self.worker_id, error=error))
+        commands.clear()

@@ -1,0 +1,128 @@
+"""Random operations on block accounting keep its laws, and contents follow their blocks."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from prism.engine.kv_blocks import KvSpace, block_key
+from prism.engine.kv_layout import KvLayout
+from prism.types import Bytes, SlabId
+
+LAYOUT = KvLayout(
+    tokens_per_block=16, block_bytes=Bytes(3 * 1024), unit=Bytes(1024), slab_bytes=Bytes(16 * 1024)
+)
+
+
+class KvSpaceMachine(RuleBasedStateMachine):
+    """A model of the space: what each held block contains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv = KvSpace(LAYOUT)
+        self.next_slab = 0
+        self.held: list[list[int]] = []  # block tables
+        self.content: dict[int, bytes] = {}  # what was written where
+        self.serial = 0
+
+    @rule()
+    @precondition(lambda self: self.kv.num_slabs < 6)
+    def add_slab(self) -> None:
+        self.kv.add_slab(SlabId(self.next_slab))
+        self.next_slab += 1
+
+    @rule(count=st.integers(1, 7))
+    def allocate(self, count: int) -> None:
+        free = self.kv.num_free
+        blocks = self.kv.allocate(count)
+        assert (blocks is None) == (count > free)
+        if blocks is not None:
+            for block in blocks:
+                self.serial += 1
+                self.content[block] = b"%d" % self.serial
+            self.held.append(list(blocks))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.held)
+    def publish(self, data: st.DataObject) -> None:
+        table = data.draw(st.sampled_from(self.held))
+        for block in table:
+            self.kv.publish(block, b"key" + self.content[block])
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.held)
+    def release(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.held) - 1))
+        self.kv.release(self.held.pop(index))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.held)
+    def match(self, data: st.DataObject) -> None:
+        table = data.draw(st.sampled_from(self.held))
+        found = self.kv.match([b"key" + self.content[b] for b in table])
+        for block, expected in zip(found, table, strict=False):
+            assert self.content[block] == self.content[expected]
+        if found:
+            self.held.append(found)
+
+    @rule(count=st.integers(0, 9))
+    def drop(self, count: int) -> None:
+        cached = self.kv.num_cached
+        assert self.kv.drop_cached(count) == min(count, cached)
+
+    @rule()
+    def gather(self) -> None:
+        gatherable = self.kv.num_gatherable
+        gathered = self.kv.gather_slab()
+        assert (gathered is None) == (gatherable == 0)
+        if gathered is None:
+            return
+        copies = {target: self.content[source] for source, target in gathered.moves}
+        self.content.update(copies)
+        renamed = dict(gathered.moves)
+        self.held = [[renamed.get(block, block) for block in table] for table in self.held]
+        self.kv.remove_slab(gathered.slab)
+
+    @invariant()
+    def laws(self) -> None:
+        self.kv.check()
+        held = {block for table in self.held for block in table}
+        assert len(held) == self.kv.num_used
+
+
+TestKvSpace = KvSpaceMachine.TestCase
+TestKvSpace.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_least_recently_used_is_dropped_first() -> None:
+    kv = KvSpace(LAYOUT)
+    kv.add_slab(SlabId(0))
+    tables = []
+    for name in (b"old", b"new"):
+        (block,) = kv.allocate(1) or []
+        kv.publish(block, name)
+        tables.append(block)
+    for block in tables:
+        kv.release([block])
+    kv.drop_cached(1)
+    assert kv.match([b"old"]) == []
+    assert kv.match([b"new"]) == [tables[1]]
+
+
+def test_end_of_a_sequence_is_dropped_before_its_beginning() -> None:
+    kv = KvSpace(LAYOUT)
+    kv.add_slab(SlabId(0))
+    blocks = kv.allocate(3) or []
+    keys = [b"a", b"b", b"c"]
+    for block, key in zip(blocks, keys, strict=True):
+        kv.publish(block, key)
+    kv.release(blocks)
+    kv.drop_cached(1)
+    assert kv.match(keys) == blocks[:2]
+
+
+def test_key_depends_on_all_tokens_before() -> None:
+    first = block_key(b"", [1, 2])
+    assert block_key(first, [3]) != block_key(b"", [3])
+    assert block_key(b"", [1, 23]) != block_key(b"", [12, 3])

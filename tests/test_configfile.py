@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prism.config import Config
+from prism.configfile import config_schema, load_config, parse_config
+from prism.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    return tmp_path
+
+
+def problems(text: str, folder: Path) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, folder, {})
+    return caught.value.problems
+
+
+def test_annotated_example_shows_every_default() -> None:
+    raw = yaml.safe_load((ROOT / "examples/prism.yaml").read_text())
+    minimal = {"models": [{"name": raw["models"][0]["name"], "path": raw["models"][0]["path"]}]}
+    assert Config.model_validate(raw) == Config.model_validate(minimal)
+    assert set(raw) == set(Config.model_fields)
+    for name, field in Config.model_fields.items():
+        section = raw[name][0] if isinstance(raw[name], list) else raw[name]
+        default = Config.model_validate(minimal).__getattribute__(name)
+        shape = default[0] if isinstance(default, tuple) else default
+        assert set(section) == set(type(shape).model_fields), field
+
+
+def test_schema_file_is_current() -> None:
+    assert (ROOT / "examples/prism.schema.json").read_text() == config_schema()
+
+
+def test_every_problem_is_listed_at_once(folder: Path) -> None:
+    text = """
+models:
+  - {name: a, path: a, colour: red, slo: {ttft: 5 parsecs}}
+  - {name: "bad name", path: b}
+devices: [{slab: 3MiB}]
+server: {port: 99999}
+"""
+    found = problems(text, folder)
+    for field in ("models[0].colour", "models[0].slo.ttft", "models[1].name", "devices[0]", "server.port"):
+        assert any(problem.startswith(field) for problem in found), (field, found)
+
+
+def test_environment(folder: Path) -> None:
+    text = "models: [{name: a, path: '${env.DIR}'}]"
+    assert parse_config(text, folder, {"DIR": "b"}).models[0].path == str(folder / "b")
+    assert problems(text, folder) == ["models[0].path: environment variable DIR is not set"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("models: [", "not valid YAML"),
+        ("models: []", "models: Tuple should have at least 1 item"),
+        ("3", "must hold a mapping"),
+        ("models: [{name: a, path: nowhere}]", "holds no config.json"),
+        ("models: [{name: a, path: a}, {name: a, path: b}]", "names used twice: a"),
+        ("models: [{name: a, path: a}]\nmodels: []", "given twice"),
+        ("models: [{name: a, path: a, memory: {floor: 2, limit: 1}}]", "floor is larger than limit"),
+    ],
+)
+def test_mistakes(text: str, expected: str, folder: Path) -> None:
+    assert any(expected in problem for problem in problems(text, folder))
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(Path("/nowhere.yaml"))
+
+
+def test_placement_json_of_the_prototype(folder: Path) -> None:
+    entries = [
+        {
+            "model_name": "a",
+            "model_path": "a",
+            "tokenizer_path": "a",
+            "tp_size": 1,
+            "init_placements": [{"gpu_ids": [1], "on": True, "max_memory_pool_size": 2}],
+        },
+        {"model_name": "b", "model_path": "b", "init_placements": [{"gpu_ids": [0], "on": False}]},
+    ]
+    config = parse_config(json.dumps(entries), folder, {})
+    assert [(d.kind, d.index) for d in config.devices] == [("cuda", 0), ("cuda", 1)]
+    assert [(m.preload, m.memory.limit) for m in config.models] == [(True, 2 * 10**9), (False, None)]
+
+
+def test_placement_json_names_what_is_unsupported(folder: Path) -> None:
+    entries = [
+        {
+            "model_name": "a",
+            "model_path": "a",
+            "tp_size": 2,
+            "shape": 1,
+            "init_placements": [{"gpu_ids": [0, 1]}],
+        }
+    ]
+    found = problems(json.dumps(entries), folder)
+    for field in ("[0].tp_size", "[0].shape", "[0].init_placements[0].gpu_ids"):
+        assert any(problem.startswith(field) for problem in found)
