@@ -1,0 +1,50 @@
+"""Calls of the admin endpoints."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import httpx
+import typer
+
+LOAD_SECONDS = 150.0
+
+
+def fetch_models(admin: str) -> dict[str, Any]:
+    """What the server says of its devices and models."""
+    return _call("GET", admin, "/admin/models")
+
+
+def load_model(admin: str, name: str, pin: bool | None) -> None:
+    """Load a model and wait for it, with its progress on a terminal."""
+    from prism.cli.progress import show_progress
+
+    with show_progress(admin, name):
+        _call("POST", admin, f"/admin/models/{name}/load", {"pinned": pin})
+    typer.echo(f"{name} is active")
+
+
+def unload_model(admin: str, name: str) -> None:
+    """Evict a model."""
+    _call("POST", admin, f"/admin/models/{name}/unload")
+    typer.echo(f"{name} is unloaded")
+
+
+def _call(method: str, admin: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    try:
+        response = httpx.request(method, admin.rstrip("/") + path, json=body, timeout=LOAD_SECONDS)
+    except httpx.HTTPError as error:
+        _fail(f"no answer from {admin}: {error}")
+    try:
+        answer = response.json()
+    except ValueError:
+        _fail(f"{admin} is no Prism admin address (status {response.status_code})")
+    if response.status_code != 200:
+        _fail(answer.get("error", {}).get("message", f"status {response.status_code}"))
+    return dict(answer)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(1)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+
+from prism.errors import DriverError
+from prism.memory.arena import Arena
+from prism.memory.fake import FakeDriver
+from prism.memory.pool import SlabPool
+from prism.memory.slabs import WeightsOwner
+from prism.types import Bytes, ModelId
+
+SLAB = Bytes(8192)
+OWNER = WeightsOwner(ModelId("a"))
+
+
+@pytest.fixture
+def driver() -> FakeDriver:
+    return FakeDriver(Bytes(8 * SLAB), SLAB)
+
+
+@pytest.fixture
+def pool(driver: FakeDriver) -> SlabPool:
+    return SlabPool(driver, SLAB, num_slabs=4)
+
+
+def test_the_base_never_changes(driver: FakeDriver, pool: SlabPool) -> None:
+    arena = Arena(driver, Bytes(2 * SLAB + 1), SLAB)
+    assert arena.num_slabs == 3 and arena.size == 3 * SLAB
+    base = arena.base
+    handles = [pool.handle(slab) for slab in pool.take(OWNER, 3)]
+    for order in (handles, handles[::-1]):
+        arena.map(order)
+        assert arena.is_mapped and not arena.is_empty
+        arena.unmap()
+        assert arena.is_empty and arena.base == base
+    pool.give_back(OWNER, pool.owned(OWNER))
+    arena.close()
+    pool.close()
+    driver.close()
+
+
+def test_a_failed_map_leaves_nothing_mapped(driver: FakeDriver, pool: SlabPool) -> None:
+    arena = Arena(driver, Bytes(3 * SLAB), SLAB)
+    handles = [pool.handle(slab) for slab in pool.take(OWNER, 3)]
+    driver.faults.fail_next(3)
+    with pytest.raises(DriverError, match="map"):
+        arena.map(handles)
+    assert arena.is_empty
+    arena.map(handles)
+
+
+def test_when_even_the_rollback_fails_unmap_is_tried_again(driver: FakeDriver, pool: SlabPool) -> None:
+    arena = Arena(driver, Bytes(3 * SLAB), SLAB)
+    driver.faults.set({driver.faults.num_calls + 3, driver.faults.num_calls + 4})
+    with pytest.raises(DriverError, match="map failed"):
+        arena.map([pool.handle(slab) for slab in pool.take(OWNER, 3)])
+    assert not arena.is_empty and not arena.is_mapped
+    arena.unmap()
+    assert arena.is_empty
+
+
+def test_misuse_is_an_assertion(driver: FakeDriver, pool: SlabPool) -> None:
+    arena = Arena(driver, Bytes(2 * SLAB), SLAB)
+    handles = [pool.handle(slab) for slab in pool.take(OWNER, 2)]
+    with pytest.raises(AssertionError, match="1 slabs for 2"):
+        arena.map(handles[:1])
+    arena.map(handles)
+    with pytest.raises(AssertionError, match="already"):
+        arena.map(handles)

@@ -1,0 +1,200 @@
+"""A real worker in the test's own process: real memory, real models, no sockets, no threads, a manual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prism.attention.torch_kernels import TorchKernels
+from prism.config import Config
+from prism.memory.driver import Driver
+from prism.memory.host import HostDriver
+from prism.memory.pool import SlabPool
+from prism.memory.tensors import tensor_at
+from prism.messages import (
+    CancelChoice,
+    CommandDone,
+    Outputs,
+    Rejected,
+    Report,
+    Started,
+    Submit,
+    WeightsWanted,
+)
+from prism.types import Bytes, GatewayId, Incarnation, MiB, ModelId, SamplingParams, Slo, WorkerId
+from prism.weights.client import PackedWeights, pack_here
+from prism.weights.protocol import WeightSource
+from prism.worker.device import Device
+from prism.worker.loading import JobEvent
+from prism.worker.loop import Worker
+
+SLAB = Bytes(2 * MiB)
+GATEWAY = GatewayId("gateway-0.1")
+
+
+class QueuedJobs:
+    """Jobs run when the test pumps them."""
+
+    def __init__(self) -> None:
+        self.queue: list[Callable[[], JobEvent]] = []
+
+    def start(self, work: Callable[[], JobEvent]) -> None:
+        self.queue.append(work)
+
+
+class RecordingOutbox:
+    """Keeps what was sent."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, Started] = {}
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.finished: dict[tuple[str, int], str] = {}
+        self.rejected: dict[str, Rejected] = {}
+        self.wanted: list[str] = []
+        self.done: list[CommandDone] = []
+
+    def to_gateway(self, gateway: GatewayId, message: Started | Outputs | Rejected) -> None:
+        match message:
+            case Started():
+                self.started[message.request_id] = message
+            case Rejected():
+                assert message.request_id not in self.rejected
+                self.rejected[message.request_id] = message
+            case Outputs():
+                for item in message.items:
+                    key = (item.request_id, item.choice)
+                    tokens = self.tokens.setdefault(key, [])
+                    assert item.index == len(tokens), "a gap or a repetition"
+                    assert key not in self.finished, "a token after the end"
+                    tokens += item.token_ids
+                    if item.finish is not None:
+                        self.finished[key] = item.finish.value
+
+    def to_agent(self, message: WeightsWanted) -> None:
+        self.wanted.append(message.model)
+
+    def to_controller(self, message: CommandDone) -> None:
+        self.done.append(message)
+
+    def report(self, message: Report) -> None:
+        raise AssertionError("the loop itself sends no reports")
+
+
+class LocalWorker:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        models: dict[str, Path],
+        num_slabs: int,
+        driver: Driver | None = None,
+        model_options: dict[str, dict[str, Any]] | None = None,
+        **device: Any,
+    ) -> None:
+        options = model_options or {}
+        self.config = Config.model_validate(
+            {
+                "models": [{"name": n, "path": str(p)} | options.get(n, {}) for n, p in models.items()],
+                "devices": [{"memory": num_slabs * SLAB, "slab": SLAB} | device],
+            }
+        )
+        self.paths = models
+        self.now = 1000.0
+        self.jobs = QueuedJobs()
+        self.outbox = RecordingOutbox()
+        driver = driver or HostDriver(Bytes(num_slabs * SLAB))
+        pool = SlabPool(driver, SLAB, num_slabs)
+        self.device = Device(driver, pool, TorchKernels(torch.device("cpu")), "cpu:0")
+        self.poison()
+        self.worker = Worker(
+            self.config,
+            self.config.devices[0],
+            self.device,
+            outbox=self.outbox,
+            jobs=self.jobs,
+            fetch=self.fetch,
+            clock=lambda: self.now,
+            name=WorkerId("worker-0"),
+            incarnation=Incarnation(1),
+        )
+
+    def fetch(self, model: ModelId) -> PackedWeights:
+        """Packs on the spot."""
+        return pack_here(WeightSource(model=model, path=str(self.paths[model])))
+
+    def poison(self, slabs: Iterable[int] | None = None) -> None:
+        """Fill free slabs with NaN."""
+        for slab in self.device.pool.free_slabs() if slabs is None else slabs:
+            address = self.device.pool.address(slab)  # type: ignore[arg-type]
+            tensor_at(address, (SLAB // 4,), torch.float32, None, torch.device("cpu")).fill_(float("nan"))
+
+    def submit(
+        self, request_id: str, model: str, prompt: list[int], max_tokens: int = 64, **params: Any
+    ) -> None:
+        """A greedy request that has just arrived; each one is a little later than those before."""
+        settings = {"max_tokens": max_tokens, "temperature": 0.0, "seed": 0} | params
+        extra = {
+            k: settings.pop(k) for k in ("alone", "resumed", "attempt", "clip_max_tokens") if k in settings
+        }
+        self.now += 0.001
+        message = Submit(
+            **({"request_id": request_id, "attempt": 0} | extra),
+            model=model,
+            prompt=prompt,
+            params=SamplingParams(**settings),
+            slo=Slo(2.0, 0.2),
+            arrival=self.now,
+            latest_end=self.now + 600,
+        )
+        self.worker.on_submit(GATEWAY, message)
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        self.worker.on_cancel(GATEWAY, CancelChoice(request_id=request_id, attempt=0, choice=choice))
+
+    def pump(self) -> bool:
+        """One round of the loop with everything that came in; whether there is more to do."""
+        for model in self.outbox.wanted:
+            self.worker.on_packed(model)
+        self.outbox.wanted.clear()
+        if self.jobs.queue:
+            self.worker.on_job(self.jobs.queue.pop(0)())
+        more = self.worker.advance()
+        self.check()
+        self.now += 0.001
+        return more or bool(self.jobs.queue) or bool(self.outbox.wanted)
+
+    def run(self, rounds: int = 5000, until: Callable[[], bool] | None = None) -> None:
+        """Pump until idle, or until a condition holds."""
+        for _ in range(rounds):
+            more = self.pump()
+            if until is not None and until():
+                return
+            if not more and not len(self.worker.requests):
+                return
+            if not more:
+                self.now += 0.5  # nothing moves but timers
+        raise AssertionError("the worker does not come to rest")
+
+    def check(self) -> None:
+        """Conservation, everywhere."""
+        self.device.pool.check()
+        for model in self.worker.models.values():
+            if model.kv is not None:
+                model.kv.check()
+
+    def close(self) -> None:
+        """Give everything back; fails if the worker holds memory that nobody knows of."""
+        for model in self.worker.models.values():
+            model.is_wanted = False
+            if model.is_active:
+                self.worker._evict(model)
+        while self.jobs.queue:
+            self.worker.on_job(self.jobs.queue.pop(0)())
+        for model in self.worker.models.values():
+            if model.arena is not None:
+                model.arena.close()
+        assert self.device.pool.num_free == self.device.pool.num_slabs, self.device.pool.owners()
+        self.device.close()
