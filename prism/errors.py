@@ -60,6 +60,7 @@ class CheckpointError(PrismError):
     def __init__(self, message: str, *, file: str, tensor: str | None = None) -> None:
         place = file if tensor is None else f"{file}: {tensor}"
         super().__init__(f"{place}: {message}")
+        self.message = message
         self.file = file
         self.tensor = tensor
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from prism.errors import DriverError
 from prism.memory.driver import Driver, Handle, MemoryInfo
@@ -14,6 +15,7 @@ class FaultPlan:
 
     def __init__(self, fail_at: int | Collection[int] | None = None) -> None:
         self.num_calls = 0
+        self._is_paused = False
         self.set(fail_at)
 
     def set(self, fail_at: int | Collection[int] | None) -> None:
@@ -24,8 +26,19 @@ class FaultPlan:
         """Fail the `number`-th call from now."""
         self.set(self.num_calls + number)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls made inside are not counted and do not fail."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def count(self, call: str) -> None:
         """One more call; raises `DriverError` if it is to fail."""
+        if self._is_paused:
+            return
         self.num_calls += 1
         if self.num_calls in self._fail_at:
             raise DriverError(call, "injected")

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -93,6 +94,8 @@ def _write_checksums(buffer: NDArray[np.uint8], total: Bytes, threads: ThreadPoo
 def main() -> int:
     """Do the job given as the only argument; the exit status is 0 if the weights are packed."""
     job = msgspec.json.decode(sys.argv[1], type=protocol.PackJob)
+    with suppress(OSError):  # should memory run out all the same, the kernel ends a packer and no worker
+        Path("/proc/self/oom_score_adj").write_text("800")
     try:
         pack(job.source, job.fd, lambda done: _say(protocol.Progress(done_bytes=done)))
     except CheckpointError as error:

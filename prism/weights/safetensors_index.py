@@ -78,15 +78,18 @@ def locate(layout: Layout, tensors: Mapping[str, StoredTensor], directory: Path)
             stored = tensors.get(source.name) or tensors.get(source.name.removeprefix("model."))
             if stored is None:
                 raise CheckpointError("missing tensor", file=str(directory), tensor=source.name)
-            if stored.shape != source.shape:
-                raise _wrong(
-                    stored, f"shape {list(stored.shape)} does not fit config.json: {list(source.shape)}"
-                )
-            if stored.dtype not in _USABLE:
-                known = ", ".join(sorted(_USABLE))
-                raise _wrong(stored, f"dtype {stored.dtype} not supported; known: {known}")
-            found[source] = Located(stored, DType(stored.dtype))
+            found[source] = _usable(stored, source)
     return found
+
+
+def _usable(stored: StoredTensor, source: Source) -> Located:
+    if stored.shape != source.shape:
+        asked = list(source.shape)
+        raise _wrong(stored, f"has shape {list(stored.shape)}, config.json asks for {asked}")
+    if stored.dtype not in _USABLE:
+        known = ", ".join(sorted(_USABLE))
+        raise _wrong(stored, f"dtype {stored.dtype} not supported; known: {known}")
+    return Located(stored, DType(stored.dtype))
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -17,7 +16,7 @@ from prism.errors import CheckpointError, PrismError
 from prism.memory.arena import Arena
 from prism.memory.driver import Handle
 from prism.types import ModelId
-from prism.weights.client import fetch
+from prism.weights.client import PackedWeights
 from prism.weights.loader import LoadJob, LoadOutcome
 
 
@@ -41,6 +40,10 @@ class Unloaded:
 JobEvent = Loaded | Unloaded
 
 
+Fetch = Callable[[ModelId], PackedWeights]
+"""Borrows a model's packed weights from the host store. Raises `HostMemoryError`."""
+
+
 class Jobs(Protocol):
     """Runs functions beside the loop and hands their results back to it as events."""
 
@@ -62,7 +65,7 @@ class Load:
     def __init__(
         self,
         model: ModelId,
-        store: Path,
+        fetch: Fetch,
         arena: Arena,
         handles: tuple[Handle, ...],
         fingerprint: str,
@@ -71,7 +74,7 @@ class Load:
         clock: Callable[[], float],
     ) -> None:
         self._model = model
-        self._store = store
+        self._fetch = fetch
         self._arena = arena
         self._handles = handles
         self._fingerprint = fingerprint
@@ -103,7 +106,7 @@ class Load:
         return Loaded(self._model, self._clock() - begin, None)
 
     def _load(self) -> None:
-        with fetch(self._store, self._model) as packed:
+        with self._fetch(self._model) as packed:
             if packed.fingerprint != self._fingerprint:
                 raise CheckpointError("changed since the server started", file=str(self._model))
             self._arena.map(self._handles)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import assert_never
 
 from prism.config import Config, DeviceConfig, ModelConfig
@@ -35,7 +34,7 @@ from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelState, Reques
 from prism.worker import admission, turns
 from prism.worker.device import Device
 from prism.worker.entry import check_submit
-from prism.worker.loading import JobEvent, Jobs, Loaded, Unloaded
+from prism.worker.loading import Fetch, JobEvent, Jobs, Loaded, Unloaded
 from prism.worker.models import Model
 from prism.worker.outbox import Outbox
 from prism.worker.rate import CompletionRate
@@ -58,7 +57,7 @@ class Worker:
         *,
         outbox: Outbox,
         jobs: Jobs,
-        store: Path,
+        fetch: Fetch,
         clock: Callable[[], float],
         name: WorkerId,
         incarnation: Incarnation,
@@ -76,7 +75,7 @@ class Worker:
         self._clock = clock
         self._needs_admission = False
         self._rate = CompletionRate()
-        self.residency = Residency(device, jobs, outbox, store, clock, self.max_batch_size)
+        self.residency = Residency(device, jobs, outbox, fetch, clock, self.max_batch_size)
         self.residency.worker_id = name
         self.reclaimer = Reclaimer(device, self.models, self.requests, self._evict, self.limits.min_residency)
 

@@ -9,6 +9,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from prism.messages import (
 from prism.metrics import Metrics
 from prism.transport import Envelope
 from prism.types import GatewayId, Incarnation, WorkerId
+from prism.weights.client import fetch
 from prism.worker.device import open_device
 from prism.worker.gauges import Gauges
 from prism.worker.loading import JobEvent
@@ -221,7 +223,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
         device,
         outbox=sockets,
         jobs=jobs,
-        store=run_dir / "store.sock",
+        fetch=partial(fetch, run_dir / "store.sock"),
         clock=SystemClock().now,
         name=WorkerId(name),
         incarnation=Incarnation(incarnation),

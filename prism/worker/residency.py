@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 from prism.engine.engine import Engine
@@ -26,7 +25,7 @@ from prism.models.decoder import Decoder
 from prism.models.rotary import rotary_table
 from prism.types import Bytes, ModelState, RequestId
 from prism.worker.device import Device
-from prism.worker.loading import Jobs, Load, Loaded, Unloaded, unload
+from prism.worker.loading import Fetch, Jobs, Load, Loaded, Unloaded, unload
 from prism.worker.models import Model, read_profile
 from prism.worker.outbox import Outbox
 from prism.worker.reclaimer import Reclaimer, slabs_to_activate
@@ -57,14 +56,14 @@ class Residency:
         device: Device,
         jobs: Jobs,
         outbox: Outbox,
-        store: Path,
+        fetch: Fetch,
         clock: Callable[[], float],
         max_batch_size: int,
     ) -> None:
         self._device = device
         self._jobs = jobs
         self._outbox = outbox
-        self._store = store
+        self._fetch = fetch
         self._clock = clock
         self._max_batch_size = max_batch_size
         self.worker_id = ""
@@ -123,7 +122,7 @@ class Residency:
 
         load = Load(
             model.name,
-            self._store,
+            self._fetch,
             arena,
             tuple(self._device.pool.handle(slab) for slab in model.weight_slabs),
             profile.weights.fingerprint,

@@ -1,0 +1,154 @@
+"""The HTTP endpoints."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import uuid
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prism import __version__
+from prism.config import ModelConfig
+from prism.errors import ModelNotFound, RequestError, Unauthorized
+from prism.gateway.completions import complete
+from prism.gateway.errors import (
+    JsonResponse,
+    error_response,
+    internal_error,
+    on_http_exception,
+    on_request_error,
+)
+from prism.gateway.schema_chat import ChatRequest
+from prism.gateway.schema_completions import CompletionRequest
+from prism.gateway.service import Gateway
+from prism.types import ModelId
+
+log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def create_app(gateway: Gateway) -> ASGIApp:
+    """The application of one gateway."""
+    app = FastAPI(title="Prism", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_exception_handler(RequestError, on_request_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    _add_text(app, gateway)
+    _add_models(app, gateway)
+    _add_state(app, gateway)
+    return Envelope(app)
+
+
+def _add_text(app: FastAPI, gateway: Gateway) -> None:
+    guard = [Depends(KeyCheck(gateway.config.server.api_keys))]
+
+    @app.post("/v1/chat/completions", dependencies=guard, openapi_extra=_body(ChatRequest))
+    async def chat(http: Request) -> Response:
+        """Continue a conversation."""
+        return await complete(gateway, http, ChatRequest)
+
+    @app.post("/v1/completions", dependencies=guard, openapi_extra=_body(CompletionRequest))
+    async def completions(http: Request) -> Response:
+        """Continue text."""
+        return await complete(gateway, http, CompletionRequest)
+
+
+def _body(schema: type[ChatRequest] | type[CompletionRequest]) -> dict[str, Any]:
+    content = {"application/json": {"schema": schema.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _add_models(app: FastAPI, gateway: Gateway) -> None:
+    guard = [Depends(KeyCheck(gateway.config.server.api_keys))]
+    created = int(gateway.clock.now())
+
+    def entry(model: ModelConfig) -> dict[str, Any]:
+        return {"id": model.name, "object": "model", "created": created, "owned_by": "prism"}
+
+    @app.get("/v1/models", dependencies=guard)
+    async def models() -> Response:
+        """All configured models, loaded or not."""
+        return JsonResponse({"object": "list", "data": [entry(model) for model in gateway.config.models]})
+
+    @app.get("/v1/models/{name:path}", dependencies=guard)
+    async def model(name: str) -> Response:
+        """One of them; names may contain slashes."""
+        if (found := gateway.config.model(name)) is None:
+            raise ModelNotFound(f"The model {name!r} does not exist", param="model")
+        return JsonResponse(entry(found))
+
+
+def _add_state(app: FastAPI, gateway: Gateway) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """200 once requests can be served."""
+        failures = {name: gateway.text_models.failure(ModelId(name)) for name in gateway.text_models.names}
+        body = {
+            "status": "ok" if gateway.is_ready else "stopping" if gateway.is_stopping else "starting",
+            "version": __version__,
+            "workers": sorted(gateway.dispatcher.routing.workers),
+            "unavailable_models": {name: reason for name, reason in failures.items() if reason},
+        }
+        return JsonResponse(body, 200 if gateway.is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format, of all processes."""
+        return Response(gateway.metrics.text(), media_type=_CONTENT_TYPE)
+
+
+class KeyCheck:
+    """Refuses requests without a known key, in a time that tells nothing about the keys."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, http: Request) -> None:
+        """Raises `Unauthorized`."""
+        if not self._keys:
+            return
+        scheme, _, given = http.headers.get("authorization", "").partition(" ")
+        data = given.strip().encode("latin-1")
+        known = [hmac.compare_digest(data, key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(known):
+            raise Unauthorized("no valid API key; send it as Authorization: Bearer <key>")
+
+
+class Envelope:
+    """Around everything: a request id, the client's own if it is a sane one, and an answer even to a bug."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Request(scope).headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        has_begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except Exception:
+            log.exception("internal error", extra={"request_id": request_id, "path": scope["path"]})
+            if not has_begun:
+                await error_response(internal_error())(scope, receive, sending)

@@ -1,0 +1,120 @@
+"""Which worker gets a request; pure.
+
+The controller says which workers may serve a model, the agent which are alive, and the workers how they
+fare. Each of them may be away for a while: what was heard last goes on to count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from prism.gateway.requests import Placement
+from prism.messages import ModelReport, Report, Routes
+from prism.types import Incarnation, ModelId, ModelState, WorkerId
+
+LOAD_STEP = 8
+"""Loads that differ by less are equal: then the prompt's beginning decides, for the prefix cache."""
+PREFIX_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One worker that may serve a model."""
+
+    placement: Placement
+    is_active: bool
+    """The model is in device memory there."""
+    load: int
+    """Requests there: what its report says, and what was sent from here since."""
+
+
+def choose(candidates: tuple[Candidate, ...], prompt: list[int]) -> Placement | None:
+    """The worker for a prompt, or None if there is none.
+
+    1. One that has the model in memory.
+    2. The least loaded, in steps of `LOAD_STEP`.
+    3. The one to which the first tokens of the prompt are bound by hash (rendezvous).
+    """
+    prefix = ",".join(map(str, prompt[:PREFIX_TOKENS]))
+    best = min(
+        candidates,
+        key=lambda c: (not c.is_active, c.load // LOAD_STEP, _affinity(prefix, c.placement.worker)),
+        default=None,
+    )
+    return None if best is None else best.placement
+
+
+def _affinity(prefix: str, worker: WorkerId) -> bytes:
+    return blake2b(f"{worker}/{prefix}".encode(), digest_size=8).digest()
+
+
+class Routing:
+    """The table, who is up, and the latest reports."""
+
+    def __init__(self) -> None:
+        self._version = (-1, -1)
+        self._routes: dict[ModelId, tuple[WorkerId, ...]] = {}
+        self._up: dict[WorkerId, Incarnation] = {}
+        self._reports: dict[WorkerId, dict[ModelId, ModelReport]] = {}
+        self._sent: dict[WorkerId, int] = {}
+
+    @property
+    def is_usable(self) -> bool:
+        """A table has come and a worker is up."""
+        return self._version >= (0, 0) and bool(self._up)
+
+    @property
+    def workers(self) -> dict[WorkerId, Incarnation]:
+        """All workers that are up."""
+        return dict(self._up)
+
+    def update(self, routes: Routes) -> bool:
+        """Take a newer table; False for one that is not newer."""
+        version = (routes.epoch, routes.version)
+        if version <= self._version:
+            return False
+        self._version = version
+        self._routes = {
+            ModelId(route.model): tuple(WorkerId(worker) for worker in route.workers)
+            for route in routes.routes
+        }
+        return True
+
+    def worker_up(self, placement: Placement) -> None:
+        """A worker can be sent requests."""
+        self._up[placement.worker] = placement.incarnation
+
+    def worker_ended(self, placement: Placement) -> None:
+        """It cannot any more; what it reported is void."""
+        if self._up.get(placement.worker) == placement.incarnation:
+            del self._up[placement.worker]
+            self._reports.pop(placement.worker, None)
+            self._sent.pop(placement.worker, None)
+
+    def report(self, report: Report) -> None:
+        """A worker's latest state."""
+        worker = WorkerId(report.worker)
+        if self._up.get(worker) == report.incarnation:
+            self._reports[worker] = {ModelId(model.model): model for model in report.models}
+            self._sent[worker] = 0
+
+    def sent(self, placement: Placement) -> None:
+        """A request is on its way there; the next report will count it."""
+        self._sent[placement.worker] = self._sent.get(placement.worker, 0) + 1
+
+    def candidates(self, model: ModelId) -> tuple[Candidate, ...]:
+        """The workers that are routed and up."""
+        found = []
+        for worker in self._routes.get(model, ()):
+            if (incarnation := self._up.get(worker)) is not None:
+                reports = self._reports.get(worker, {})
+                load = sum(each.num_running + each.num_waiting for each in reports.values())
+                is_active = model in reports and reports[model].state is ModelState.ACTIVE
+                load += self._sent.get(worker, 0)
+                found.append(Candidate(Placement(worker, incarnation), is_active, load))
+        return tuple(found)
+
+    def states(self, model: ModelId) -> tuple[ModelState, ...]:
+        """What the workers say of a model."""
+        return tuple(models[model].state for models in self._reports.values() if model in models)

@@ -1,0 +1,157 @@
+"""The gateway as a whole, without HTTP: what the endpoints and the links share, its timers and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import assert_never
+
+from prism.clock import Clock
+from prism.config import Config
+from prism.errors import Overloaded, Unavailable
+from prism.gateway.dispatcher import Dispatcher
+from prism.gateway.ports import Links, Sink
+from prism.gateway.requests import Placement, Request
+from prism.gateway.tokenizers import TextModels
+from prism.messages import Outputs, Rejected, Report, Routes, Started
+from prism.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+NUM_THREADS = 4
+
+
+class Gateway:
+    """One gateway process. Everything but the threads that read and tokenise happens on one event loop."""
+
+    def __init__(self, config: Config, links: Links, clock: Clock, metrics: Metrics) -> None:
+        self.config = config
+        self.clock = clock
+        self.metrics = metrics
+        self.executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
+        self.text_models = TextModels(config, self.executor)
+        self.dispatcher = Dispatcher(links, config.limits.max_queue)
+        self.is_stopping = False
+        self._num_http = 0
+        self._num_arriving = 0
+        self._http_done = asyncio.Event()
+        self._wake = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        """Requests can be served: routes are known and a worker is up."""
+        return self.dispatcher.routing.is_usable and not self.is_stopping
+
+    # --- HTTP requests ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def http_request(self) -> Iterator[None]:
+        """Counts a request from its head to the last byte of its answer."""
+        if self.is_stopping:
+            raise Unavailable("the server is shutting down", retry_after=5)
+        self._num_http += 1
+        try:
+            yield
+        finally:
+            self.http_ended()
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """Bounds how many requests are read and tokenised at a time."""
+        if self._num_arriving >= self.config.limits.max_queue:
+            raise Overloaded(f"{self._num_arriving} requests arrive already", retry_after=1)
+        self._num_arriving += 1
+        try:
+            yield
+        finally:
+            self._num_arriving -= 1
+
+    def http_begun(self) -> None:
+        """A stream outlives its handler."""
+        self._num_http += 1
+
+    def http_ended(self) -> None:
+        """One less to wait for."""
+        self._num_http -= 1
+        if self._num_http == 0:
+            self._http_done.set()
+
+    def open(self, request: Request, sink: Sink) -> None:
+        """Take a request; its sink hears its end."""
+        self.dispatcher.open(request, sink, self.clock.now())
+        if request.placement is None:
+            self._wake.set()
+
+    def cancel(self, request: Request) -> None:
+        """Its client has gone."""
+        self.dispatcher.cancel(request.request_id, self.clock.now())
+
+    # --- other processes --------------------------------------------------------------------------------
+
+    def on_worker_up(self, placement: Placement) -> None:
+        """A worker listens."""
+        self.dispatcher.on_worker_up(placement, self.clock.now())
+        self._wake.set()
+
+    def on_worker_ended(self, placement: Placement) -> None:
+        """A worker has ended."""
+        self.dispatcher.on_worker_ended(placement, self.clock.now())
+        self._wake.set()
+
+    def on_controller_up(self) -> None:
+        """A new controller."""
+        self.dispatcher.on_controller_up(self.clock.now())
+
+    def on_routes(self, routes: Routes) -> None:
+        """A routing table."""
+        self.dispatcher.on_routes(routes, self.clock.now())
+        self._wake.set()
+
+    def on_worker_message(self, placement: Placement, message: Outputs | Started | Rejected | Report) -> None:
+        """What a worker says."""
+        now = self.clock.now()
+        match message:
+            case Outputs():
+                self.dispatcher.on_outputs(placement, message, now)
+            case Started():
+                self.dispatcher.on_started(placement, message, now)
+            case Rejected():
+                self.dispatcher.on_rejected(placement, message, now)
+            case Report():
+                self.dispatcher.on_report(message)
+            case _:
+                assert_never(message)
+
+    # --- time -------------------------------------------------------------------------------------------
+
+    async def run_timers(self) -> None:
+        """End what is late and send what may be sent, until cancelled."""
+        while True:
+            self._wake.clear()
+            until = self.dispatcher.tick(self.clock.now())
+            held = self.dispatcher.num_held()
+            for name in self.text_models.names:
+                self.metrics.num_requests_waiting.labels(name).set(held.get(name, 0))
+            await self.clock.wait(self._wake, until)
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new requests, let running ones end within `grace` seconds, then end the rest."""
+        if self.is_stopping:
+            return
+        self.is_stopping = True
+        log.info("stopping, %d requests run", self._num_http)
+        if self._num_http:
+            await self._wait_done(self.clock.now() + grace)
+        self.dispatcher.fail_all(Unavailable("the server is shutting down", retry_after=5), self.clock.now())
+
+    async def _wait_done(self, until: float) -> None:
+        while self._num_http and self.clock.now() < until:
+            self._http_done.clear()
+            await self.clock.wait(self._http_done, until)
+
+    def close(self) -> None:
+        """The threads end once they are idle."""
+        self.executor.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,95 @@
+"""From the dispatcher to the HTTP response: sinks that feed one mailbox per HTTP request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from prism.gateway.observer import Observer
+from prism.gateway.requests import Accepted, Ending, Failed, Finished
+from prism.gateway.texts import ChoiceText, Piece
+from prism.gateway.tokenizers import TextModel
+from prism.messages import Started
+from prism.types import FinishReason
+
+
+class Mailbox:
+    """Pieces in the order in which they came, until all prompts of an HTTP request have ended."""
+
+    def __init__(self, num_requests: int) -> None:
+        self._num_open = num_requests
+        self._items: deque[Piece | Failed] = deque()
+        self._wake = asyncio.Event()
+
+    def put(self, item: Piece | Failed | Finished) -> None:
+        """Called by sinks."""
+        if not isinstance(item, Piece):
+            self._num_open -= 1
+        if not isinstance(item, Finished):
+            self._items.append(item)
+        self._wake.set()
+
+    async def pieces(self) -> AsyncIterator[Piece | Failed]:
+        """Everything; a failure is the last item."""
+        while self._items or self._num_open:
+            if not self._items:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            item = self._items.popleft()
+            yield item
+            if isinstance(item, Failed):
+                return
+
+
+class Stream:
+    """The sink of one prompt: its choices' texts, its usage, its measurements."""
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        model: TextModel,
+        observer: Observer,
+        choices: range,
+        stops: tuple[str, ...],
+    ) -> None:
+        self._mailbox = mailbox
+        self._observer = observer
+        self._choices = [ChoiceText(model, choice, stops) for choice in choices]
+        self.cached_tokens = 0
+        self._is_started = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens of all choices."""
+        return sum(choice.num_tokens for choice in self._choices)
+
+    def started(self, message: Started, now: float) -> None:
+        """Cached tokens are those of the first attempt: later ones find what it left behind."""
+        if not self._is_started:
+            self._is_started = True
+            self.cached_tokens = message.cached_tokens
+            self._observer.started(message.queue_seconds, now)
+
+    def tokens(self, accepted: Accepted, now: float) -> FinishReason | None:
+        """Text goes on; the finish reason counts stop strings in."""
+        choice = self._choices[accepted.choice]
+        before = choice.num_tokens
+        piece = choice.push(accepted)
+        self._observer.tokens(accepted.choice, choice.num_tokens - before, now)
+        if piece is None:
+            return None
+        self._mailbox.put(piece)
+        if piece.finish is not None:
+            self._observer.finished(piece.finish)
+        return piece.finish
+
+    def resubmitted(self) -> None:
+        """The client notices nothing but a pause."""
+        self._observer.resubmitted()
+
+    def ended(self, ending: Ending, now: float) -> None:
+        """The one end."""
+        self._observer.ended(ending, now)
+        self._mailbox.put(ending)

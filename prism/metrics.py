@@ -1,0 +1,98 @@
+"""All Prometheus metrics, declared once and used by every process.
+
+Names are vLLM's with the prefix `prism:`, so that dashboards carry over. When the agent sets
+PROMETHEUS_MULTIPROC_DIR before a process starts, all processes write to files in that folder and any
+gateway's /metrics shows the sum of all; without it a process shows its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+
+_MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
+_TTFT = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 0.8, 2, 5)
+_LONG = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """Every metric as an attribute. `model_name` is a label of all that concern one model."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._declare_engine()
+        self._declare_requests()
+        self._declare_cluster()
+
+    def _declare_engine(self) -> None:
+        """Written by workers; gateways add what they hold for want of a worker to the waiting."""
+        self.num_requests_running = self._gauge("num_requests_running", "Requests in engines", "livesum")
+        self.num_requests_waiting = self._gauge("num_requests_waiting", "Requests that wait", "livesum")
+        self.kv_cache_usage_perc = self._gauge(
+            "kv_cache_usage_perc", "Share of a model's KV blocks in use; 1 is full", "livemax"
+        )
+        self.prefix_cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up")
+        self.prefix_cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found")
+        self.num_preemptions = self._counter("num_preemptions", "Sequences that gave their KV up")
+
+    def _declare_requests(self) -> None:
+        """Written by gateways."""
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that started")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self.request_success = self._counter("request_success", "Choices finished", "finished_reason")
+        self.request_failure = self._counter("request_failure", "Requests failed", "code")
+        self.time_to_first_token_seconds = self._histogram("time_to_first_token_seconds", _TTFT)
+        self.inter_token_latency_seconds = self._histogram("inter_token_latency_seconds", _TOKEN)
+        self.e2e_request_latency_seconds = self._histogram("e2e_request_latency_seconds", _LONG)
+        self.request_queue_time_seconds = self._histogram("request_queue_time_seconds", _LONG)
+        self.request_prefill_time_seconds = self._histogram("request_prefill_time_seconds", _LONG)
+        self.request_decode_time_seconds = self._histogram("request_decode_time_seconds", _LONG)
+        self.resubmissions = self._counter("resubmissions", "Requests sent again after a worker had died")
+
+    def _declare_cluster(self) -> None:
+        """Written by workers (slabs, activations, evictions) and the agent (restarts)."""
+        self.slabs = Gauge(
+            "prism:slabs",
+            "Slabs by owner: free, retiring, weights, kv, workspace",
+            ("owner", "model", "worker"),
+            registry=self._registry,
+            multiprocess_mode="livesum",
+        )
+        self.activations = self._counter("activations", "Models brought into device memory")
+        self.activation_seconds = self._histogram("activation_seconds", _LONG)
+        self.evictions = self._counter("evictions", "Models whose weights gave way")
+        self.worker_restarts = Counter(
+            "prism:worker_restarts", "Workers started again", ("worker",), registry=self._registry
+        )
+
+    def _gauge(self, name: str, text: str, mode: str) -> Gauge:
+        return Gauge(
+            f"prism:{name}",
+            text,
+            ("model_name",),
+            registry=self._registry,
+            multiprocess_mode=mode,  # type: ignore[arg-type]  # a Literal in the library
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"prism:{name}", text, ("model_name", *labels), registry=self._registry)
+
+    def _histogram(self, name: str, buckets: tuple[float, ...]) -> Histogram:
+        text = name.replace("_", " ").capitalize()
+        return Histogram(f"prism:{name}", text, ("model_name",), registry=self._registry, buckets=buckets)
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format: of all processes, or of this one alone."""
+        if _MULTIPROC not in os.environ:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+
+def forget_process(pid: int) -> None:
+    """Drop the gauges of a process that has ended; the agent calls it for each child."""
+    if _MULTIPROC in os.environ:
+        multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]

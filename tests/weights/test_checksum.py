@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from prism.types import Bytes
+from prism.weights.checksum import CHUNK_BYTES, checksum, factors, num_chunks, table_bytes
+from prism.weights.torch_checksum import torch_checksums, torch_factors
+
+FACTORS = factors()
+CHUNK = np.random.default_rng(0).integers(0, 256, CHUNK_BYTES, np.uint8)
+
+
+def of_all(data: NDArray[np.uint8]) -> list[int]:
+    return [checksum(data[i : i + CHUNK_BYTES], FACTORS) for i in range(0, len(data), CHUNK_BYTES)]
+
+
+def test_it_is_what_it_says() -> None:
+    words = CHUNK[:800].view(np.uint64)
+    assert checksum(CHUNK[:800], FACTORS) == sum(int(w) * (2 * i + 1) for i, w in enumerate(words)) % 2**64
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, CHUNK_BYTES - 1), st.integers(1, 255))
+def test_any_changed_byte_is_noticed(place: int, change: int) -> None:
+    whole = checksum(CHUNK, FACTORS)
+    CHUNK[place] ^= change
+    try:
+        assert checksum(CHUNK, FACTORS) != whole
+    finally:
+        CHUNK[place] ^= change
+
+
+@given(st.integers(0, 511), st.integers(0, 63))
+def test_any_changed_bit_is_noticed_in_the_simplest_data_too(place: int, bit: int) -> None:
+    words = np.zeros(512, np.uint64)
+    words[place] = np.uint64(1) << np.uint64(bit)
+    assert checksum(words.view(np.uint8), FACTORS) != 0
+
+
+def test_exchanged_and_moved_words_are_noticed() -> None:
+    words = CHUNK.view(np.uint64)[:1000].copy()
+    whole = checksum(words.view(np.uint8), FACTORS)
+    exchanged = words.copy()
+    exchanged[[3, 700]] = words[[700, 3]]
+    for changed in (exchanged, np.roll(words, 1)):
+        assert checksum(changed.view(np.uint8), FACTORS) != whole
+
+
+@pytest.mark.parametrize("size", [8, 256, CHUNK_BYTES - 8, CHUNK_BYTES, CHUNK_BYTES + 256, 3 * CHUNK_BYTES])
+def test_torch_computes_the_same(size: int) -> None:
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    sums = torch.zeros(num_chunks(Bytes(size)), dtype=torch.int64)
+    torch_checksums(torch.from_numpy(data), torch_factors(torch.device("cpu")), sums)
+    assert [value % 2**64 for value in sums.tolist()] == of_all(data)
+
+
+def test_the_table_has_a_word_per_chunk() -> None:
+    assert [table_bytes(Bytes(n)) for n in (1, CHUNK_BYTES, CHUNK_BYTES + 1)] == [8, 8, 16]

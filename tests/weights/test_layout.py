@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prism.modelspec import ModelSpec, RopeScaling
+from prism.types import DType
+from prism.weights.layout import ALIGNMENT, plan_layout
+
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    norm_eps=1e-6,
+    rope=RopeScaling(theta=10000.0),
+    max_position=128,
+    tied_embeddings=False,
+    attention_bias=False,
+    output_bias=False,
+    qk_norm=False,
+    dtype=DType.BF16,
+    eos_token_ids=(),
+    bos_token_id=None,
+    default_sampling={},
+)
+
+specs = st.builds(
+    replace,
+    st.just(SPEC),
+    vocab_size=st.integers(1, 300),
+    num_layers=st.integers(1, 4),
+    intermediate_size=st.integers(1, 200),
+    head_dim=st.sampled_from([8, 24, 128]),
+    tied_embeddings=st.booleans(),
+    attention_bias=st.booleans(),
+    output_bias=st.booleans(),
+    qk_norm=st.booleans(),
+    dtype=st.sampled_from(list(DType)),
+)
+
+
+def test_a_plain_model_has_these_entries_in_this_order() -> None:
+    entries = plan_layout(replace(SPEC, num_layers=1)).entries
+    assert [(entry.name, entry.shape) for entry in entries] == [
+        ("embed", (96, 32)),
+        ("layers.0.input_norm", (32,)),
+        ("layers.0.qkv", (64, 32)),
+        ("layers.0.o", (32, 32)),
+        ("layers.0.post_norm", (32,)),
+        ("layers.0.gate_up", (96, 32)),
+        ("layers.0.down", (32, 48)),
+        ("norm", (32,)),
+        ("lm_head", (96, 32)),
+    ]
+
+
+def test_a_model_with_everything_has_these_entries_in_a_layer() -> None:
+    spec = replace(
+        SPEC, attention_bias=True, output_bias=True, qk_norm=True, tied_embeddings=True, head_dim=24
+    )
+    layout = plan_layout(spec)
+    shapes = {e.name.removeprefix("layers.1."): e.shape for e in layout.entries if "layers.1." in e.name}
+    assert list(shapes.items()) == [
+        ("input_norm", (32,)),
+        ("qkv", (192, 32)),
+        ("qkv_bias", (192,)),
+        ("q_norm", (24,)),
+        ("k_norm", (24,)),
+        ("o", (32, 96)),
+        ("o_bias", (32,)),
+        ("post_norm", (32,)),
+        ("gate_up", (96, 32)),
+        ("down", (32, 48)),
+    ]
+    assert layout.entries[-1].name == "norm"
+
+
+@given(specs)
+def test_entries_are_aligned_in_order_and_apart(spec: ModelSpec) -> None:
+    layout = plan_layout(spec)
+    end = 0
+    for entry in layout.entries:
+        assert entry.offset % ALIGNMENT == 0
+        assert end <= entry.offset < end + ALIGNMENT
+        assert entry.dtype is spec.dtype
+        assert sum(source.shape[0] for source in entry.sources) == entry.shape[0]
+        assert all(source.shape[1:] == entry.shape[1:] for source in entry.sources)
+        end = entry.offset + entry.size
+    assert layout.total_bytes == -(-end // ALIGNMENT) * ALIGNMENT
+
+
+@given(specs)
+def test_a_group_is_complete_where_its_last_entry_ends(spec: ModelSpec) -> None:
+    layout = plan_layout(spec)
+    assert len(layout.group_ends) == spec.num_layers + 2
+    names = ["embed", *(f"layers.{i}.down" for i in range(spec.num_layers)), layout.entries[-1].name]
+    ends = {entry.name: entry.offset + entry.size for entry in layout.entries}
+    for name, group_end in zip(names, layout.group_ends, strict=True):
+        assert 0 <= group_end - ends[name] < ALIGNMENT
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": DType.F16}, {"num_heads": 2}, {"qk_norm": True}, {"tied_embeddings": True}]
+)
+def test_different_layouts_have_different_fingerprints(change: dict[str, object]) -> None:
+    assert plan_layout(SPEC).fingerprint == plan_layout(replace(SPEC, norm_eps=1.0)).fingerprint
+    assert plan_layout(SPEC).fingerprint != plan_layout(replace(SPEC, **change)).fingerprint  # type: ignore[arg-type]

@@ -1,0 +1,209 @@
+"""The worker's loop: ends, limits, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prism.memory.failing import FailingDriver
+from prism.memory.host import HostDriver
+from prism.messages import Activate, Evict, ResumedChoice
+from prism.types import Bytes, ModelState
+from tests.support.checkpoints import make_model, prompts, reference, save
+from tests.support.local_worker import GATEWAY, SLAB, LocalWorker
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save(make_model(name, seed=i), folder / name) for i, name in enumerate(("llama", "qwen3"))}
+
+
+@pytest.fixture
+def start(paths: dict[str, Path]) -> Iterator[Any]:
+    workers: list[LocalWorker] = []
+
+    def make(*names: str, num_slabs: int = 8, **options: Any) -> LocalWorker:
+        workers.append(LocalWorker({name: paths[name] for name in names}, num_slabs, **options))
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.close()
+
+
+def code(local: LocalWorker, request_id: str) -> tuple[int, str | None]:
+    error = local.outbox.rejected[request_id].error
+    return error.status, error.param
+
+
+def test_unknown_model_and_too_long_prompts_are_refused_at_once(start: Any) -> None:
+    local = start("llama")
+    local.submit("a", "nothing", [1])
+    local.submit("first", "llama", [1], max_tokens=1)
+    local.submit("b", "llama", [1] * 512)
+    local.submit("c", "llama", [1] * 500, max_tokens=20)
+    local.submit("d", "llama", [1, 99999])
+    assert code(local, "a") == (404, "model")
+    assert code(local, "b") == (400, "prompt")
+    assert code(local, "c") == (400, "max_tokens")
+    assert code(local, "d") == (400, "prompt")
+    local.run()
+
+
+def test_default_max_tokens_shrinks_to_what_memory_holds(start: Any) -> None:
+    local = start("llama", num_slabs=2)
+    local.worker.models["llama"].kv_limit = 1
+    local.submit("warm", "llama", [1], max_tokens=1)
+    local.run()
+    local.submit("r", "llama", [1] * 500, max_tokens=10**6, clip_max_tokens=True)
+    local.run()
+    assert local.outbox.finished["r", 0] == "length"
+    assert len(local.outbox.tokens["r", 0]) == 12
+
+
+def test_a_full_queue_refuses_with_a_time(start: Any) -> None:
+    local = start("llama")
+    local.worker.limits = local.worker.limits.model_copy(update={"max_queue": 3})
+    for i in range(5):
+        local.submit(str(i), "llama", [1], max_tokens=2)
+    assert {name for name in local.outbox.rejected} == {"3", "4"}
+    error = local.outbox.rejected["3"].error
+    assert error.status == 429 and error.retry_after is not None
+    local.run()
+    assert len(local.outbox.finished) == 3
+
+
+def test_waiting_has_an_end(start: Any) -> None:
+    """The weights never come: the request ends all the same."""
+    local = start("llama")
+    local.submit("r", "llama", [1])
+    local.outbox.wanted.clear()
+    local.now += local.worker.limits.max_wait
+    local.pump()
+    assert code(local, "r") == (429, None)
+    local.worker.on_packed("llama")
+
+
+def test_cancel_frees_everything_but_the_cache(start: Any) -> None:
+    local = start("llama")
+    local.submit("r", "llama", prompts(1, 90)[0], n=2)
+    local.run(until=lambda: len(local.outbox.tokens.get(("r", 1), [])) > 3)
+    local.cancel("r", choice=0)
+    local.run(until=lambda: len(local.outbox.tokens["r", 1]) > 10)
+    local.cancel("r")
+    kv = local.worker.models["llama"].kv
+    assert kv is not None and kv.num_used == 0
+    assert len(local.worker.requests) == 0
+    assert not local.outbox.finished
+
+
+def test_a_gateway_that_ends_takes_its_requests_along(start: Any) -> None:
+    local = start("llama")
+    for i in range(4):
+        local.submit(str(i), "llama", [i + 1] * 5)
+    local.run(until=lambda: len(local.outbox.tokens) == 4)
+    local.worker.on_gateway_ended(GATEWAY)
+    assert len(local.worker.requests) == 0
+    assert local.worker.advance() is False
+
+
+def test_resumed_tokens_continue_the_text(start: Any, paths: dict[str, Path]) -> None:
+    model = make_model("llama", seed=0)
+    prompt = prompts(1, 50)[0]
+    whole = reference(model, prompt, 64)
+    local = start("llama")
+    resumed = [ResumedChoice(choice=0, token_ids=whole[:20], finished=False)]
+    local.outbox.tokens["r", 0] = list(whole[:20])
+    local.submit("r", "llama", prompt, resumed=resumed, attempt=1)
+    local.run()
+    assert local.outbox.tokens["r", 0] == whole
+
+
+def test_an_idle_model_holds_one_slab_beyond_its_cache(start: Any) -> None:
+    local = start("llama", num_slabs=12)
+    for i, prompt in enumerate(prompts(60, 300, seed=3)):
+        local.submit(str(i), "llama", prompt, max_tokens=20)
+    local.run()
+    kv = local.worker.models["llama"].kv
+    assert kv is not None
+    cached = kv.num_cached * kv.layout.block_bytes
+    assert kv.num_slabs * SLAB <= -(-cached // SLAB) * SLAB + SLAB
+
+
+def test_a_suspect_runs_alone(start: Any) -> None:
+    local = start("llama", "qwen3")
+    local.submit("warm", "llama", [1], max_tokens=1)
+    local.run()
+    local.submit("before", "qwen3", [1, 2], max_tokens=30)
+    local.run(until=lambda: ("before", 0) in local.outbox.tokens)
+    local.submit("suspect", "llama", [3, 4], alone=True, max_tokens=30)
+    local.submit("after", "qwen3", [5, 6], max_tokens=5)
+    local.run(until=lambda: ("suspect", 0) in local.outbox.tokens)
+    assert ("before", 0) in local.outbox.finished
+    assert ("after", 0) not in local.outbox.tokens
+    local.run()
+    assert {("suspect", 0), ("after", 0)} <= set(local.outbox.finished)
+
+
+def test_commands_load_and_evict(start: Any) -> None:
+    local = start("llama", "qwen3")
+    local.worker.on_command(Activate(epoch=5, command_id=1, model="llama", pinned=True))
+    local.run()
+    assert local.worker.models["llama"].state is ModelState.ACTIVE
+    local.worker.on_command(Evict(epoch=4, command_id=2, model="llama"))
+    assert local.worker.models["llama"].state is ModelState.ACTIVE  # an earlier controller's
+    local.worker.on_command(Evict(epoch=5, command_id=3, model="llama"))
+    local.run()
+    assert local.worker.models["llama"].state is ModelState.COLD
+    local.worker.on_command(Evict(epoch=5, command_id=4, model="nothing"))
+    assert [(d.command_id, d.error is None) for d in local.outbox.done] == [(1, True), (3, True), (4, False)]
+
+
+def test_a_checkpoint_that_cannot_be_packed_fails_its_requests_only(start: Any) -> None:
+    local = start("llama", "qwen3")
+    local.submit("bad", "llama", [1])
+    local.submit("good", "qwen3", [1], max_tokens=3)
+    local.outbox.wanted.remove("llama")
+    local.worker.on_packing_failed("llama", "model.safetensors: lm_head.weight: truncated")
+    local.run()
+    error = local.outbox.rejected["bad"].error
+    assert error.status == 503 and "lm_head.weight" in error.message
+    assert local.outbox.finished["good", 0] == "length"
+    local.submit("again", "llama", [1], max_tokens=2)
+    assert local.outbox.rejected["again"].error.status == 503
+    local.now += 60
+    local.submit("later", "llama", [1], max_tokens=2)
+    local.run()
+    assert local.outbox.finished["later", 0] == "length"
+
+
+def test_any_driver_call_may_fail(start: Any) -> None:
+    """For every n: the nth driver call fails while two models take turns. Each request ends once."""
+    expected = {
+        name: reference(make_model(name, seed=i), [7, 8, 9], 8) for i, name in enumerate(("llama", "qwen3"))
+    }
+    num_calls = 0
+    for n in range(1, 200):
+        driver = FailingDriver(HostDriver(Bytes(2 * SLAB)))
+        local = start("llama", "qwen3", num_slabs=2, driver=driver)
+        base = driver.faults.num_calls
+        driver.faults.fail_next(n)
+        for i in range(6):
+            local.submit(str(i), ("llama", "qwen3")[i % 2], [7, 8, 9], max_tokens=8)
+            local.run()
+        for i in range(6):
+            right = local.outbox.tokens.get((str(i), 0)) == expected[("llama", "qwen3")[i % 2]]
+            refused = str(i) in local.outbox.rejected
+            assert right != refused, (n, i)
+            if refused:
+                assert local.outbox.rejected[str(i)].error.status == 503
+        num_calls = driver.faults.num_calls - base
+        if num_calls < n:
+            break
+    else:
+        raise AssertionError("more calls than were tried")
+    assert num_calls > 10
