@@ -9,18 +9,19 @@ MOST_FAILED_STARTS = 3
 
 
 class Backoff:
-    """Restarts at once what had worked for a while, and ever later what keeps failing."""
+    """Restarts at once what had worked for a while, and ever later what keeps ending."""
 
     def __init__(self) -> None:
         self._num_quick_ends = 0
         self._num_failed_starts = 0
+        self._has_worked = False
 
     def delay(self, lived: float | None) -> float:
         """Seconds to wait. `lived` is how long the process was ready, None if it never was."""
         if lived is None:
             self._num_failed_starts += 1
         else:
-            self._num_failed_starts = 0
+            self._has_worked = True
         if lived is not None and lived >= HEALTHY_SECONDS:
             self._num_quick_ends = 0
             return 0.0
@@ -29,5 +30,5 @@ class Backoff:
 
     @property
     def never_starts(self) -> bool:
-        """It has ended several times in a row without having become ready."""
-        return self._num_failed_starts >= MOST_FAILED_STARTS
+        """It has ended several times and was never ready: a mistake in the set-up, not an accident."""
+        return not self._has_worked and self._num_failed_starts >= MOST_FAILED_STARTS

@@ -184,7 +184,6 @@ def test_no_damage_escapes_as_another_error(tmp_path: Path, data: st.DataObject)
     file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
         tensors = read_header(file)
-    except CheckpointError as error:
-        assert str(file) in str(error)
-    else:
-        assert all(t.offset >= 0 and t.offset + t.size <= file.stat().st_size for t in tensors.values())
+    except CheckpointError:
+        return
+    assert all(t.offset >= 0 and t.offset + t.size <= file.stat().st_size for t in tensors.values())
