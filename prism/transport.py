@@ -159,3 +159,4 @@ async def wait_disconnected(socket: zmq.asyncio.Socket) -> None:
         parse_monitor_message(await monitor.recv_multipart())
     finally:
         socket.disable_monitor()
+        monitor.close(linger=0)

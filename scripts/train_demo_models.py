@@ -94,6 +94,7 @@ def save(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerFast) -> No
     model.config.update(special_ids)
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     model.save_pretrained(path)
+    (path / "model.safetensors").chmod(0o644)  # written as 0600, which a wheel would keep
     tokenizer.save_pretrained(path, save_jinja_files=False)
     config_path = path / "tokenizer_config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prism.attention.kernels import AttentionPlan, BatchLayout, KvView
+from prism.attention.slots import token_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class TorchKernels:
         for length in batch.query_lens:
             starts.append(starts[-1] + length)
         single = [i for i, length in enumerate(batch.query_lens) if length == 1]
-        blocks, offsets = _slots(batch, kv.tokens_per_block)
+        blocks, offsets = token_slots(batch, kv.tokens_per_block)
         return TorchPlan(
             kv=kv,
             blocks=self._index(blocks),
@@ -128,12 +129,10 @@ class TorchKernels:
         residual = residual + x
         return self.rms_norm(residual, weight, eps), residual
 
-    def rope(self, heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotation of the two halves of each head, in fp32."""
         cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, dim / 2]
-        first, second = heads.float().chunk(2, dim=-1)
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return rotated.to(heads.dtype)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """Two halves of one matrix product."""
@@ -141,14 +140,10 @@ class TorchKernels:
         return F.silu(gate).mul_(up)
 
 
-def _slots(batch: BatchLayout, tokens_per_block: int) -> tuple[list[int], list[int]]:
-    blocks: list[int] = []
-    offsets: list[int] = []
-    for query, context, table in zip(batch.query_lens, batch.context_lens, batch.tables, strict=True):
-        for position in range(context - query, context):
-            blocks.append(table[position // tokens_per_block])
-            offsets.append(position % tokens_per_block)
-    return blocks, offsets
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = heads.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(heads.dtype)
 
 
 def _attend_decodes(plan: TorchPlan, decodes: _Decodes, pages: Tensor, q: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ from prism.errors import ModelNotFound, RequestError, Unauthorized
 from prism.gateway.completions import complete
 from prism.gateway.errors import (
     JsonResponse,
-    error_response,
-    internal_error,
+    on_bug,
     on_http_exception,
     on_request_error,
 )
@@ -42,6 +41,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app = FastAPI(title="Prism", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(RequestError, on_request_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(Exception, on_bug)
     _add_text(app, gateway)
     _add_models(app, gateway)
     _add_state(app, gateway)
@@ -124,7 +124,7 @@ class KeyCheck:
 
 
 class Envelope:
-    """Around everything: a request id, the client's own if it is a sane one, and an answer even to a bug."""
+    """Around everything: a request id, the client's own if it is a sane one, and a log of bugs."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -137,12 +137,9 @@ class Envelope:
         given = Request(scope).headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        has_begun = False
 
         async def sending(message: Message) -> None:
-            nonlocal has_begun
             if message["type"] == "http.response.start":
-                has_begun = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
@@ -150,5 +147,3 @@ class Envelope:
             await self._app(scope, receive, sending)
         except Exception:
             log.exception("internal error", extra={"request_id": request_id, "path": scope["path"]})
-            if not has_begun:
-                await error_response(internal_error())(scope, receive, sending)

@@ -65,6 +65,8 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     return response
 
 
-def internal_error() -> WireError:
+async def on_bug(_: Request, error: Exception) -> Response:
     """A bug of ours; the log has it."""
-    return WireError(status=500, type="server_error", message="internal error", code="internal_error")
+    return error_response(
+        WireError(status=500, type="server_error", message="internal error", code="internal_error")
+    )

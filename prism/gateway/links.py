@@ -188,4 +188,4 @@ class ProcessLinks:
             link.close()
         self._workers.clear()
         self._agent.close()
-        self._context.term()
+        self._context.destroy()

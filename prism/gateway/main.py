@@ -70,6 +70,7 @@ async def serve(run_dir: Path, name: str, incarnation: int, config: Config, list
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        server.close(listener)
         gateway.close()
         links.close()
 
@@ -103,6 +104,7 @@ class Server(uvicorn.Server):
             )
         )
         self._on_started = on_started
+        self.servers = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""
@@ -113,3 +115,9 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """They are handled by `serve`."""
         yield
+
+    def close(self, listener: socket.socket) -> None:
+        """Take no more connections, however the end came about."""
+        for server in self.servers:
+            server.close()
+        listener.close()

@@ -27,6 +27,8 @@ class Observer:
         self._last_tokens: dict[int, float] = {}
         self._num_tokens = 0
         self._num_resubmissions = 0
+        self._generated = metrics.generation_tokens.labels(model)  # looking a label up costs as much as a token
+        self._latency = metrics.inter_token_latency_seconds.labels(model)
 
     def started(self, queue_seconds: float, now: float) -> None:
         """It runs for the first time."""
@@ -36,17 +38,17 @@ class Observer:
 
     def tokens(self, choice: int, num_tokens: int, now: float) -> None:
         """New tokens of a choice; several that came together share the time since those before."""
-        metrics, model = self._metrics, self._model
         self._num_tokens += num_tokens
-        metrics.generation_tokens.labels(model).inc(num_tokens)
+        self._generated.inc(num_tokens)
         if self._first_token is None:
             self._first_token = now
+            metrics, model = self._metrics, self._model
             metrics.time_to_first_token_seconds.labels(model).observe(now - self._arrival)
             if self._start is not None:
                 metrics.request_prefill_time_seconds.labels(model).observe(now - self._start)
         if (last := self._last_tokens.get(choice)) is not None:
             for _ in range(num_tokens):
-                metrics.inter_token_latency_seconds.labels(model).observe((now - last) / num_tokens)
+                self._latency.observe((now - last) / num_tokens)
         self._last_tokens[choice] = now
 
     def finished(self, reason: FinishReason) -> None:

@@ -15,6 +15,8 @@ RESUBMIT_BURST = 64
 RESUBMIT_RATE = 200.0
 """Resubmissions per second after the burst: a worker that comes back is not flooded with all it had."""
 
+_BATCH = 8
+
 
 class TokenBucket:
     """Lets `burst` things through at once and `rate` per second in the long run."""
@@ -34,9 +36,9 @@ class TokenBucket:
         return True
 
     def next_time(self, now: float) -> float:
-        """When `take` will say yes."""
+        """When several may pass: those who wait need not be looked through for each single one."""
         self._fill(now)
-        missing = max(0.0, 1 - self._level)
+        missing = max(0.0, min(self._burst, _BATCH) - self._level)
         return now + missing / self._rate
 
     def _fill(self, now: float) -> None:

@@ -82,6 +82,6 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             q = kernels.rms_norm(q, layer.q_norm, self.spec.norm_eps)
             k = kernels.rms_norm(k, layer.k_norm, self.spec.norm_eps)
-        q, k = kernels.rope(q, positions, self.rotary), kernels.rope(k, positions, self.rotary)
+        q, k = kernels.rope(q, k, positions, self.rotary)
         out = kernels.attention(plan, index, q, k, v)
         return kernels.linear(out.reshape(-1, heads * dim), layer.o, layer.o_bias)

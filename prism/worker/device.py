@@ -17,6 +17,7 @@ from prism.memory.arena import Arena
 from prism.memory.driver import Driver
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
+from prism.memory.slabs import LaneOwner
 from prism.memory.tensors import tensor_at
 from prism.modelspec import ModelSpec
 from prism.types import Address, Bytes, DType, LaneId, Stamp
@@ -41,12 +42,23 @@ class Lane:
 class Device:
     """Everything of one device that models share."""
 
-    def __init__(self, driver: Driver, pool: SlabPool, kernels: Kernels, name: str) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        pool: SlabPool,
+        device: torch.device,
+        name: str,
+        kernels: Callable[[ModelSpec], Kernels],
+        synchronize: Callable[[], None],
+    ) -> None:
+        """`kernels` gives a model's kernels; `synchronize` returns once all queued work has run."""
         self.driver = driver
         self.pool = pool
-        self.kernels = kernels
+        self.device = device
         self.name = name
+        self.kernels_for = kernels
         self.lane = Lane(LaneId(0))
+        self._synchronize = synchronize
 
     @property
     def slab_bytes(self) -> Bytes:
@@ -69,13 +81,13 @@ class Device:
             (num_pages, spec.num_layers, 2, tokens, spec.num_kv_heads, spec.head_dim),
             dtype,
             (layout.unit // size, 2 * tokens * row, tokens * row, row, spec.head_dim, 1),
-            self.kernels.device,
+            self.device,
         )
         return KvView(pages)
 
     def arena_bytes(self, arena: Arena, size: Bytes) -> Tensor:
         """The arena's first `size` bytes as `[size]` uint8."""
-        return tensor_at(arena.base, (size,), torch.uint8, None, self.kernels.device)
+        return tensor_at(arena.base, (size,), torch.uint8, None, self.device)
 
     def weight_tensors(self, profile: Profile, arena: Arena) -> dict[str, Tensor]:
         """Views of all weights by name; nothing is touched."""
@@ -85,7 +97,7 @@ class Device:
                 tuple(entry.shape),
                 TORCH_DTYPES[entry.dtype],
                 None,
-                self.kernels.device,
+                self.device,
             )
             for entry in profile.weights.entries
         }
@@ -98,14 +110,14 @@ class Device:
             (spec.max_position, spec.head_dim),
             torch.float32,
             None,
-            self.kernels.device,
+            self.device,
         )
 
     @torch.inference_mode()
     def copy_blocks(self, view: KvView, moves: tuple[Move, ...]) -> None:
         """Copy blocks within a model's KV, behind the steps that are queued."""
         if moves:
-            device = self.kernels.device
+            device = self.device
             sources = torch.tensor([move.source for move in moves], device=device)
             targets = torch.tensor([move.target for move in moves], device=device)
             view.pages.index_copy_(0, targets, view.pages.index_select(0, sources))
@@ -115,27 +127,41 @@ class Device:
         self.lane.num_queued += 1
 
     def end_step(self) -> None:
-        """All queued steps have run: what they could touch may change its owner."""
+        """Wait for all queued steps: what they could touch may change its owner."""
+        self._synchronize()
         self.lane.num_completed = self.lane.num_queued
         self.pool.completed(self.lane.lane_id, self.lane.num_completed)
 
-    def wait_for_steps(self) -> Callable[[], None]:
-        """A function that returns once all steps queued so far have run; for other threads."""
-        return lambda: None
-
     def close(self) -> None:
         """Give all memory back."""
+        for slab in self.pool.owned(LaneOwner(self.lane.lane_id)):
+            self.pool.give_back(LaneOwner(self.lane.lane_id), (slab,))
         self.pool.close()
         self.driver.close()
 
 
 def open_device(config: DeviceConfig) -> Device:
     """Opens a device and creates its pool. Raises `DriverError`."""
-    num_slabs = config.memory // config.slab
-    if config.kind == "cuda":
-        raise NotImplementedError
+    match config.kind:
+        case "cpu":
+            return _open_cpu(config)
+        case "cuda":
+            from prism.worker.cuda_device import open_cuda
+
+            return open_cuda(config)
+
+
+def _open_cpu(config: DeviceConfig) -> Device:
     if config.threads:
         torch.set_num_threads(config.threads)
+    num_slabs = config.memory // config.slab
     driver = HostDriver(Bytes(num_slabs * config.slab))
     pool = SlabPool(driver, Bytes(config.slab), num_slabs)
-    return Device(driver, pool, TorchKernels(torch.device("cpu")), f"cpu:{config.index}")
+    return cpu_device(driver, pool, f"cpu:{config.index}")
+
+
+def cpu_device(driver: Driver, pool: SlabPool, name: str) -> Device:
+    """A CPU over a given driver. Its steps have run when they return."""
+    device = torch.device("cpu")
+    kernels = TorchKernels(device)
+    return Device(driver, pool, device, name, lambda _: kernels, lambda: None)

@@ -126,10 +126,9 @@ class Load:
         return None
 
 
-def unload(model: ModelId, arena: Arena, wait_for_steps: Callable[[], None]) -> Unloaded:
-    """Unmap an arena once the steps that read it have run."""
+def unload(model: ModelId, arena: Arena) -> Unloaded:
+    """Unmap an arena that no queued step reads."""
     try:
-        wait_for_steps()
         arena.unmap()
     except Exception as error:
         return Unloaded(model, error)

@@ -147,7 +147,8 @@ class Residency:
                 self._device.weight_tensors(profile, arena),
                 self._device.rotary_tensor(profile, arena),
             )
-            runner = Runner(decoder, self._device.kernels, self._device.kv_view(profile.spec, profile.kv))
+            kernels = self._device.kernels_for(profile.spec)
+            runner = Runner(decoder, kernels, self._device.kv_view(profile.spec, profile.kv))
             model.engine = Engine(
                 kv, runner, max_len=profile.spec.max_position, max_batch_size=self._max_batch_size
             )
@@ -202,9 +203,8 @@ class Residency:
     def _start_unload(self, model: Model) -> None:
         arena = model.arena
         assert arena is not None
-        wait = self._device.wait_for_steps()
         name = model.name
-        self._jobs.start(lambda: unload(name, arena, wait))
+        self._jobs.start(lambda: unload(name, arena))
 
     def unloaded(self, model: Model, event: Unloaded) -> None:
         """The arena is unmapped, so its slabs are free; on an error it is tried again."""

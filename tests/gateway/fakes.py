@@ -102,9 +102,7 @@ class Script:
             if submit.params.logprobs is not None:
                 top = [(tokens[index] - n, -0.5 - n) for n in range(submit.params.logprobs)]
                 logprobs = [TokenLogprob(-0.5, top)]
-            yield Output(
-                **head, choice=choice, index=index, token_ids=[tokens[index]], logprobs=logprobs
-            )
+            yield Output(**head, choice=choice, index=index, token_ids=[tokens[index]], logprobs=logprobs)
         is_stop = self.finish is FinishReason.STOP and len(tokens) < submit.params.max_tokens
         yield Output(
             **head,
@@ -213,4 +211,6 @@ def events(body: str) -> list[Any]:
 
 def concatenated(chunks: Sequence[Any]) -> str:
     """The text of a chat stream with one choice."""
-    return "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c != "[DONE]" and c["choices"])
+    return "".join(
+        c["choices"][0]["delta"].get("content", "") for c in chunks if c != "[DONE]" and c["choices"]
+    )

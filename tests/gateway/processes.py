@@ -148,5 +148,3 @@ async def cluster(config: Config, run_dir: Path) -> AsyncIterator[Cluster]:
         for peer in (agent, *result.peers):
             peer.close()
         context.term()
-
-

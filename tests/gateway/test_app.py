@@ -52,7 +52,11 @@ async def test_completions_take_several_prompts_and_choices(config: Config) -> N
         assert logprobs is not None
         assert logprobs.tokens == ["a", "b", "c"]
         assert logprobs.text_offset == [0, 1, 2]
-        assert logprobs.top_logprobs == [{"a": -0.5, "`": -1.5}, {"b": -0.5, "a": -1.5}, {"c": -0.5, "b": -1.5}]
+        assert logprobs.top_logprobs == [
+            {"a": -0.5, "`": -1.5},
+            {"b": -0.5, "a": -1.5},
+            {"c": -0.5, "b": -1.5},
+        ]
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 16
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from prism.attention.torch_kernels import TorchKernels
 from prism.config import Config
 from prism.memory.driver import Driver
 from prism.memory.host import HostDriver
@@ -27,7 +26,7 @@ from prism.messages import (
 from prism.types import Bytes, GatewayId, Incarnation, MiB, ModelId, SamplingParams, Slo, WorkerId
 from prism.weights.client import PackedWeights, pack_here
 from prism.weights.protocol import WeightSource
-from prism.worker.device import Device
+from prism.worker.device import cpu_device
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker
 
@@ -107,7 +106,7 @@ class LocalWorker:
         self.outbox = RecordingOutbox()
         driver = driver or HostDriver(Bytes(num_slabs * SLAB))
         pool = SlabPool(driver, SLAB, num_slabs)
-        self.device = Device(driver, pool, TorchKernels(torch.device("cpu")), "cpu:0")
+        self.device = cpu_device(driver, pool, "cpu:0")
         self.poison()
         self.worker = Worker(
             self.config,

@@ -1,0 +1,134 @@
+"""Text that comes in pieces is the text of the whole, whatever the tokens."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from prism.demo.tokenizer import CHATML, build_tokenizer
+from prism.gateway.detokenizer import Detokenizer, StopFilter
+from prism.gateway.token_texts import TokenTexts
+
+
+def decoder_of(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    return lambda token_ids: tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+def byte_fallback() -> Tokenizer:
+    """Llama 2's kind: words with U+2581, and a token for each byte."""
+    words = ["▁a", "▁", "b", "▁▁", "€"]
+    vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    vocabulary |= {word: 257 + index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+BYTE_LEVEL = build_tokenizer(CHATML, 64).backend_tokenizer
+BYTE_FALLBACK = byte_fallback()
+ODD_BYTES = [0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, 0x41, 0xED, 0xA0, 0xC0, 0xF4, 0x90, 257]
+
+
+@given(st.lists(st.sampled_from(ODD_BYTES) | st.integers(0, 258), max_size=120))
+def test_pieces_make_the_whole_byte_level(tokens: list[int]) -> None:
+    detokenizer = Detokenizer(decoder_of(BYTE_LEVEL), frozenset(range(256, 259)))
+    pieces = [detokenizer.push(token) for token in tokens]
+    assert "".join(pieces) + detokenizer.finish() == decoder_of(BYTE_LEVEL)(tokens)
+
+
+@given(
+    st.lists(
+        st.sampled_from([byte + 1 for byte in ODD_BYTES if byte < 256]) | st.integers(257, 261), max_size=80
+    )
+)
+def test_pieces_make_the_whole_byte_fallback(tokens: list[int]) -> None:
+    byte_tokens = TokenTexts(BYTE_FALLBACK).byte_tokens()
+    assert len(byte_tokens) == 256
+    detokenizer = Detokenizer(decoder_of(BYTE_FALLBACK), byte_tokens=byte_tokens)
+    pieces = [detokenizer.push(token) for token in tokens]
+    assert "".join(pieces) + detokenizer.finish() == decoder_of(BYTE_FALLBACK)(tokens)
+
+
+@given(st.text(max_size=60))
+def test_no_character_is_torn(text: str) -> None:
+    detokenizer = Detokenizer(decoder_of(BYTE_LEVEL))
+    pieces = [detokenizer.push(byte) for byte in text.encode()]
+    assert "".join(pieces) + detokenizer.finish() == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_a_flood_of_broken_bytes_takes_linear_time() -> None:
+    longest = 0
+
+    def decode(token_ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(token_ids))
+        return decoder_of(BYTE_LEVEL)(token_ids)
+
+    detokenizer = Detokenizer(decode)
+    text = "".join(detokenizer.push(0xFF) for _ in range(500)) + detokenizer.finish()
+    assert text == "\ufffd" * 500
+    assert longest < 50
+
+
+def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """By definition: feed single characters, stop at the first that completes a stop string."""
+    for end in range(1, len(text) + 1):
+        hits = [stop for stop in stops if text[:end].endswith(stop)]
+        if hits:
+            return text[: end - max(map(len, hits))], True
+    return text, False
+
+
+@given(
+    st.lists(st.text("ab", max_size=4), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
+)
+def test_stop_strings_do_not_depend_on_the_pieces(pieces: list[str], stops: list[str]) -> None:
+    stop_filter, shown = StopFilter(stops), ""
+    for piece in pieces:
+        released = stop_filter.push(piece)
+        shown += released.text
+        if released.stopped:
+            break
+    else:
+        shown += stop_filter.finish()
+        released = None
+    assert (shown, released is not None) == cut("".join(pieces), stops)
+
+
+@given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=5))
+def test_nothing_of_a_stop_string_is_ever_shown(text: str, stop: str) -> None:
+    stop_filter, shown = StopFilter([stop]), ""
+    for character in text:
+        released = stop_filter.push(character)
+        shown += released.text
+        if released.stopped:
+            break
+    assert cut(text, [stop])[0].startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "token", "text", "data"),
+    [
+        (BYTE_LEVEL, 0x41, "A", b"A"),
+        (BYTE_LEVEL, 0x20, " ", b" "),
+        (BYTE_LEVEL, 0xE2, "bytes:\\xe2", b"\xe2"),
+        (BYTE_LEVEL, 257, "<|im_start|>", b"<|im_start|>"),
+        (BYTE_LEVEL, 4000, "", b""),
+        (BYTE_FALLBACK, 0xE2 + 1, "bytes:\\xe2", b"\xe2"),
+        (BYTE_FALLBACK, 257, " a", b" a"),
+    ],
+)
+def test_single_tokens(tokenizer: Tokenizer, token: int, text: str, data: bytes) -> None:
+    texts = TokenTexts(tokenizer)
+    assert (texts.text(token), texts.data(token)) == (text, data)
