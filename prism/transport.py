@@ -95,9 +95,11 @@ def _frames(message: AnyMessage, to: str | None) -> list[bytes]:
 
 
 def _open(frames: list[bytes]) -> Envelope | None:
-    """The message in `frames`, or None for an ill-formed one."""
-    sender = b"".join(frames[:-1]).decode(errors="replace")
+    """The message in `frames` (an identity on a ROUTER, then the message), or None for an ill-formed one."""
+    sender = frames[0].decode(errors="replace") if len(frames) > 1 else ""
     try:
+        if len(frames) > 2:
+            raise msgspec.DecodeError(f"{len(frames)} frames")
         return Envelope(sender, decode(frames[-1]))
     except (msgspec.DecodeError, RecursionError) as error:
         log.error("ill-formed message dropped: %s", error, extra={"sender": sender})

@@ -9,9 +9,10 @@ import uuid
 from typing import Any
 
 from fastapi import Depends, FastAPI
+from pydantic.json_schema import models_json_schema
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +23,7 @@ from prism.gateway.completions import complete
 from prism.gateway.errors import (
     JsonResponse,
     on_bug,
+    on_disconnect,
     on_http_exception,
     on_request_error,
 )
@@ -41,10 +43,12 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app = FastAPI(title="Prism", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(RequestError, on_request_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(Exception, on_bug)
     _add_text(app, gateway)
     _add_models(app, gateway)
     _add_state(app, gateway)
+    _add_schemas(app)
     return Envelope(app)
 
 
@@ -63,8 +67,18 @@ def _add_text(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _body(schema: type[ChatRequest] | type[CompletionRequest]) -> dict[str, Any]:
-    content = {"application/json": {"schema": schema.model_json_schema()}}
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _add_schemas(app: FastAPI) -> None:
+    """Bodies are parsed by `prepare`, not by FastAPI, so its /openapi.json must be told of their schemas."""
+    document = app.openapi()
+    _, schemas = models_json_schema(
+        [(ChatRequest, "validation"), (CompletionRequest, "validation")],
+        ref_template="#/components/schemas/{model}",
+    )
+    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
 
 
 def _add_models(app: FastAPI, gateway: Gateway) -> None:

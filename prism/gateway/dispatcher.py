@@ -6,7 +6,6 @@ its sink hears `ended` once, and nothing after that.
 
 from __future__ import annotations
 
-import heapq
 import logging
 from typing import assert_never
 
@@ -21,6 +20,7 @@ from prism.gateway.recovery import (
 )
 from prism.gateway.requests import Accepted, Failed, Finished, Gap, Placement, Request, Stale
 from prism.gateway.routing import Routing, choose
+from prism.gateway.timers import Timers
 from prism.messages import CancelChoice, Demand, Output, Outputs, Rejected, Report, Routes, Started
 from prism.types import ModelId, RequestId
 
@@ -40,7 +40,7 @@ class Dispatcher:
         self._max_held = max_held
         self._live: dict[RequestId, tuple[Request, Sink]] = {}
         self._held: dict[RequestId, Request] = {}
-        self._timers: list[tuple[float, RequestId]] = []
+        self._timers = Timers()
         self._demanded: set[ModelId] = set()
         self._bucket = TokenBucket(RESUBMIT_BURST, RESUBMIT_RATE)
         self._throughput = Throughput()
@@ -72,8 +72,8 @@ class Dispatcher:
         self.refuse(request.model, now)
         self._live[request.request_id] = (request, sink)
         self._held[request.request_id] = request
-        for time in (request.latest_start + START_MARGIN, request.latest_end):
-            heapq.heappush(self._timers, (time, request.request_id))
+        self._timers.set(request.latest_start + START_MARGIN, request.request_id)
+        self._timers.set(request.latest_end, request.request_id)
         self._place(request, now)
 
     def cancel(self, request_id: RequestId, now: float) -> None:
@@ -91,7 +91,6 @@ class Dispatcher:
     def on_routes(self, routes: Routes, now: float) -> None:
         """A routing table."""
         if self.routing.update(routes):
-            self._demanded.clear()
             self._place_held(now)
 
     def on_controller_up(self, now: float) -> None:
@@ -110,6 +109,7 @@ class Dispatcher:
     def on_worker_ended(self, placement: Placement, now: float) -> None:
         """Everything that was there is held again, or fails."""
         self.routing.worker_ended(placement)
+        self._demanded.clear()
         for request, _ in tuple(self._live.values()):
             if request.placement == placement:
                 self._lose(request, is_death=True, now=now)
@@ -178,17 +178,16 @@ class Dispatcher:
 
     def tick(self, now: float) -> float | None:
         """End what is late, send what may be sent; the time of the next tick."""
-        while self._timers and self._timers[0][0] <= now:
-            _, request_id = heapq.heappop(self._timers)
+        for request_id in self._timers.due(now):
             if request_id in self._live:
                 self._expire(self._live[request_id][0], now)
         self._place_held(now)
-        if len(self._timers) > 4 * len(self._live) + 1024:
-            self._timers = sorted(timer for timer in self._timers if timer[1] in self._live)
-        times = [self._timers[0][0]] if self._timers else []
+        self._timers.forget(self._live, len(self._live))
+        until = self._timers.next_time()
         if any(self._is_rated(request) for request in self._held.values()):
-            times.append(self._bucket.next_time(now))
-        return min(times, default=None)
+            resubmit = self._bucket.next_time(now)
+            return resubmit if until is None else min(until, resubmit)
+        return until
 
     def _is_rated(self, request: Request) -> bool:
         """It only waits for the rate limit."""
@@ -197,7 +196,7 @@ class Dispatcher:
     def _expire(self, request: Request, now: float) -> None:
         if request.latest_end <= now:
             error: RequestError = Unavailable("the request took longer than limits.request_timeout")
-        elif not request.has_tokens and request.latest_start + START_MARGIN <= now:
+        elif request.latest_start + START_MARGIN <= now and not request.has_tokens and not request.is_running:
             wait = self._throughput.retry_after(len(self._live), now)
             error = Overloaded("no first token within limits.max_wait", retry_after=wait)
         else:
@@ -212,7 +211,11 @@ class Dispatcher:
             self._place(request, now)
 
     def _place(self, request: Request, now: float) -> None:
-        """1. No usable route: ask the controller for one, once. 2. Later attempts wait for the rate limit."""
+        """1. No usable route: ask the controller for one, once. 2. Later attempts wait for the rate limit.
+
+        The controller is asked again when a worker has died or it is a new one, and never because of a table
+        that still has no route: that would go back and forth without end.
+        """
         candidates = self.routing.candidates(request.model)
         placement = choose(candidates, request.prompt)
         if placement is None:  # 1
@@ -233,6 +236,7 @@ class Dispatcher:
             self._close(request, now)
         else:
             self._held[request.request_id] = request
+            self._timers.set(request.latest_start + START_MARGIN, request.request_id)
             self._live[request.request_id][1].resubmitted()
         if is_death and killed_alone and self._quarantine.killed(request.model, now):
             log.error("model quarantined: its requests kill workers", extra={"model": request.model})

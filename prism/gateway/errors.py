@@ -65,6 +65,11 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     return response
 
 
+async def on_disconnect(_: Request, __: Exception) -> Response:
+    """The client left before its request was complete; nobody reads this."""
+    return Response(status_code=499)
+
+
 async def on_bug(_: Request, error: Exception) -> Response:
     """A bug of ours; the log has it."""
     return error_response(

@@ -141,6 +141,8 @@ class ProcessLinks:
             self._controller = placement, self._link(up.address, self._read_controller)
             self._heard.on_controller_up()
         elif placement not in self._workers:
+            for earlier in [each for each in self._workers if each.worker == placement.worker]:
+                self._workers.pop(earlier).close()
             self._workers[placement] = self._link(
                 up.address, lambda socket: self._read_worker(placement, socket)
             )

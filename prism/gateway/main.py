@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -49,35 +49,26 @@ async def serve(run_dir: Path, name: str, incarnation: int, config: Config, list
     gateway = Gateway(config, links, SystemClock(), Metrics())
     links.listener = gateway
     server = Server(create_app(gateway), links.ready)
-    stops: set[asyncio.Task[None]] = set()
-
-    def stop(grace: float) -> None:
-        stops.add(asyncio.create_task(_stop(gateway, server, grace)))
-
-    _on_signals(lambda: stop(config.server.shutdown_grace))
+    _on_signals(lambda: gateway.begin_stop(config.server.shutdown_grace))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    timers = asyncio.create_task(gateway.run_timers())
-    following = asyncio.create_task(links.run(stop))
+    tasks = (
+        serving,
+        asyncio.create_task(server.exit_after(gateway.stopped())),
+        asyncio.create_task(gateway.run_timers()),
+        asyncio.create_task(links.run(gateway.begin_stop)),
+    )
     try:
-        await asyncio.wait((serving, timers, following), return_when=asyncio.FIRST_COMPLETED)
-        has_stopped = serving.done()
-        for task in (serving, timers, following):
-            if task.done():
-                task.result()
-        return 0 if has_stopped else 1
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
+        return 0 if serving in ended else 1
     finally:
-        tasks = (serving, timers, following, *stops)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         server.close(listener)
         gateway.close()
         links.close()
-
-
-async def _stop(gateway: Gateway, server: Server, grace: float) -> None:
-    await gateway.stop(grace)
-    server.should_exit = True
 
 
 def _on_signals(stop: Callable[[], None]) -> None:
@@ -115,6 +106,12 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """They are handled by `serve`."""
         yield
+
+    async def exit_after(self, stopped: Awaitable[None]) -> None:
+        """Let `serve` return once that is so and the answers have left."""
+        await stopped
+        self.should_exit = True
+        await asyncio.Event().wait()
 
     def close(self, listener: socket.socket) -> None:
         """Take no more connections, however the end came about."""

@@ -27,7 +27,9 @@ class Observer:
         self._last_tokens: dict[int, float] = {}
         self._num_tokens = 0
         self._num_resubmissions = 0
-        self._generated = metrics.generation_tokens.labels(model)  # looking a label up costs as much as a token
+        self._generated = metrics.generation_tokens.labels(
+            model
+        )  # looking a label up costs as much as a token
         self._latency = metrics.inter_token_latency_seconds.labels(model)
 
     def started(self, queue_seconds: float, now: float) -> None:
@@ -79,7 +81,8 @@ class Observer:
         if isinstance(ending, Failed):
             code = ending.error.code or str(ending.error.status)
             self._metrics.request_failure.labels(self._model, code).inc()
-            log.warning("request failed: %s", ending.error.message, extra=fields | {"code": code})
+            level = logging.INFO if code == "cancelled" else logging.WARNING
+            log.log(level, "request failed: %s", ending.error.message, extra=fields | {"code": code})
         else:
             self._metrics.e2e_request_latency_seconds.labels(self._model).observe(seconds)
             log.info("request finished", extra=fields)

@@ -63,7 +63,7 @@ async def tokenize(request: CommonRequest, model: TextModel, executor: Executor)
 
     def work() -> list[list[int]]:
         if isinstance(request, ChatRequest):
-            text = render_chat(model, request.template_messages(), alarm)
+            text = render_chat(model, request.template_messages(), request.chat_template_kwargs or {}, alarm)
             return [_encode(text, model, "messages", add_special_tokens=False)]
         assert isinstance(request, CompletionRequest)
         return [_prompt_tokens(prompt, model) for prompt in request.prompt]

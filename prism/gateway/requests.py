@@ -91,7 +91,7 @@ class Request:
     slo: Slo
     arrival: float
     latest_start: float
-    """It fails without a token by then."""
+    """It fails if it has no token and does not run by then."""
     latest_end: float
     clip_max_tokens: bool = False
     attempt: int = 0
@@ -108,6 +108,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.choices = [_Choice() for _ in range(self.params.n)]
+
+    @property
+    def is_running(self) -> bool:
+        """A worker is at it."""
+        return self.placement is not None and self.is_started
 
     @property
     def alone(self) -> bool:

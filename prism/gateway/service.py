@@ -22,6 +22,9 @@ from prism.metrics import Metrics
 log = logging.getLogger(__name__)
 
 NUM_THREADS = 4
+"""Render and tokenise."""
+NUM_READERS = 2
+"""Read model directories, a second each; apart, so that no prompt of a model that is there waits for it."""
 
 
 class Gateway:
@@ -32,13 +35,19 @@ class Gateway:
         self.clock = clock
         self.metrics = metrics
         self.executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
-        self.text_models = TextModels(config, self.executor)
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read")
+        self.text_models = TextModels(config, self._readers)
         self.dispatcher = Dispatcher(links, config.limits.max_queue)
-        self.is_stopping = False
         self._num_http = 0
         self._num_arriving = 0
-        self._http_done = asyncio.Event()
+        self._stop_by: float | None = None
+        self._stop_changed = asyncio.Event()
         self._wake = asyncio.Event()
+
+    @property
+    def is_stopping(self) -> bool:
+        """No new requests are taken."""
+        return self._stop_by is not None
 
     @property
     def is_ready(self) -> bool:
@@ -76,8 +85,7 @@ class Gateway:
     def http_ended(self) -> None:
         """One less to wait for."""
         self._num_http -= 1
-        if self._num_http == 0:
-            self._http_done.set()
+        self._stop_changed.set()
 
     def open(self, request: Request, sink: Sink) -> None:
         """Take a request; its sink hears its end."""
@@ -137,21 +145,21 @@ class Gateway:
                 self.metrics.num_requests_waiting.labels(name).set(held.get(name, 0))
             await self.clock.wait(self._wake, until)
 
-    async def stop(self, grace: float) -> None:
-        """Refuse new requests, let running ones end within `grace` seconds, then end the rest."""
-        if self.is_stopping:
-            return
-        self.is_stopping = True
+    def begin_stop(self, grace: float) -> None:
+        """Refuse new requests; running ones have `grace` seconds. A second call can only shorten them."""
+        until = self.clock.now() + grace
+        self._stop_by = until if self._stop_by is None else min(self._stop_by, until)
         log.info("stopping, %d requests run", self._num_http)
-        if self._num_http:
-            await self._wait_done(self.clock.now() + grace)
-        self.dispatcher.fail_all(Unavailable("the server is shutting down", retry_after=5), self.clock.now())
+        self._stop_changed.set()
 
-    async def _wait_done(self, until: float) -> None:
-        while self._num_http and self.clock.now() < until:
-            self._http_done.clear()
-            await self.clock.wait(self._http_done, until)
+    async def stopped(self) -> None:
+        """Return when `begin_stop` was called and all requests have ended, in good time or not."""
+        while self._stop_by is None or (self._num_http and self.clock.now() < self._stop_by):
+            self._stop_changed.clear()
+            await self.clock.wait(self._stop_changed, self._stop_by)
+        self.dispatcher.fail_all(Unavailable("the server is shutting down", retry_after=5), self.clock.now())
 
     def close(self) -> None:
         """The threads end once they are idle."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
         self.executor.shutdown(wait=False, cancel_futures=True)

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerFast
 
 from prism.errors import InvalidRequest
 from prism.gateway.tokenizers import TextModel
 
 T = TypeVar("T")
 SECONDS = 5.0
+_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
+    "messages"
+}
 
 
 class TimeIsUp(BaseException):
@@ -74,14 +79,22 @@ def _raise_in(thread: int, exception: type[BaseException]) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(exception))
 
 
-def render_chat(model: TextModel, messages: list[dict[str, str]], alarm: Alarm) -> str:
+def render_chat(
+    model: TextModel, messages: list[dict[str, str]], variables: dict[str, Any], alarm: Alarm
+) -> str:
     """The prompt of a conversation; raises `InvalidRequest` with what the template says."""
     if not model.tokenizer.chat_template:
         text = f"model {model.name!r} has no chat template; use /v1/completions"
         raise InvalidRequest(text, param="messages")
 
+    if taken := sorted(_RESERVED & variables.keys()):
+        text = f"the template's variable {taken[0]} cannot be set"
+        raise InvalidRequest(text, param=f"chat_template_kwargs.{taken[0]}")
+
     def render() -> Any:
-        return model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return model.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **variables
+        )
 
     try:
         return str(alarm.run(render))

@@ -24,7 +24,9 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
-    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    if tokenizer.decoder is None:
+        return set()
+    decoder = json.loads(tokenizer.decoder.__getstate__())
     return {part["type"] for part in (decoder, *decoder.get("decoders", ()))}
 
 

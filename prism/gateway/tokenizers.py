@@ -96,7 +96,8 @@ class TextModels:
         except TimeoutError:
             raise Unavailable(f"model {name!r} is still being read", param="model", retry_after=5) from None
         except PrismError as error:
-            raise Unavailable(f"model {name!r} cannot be used: {error}", param="model") from error
+            text = f"model {name!r} cannot be used: {error}"
+            raise Unavailable(text, param="model", retry_after=60) from error
 
     def failure(self, name: ModelId) -> str | None:
         """Why a model cannot be used, as far as is known."""

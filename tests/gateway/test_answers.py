@@ -296,8 +296,11 @@ async def test_stop_refuses_new_requests_and_ends_the_old(config: Config) -> Non
     async with running(config, Script("abcdef", stop_after=2)) as world:
         caller = Caller(world, "/v1/chat/completions", chat_body(stream=True))
         await until(lambda: caller.sent)
-        stopping = asyncio.create_task(world.gateway.stop(30))
-        await until(lambda: world.gateway.is_stopping)
+        stopping = asyncio.create_task(world.gateway.stopped())
+        await asyncio.sleep(0)
+        world.gateway.begin_stop(60)
+        world.gateway.begin_stop(30)
+        world.gateway.begin_stop(90)
         response = await world.chat()
         assert response.status_code == 503
         assert "retry-after" in response.headers
@@ -314,8 +317,11 @@ async def test_stop_waits_for_streams(config: Config) -> None:
     async with running(config, Script("abc", stop_after=1)) as world:
         caller = Caller(world, "/v1/chat/completions", chat_body(stream=True))
         await until(lambda: caller.sent)
-        stopping = asyncio.create_task(world.gateway.stop(30))
-        await until(lambda: world.gateway.is_stopping)
+        stopping = asyncio.create_task(world.gateway.stopped())
+        await asyncio.sleep(0)
+        world.gateway.begin_stop(60)
+        world.gateway.begin_stop(30)
+        world.gateway.begin_stop(90)
         world.links.script = Script("abc")
         world.links.answer(place(), world.links.submits[0])
         await stopping
@@ -395,6 +401,14 @@ async def test_bad_templates(config: Config, tmp_path: Any, template: str | None
         assert message in response.json()["error"]["message"]
         assert response.json()["error"]["param"] == "messages"
         assert (await world.complete()).status_code == 200
+
+
+async def test_variables_of_a_template(config: Config, tmp_path: Any) -> None:
+    template = "{{ messages[0].content }}{% if enable_thinking %} think{% endif %}"
+    async with running(with_template(config, tmp_path, template), Script("fine")) as world:
+        await world.chat(chat_template_kwargs={"enable_thinking": True})
+        await world.chat()
+        assert [bytes(s.prompt) for s in world.links.submits] == [b"hi think", b"hi"]
 
 
 async def test_an_endless_template_is_interrupted(

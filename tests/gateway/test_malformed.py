@@ -101,6 +101,10 @@ CHAT_FIELDS: list[tuple[str, Any, str]] = [
     ("service_tier", "flex", "service_tier"),
     ("store", True, "store"),
     ("echo", False, "echo"),
+    ("chat_template_kwargs", 5, "chat_template_kwargs"),
+    ("chat_template_kwargs", {"chat_template": "x"}, "chat_template_kwargs.chat_template"),
+    ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs.messages"),
+    ("chat_template_kwargs", {"tokenize": True}, "chat_template_kwargs.tokenize"),
 ]
 TEXT_FIELDS: list[tuple[str, Any, str]] = [
     ("prompt", None, "prompt"),

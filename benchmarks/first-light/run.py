@@ -1,0 +1,164 @@
+"""Measures the server on one NVIDIA GPU: logits, activation, decode steps, memory handed over under load.
+
+Usage: python benchmarks/first-light/run.py [--memory 22GiB] [--output results.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import AsyncOpenAI
+from shapes import write_shape
+
+HERE = Path(__file__).parent
+PORT, ADMIN = 8350, 8351
+CONFIG = """
+models:
+  - {{name: 8b, path: llama-3-8b, load_format: dummy}}
+  - {{name: 1b, path: llama-3.2-1b, load_format: dummy}}
+devices: [{{kind: cuda, memory: {memory}, slab: 32MiB}}]
+server: {{port: {port}, admin_port: {admin}}}
+limits: {{max_wait: 300s}}
+host_memory: {{budget: 40GiB}}
+"""
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Token ids that differ from prompt to prompt."""
+    return [(7919 * (seed + 1) + 104729 * i) % 128000 for i in range(length)]
+
+
+async def stream(client: AsyncOpenAI, model: str, length: int, tokens: int, seed: int) -> dict[str, float]:
+    """One greedy request; seconds to the first token, and the median and worst gap of the others."""
+    begin = time.perf_counter()
+    times = []
+    chunks = await client.completions.create(
+        model=model,
+        prompt=prompt(length, seed),
+        max_tokens=tokens,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+        logprobs=0,
+    )
+    async for _ in chunks:
+        times.append(time.perf_counter())
+    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    return {"ttft": times[0] - begin, "gap": statistics.median(gaps or [0.0]), "worst": max(gaps or [0.0])}
+
+
+def slabs() -> dict[str, int]:
+    """Slabs by owner, from /metrics."""
+    text = httpx.get(f"http://127.0.0.1:{PORT}/metrics").text
+    found = re.findall(r'prism:slabs\{model="([^"]*)",owner="([^"]*)",worker="[^"]*"\} ([0-9.]+)', text)
+    return {f"{owner} {model}".strip(): int(float(count)) for model, owner, count in found}
+
+
+async def measure(client: AsyncOpenAI, log: Path) -> dict[str, Any]:
+    """All figures."""
+    result: dict[str, Any] = {}
+    result["1b_cold_ttft_s"] = (await stream(client, "1b", 512, 2, 0))["ttft"]
+    result["8b_cold_ttft_s"] = (await stream(client, "8b", 512, 2, 0))["ttft"]
+    for name in ("1b", "8b"):
+        for batch in (1, 8):
+            runs = [stream(client, name, 1000, 128, seed) for seed in range(batch)]
+            gaps = [run["gap"] for run in await asyncio.gather(*runs)]
+            result[f"{name}_decode_ms_batch_{batch}"] = 1000 * statistics.median(gaps)
+        result[f"{name}_ttft_512_ms"] = 1000 * min(
+            [(await stream(client, name, 512, 2, 100 + i))["ttft"] for i in range(5)]
+        )
+    admin = f"http://127.0.0.1:{ADMIN}/admin/models"
+    for name in ("1b", "8b"):
+        async with httpx.AsyncClient(timeout=60) as http:
+            (await http.post(f"{admin}/{name}/unload")).raise_for_status()
+        result[f"{name}_evicted_to_first_token_s"] = (await stream(client, name, 512, 2, 7))["ttft"]
+    result["handover"] = await handover(client)
+    result["activations"] = re.findall(
+        r"model (\S+) active after ([0-9.]+) s \(copy ([0-9.]+)", log.read_text()
+    )
+    return result
+
+
+async def handover(client: AsyncOpenAI) -> dict[str, Any]:
+    """1b fills the pool with its prefix cache and goes on decoding while a burst on 8b takes the slabs."""
+    await asyncio.gather(*(stream(client, "1b", 4000, 2, 1000 + i) for i in range(40)))
+    await asyncio.sleep(1.2)
+    before = slabs()
+    decoding = asyncio.create_task(stream(client, "1b", 100, 1500, 3))
+    await asyncio.sleep(1.0)
+    burst = [stream(client, "8b", 3000, 32, 2000 + i) for i in range(24)]
+    ttfts = [run["ttft"] for run in await asyncio.gather(*burst)]
+    await asyncio.sleep(1.2)
+    after = slabs()
+    meanwhile = await decoding
+    return {
+        "slabs_before": before,
+        "slabs_after": after,
+        "burst_ttft_s": {"median": statistics.median(ttfts), "max": max(ttfts)},
+        "neighbour_gap_ms": {"median": 1000 * meanwhile["gap"], "worst": 1000 * meanwhile["worst"]},
+    }
+
+
+def serve(folder: Path, memory: str) -> tuple[subprocess.Popen[bytes], Path, float]:
+    """Starts the server; its process, its log and the seconds until it was healthy."""
+    for name in ("llama-3-8b", "llama-3.2-1b"):
+        write_shape(name, folder)
+    config = folder / "prism.yaml"
+    config.write_text(CONFIG.format(memory=memory, port=PORT, admin=ADMIN))
+    log = folder / "log"
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(config)],
+        stderr=log.open("wb"),
+    )
+    while time.perf_counter() - begin < 300 and process.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{PORT}/health").status_code == 200:
+                return process, log, time.perf_counter() - begin
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.1)
+    print(log.read_text()[-5000:])
+    raise SystemExit("the server did not come up")
+
+
+def main() -> None:
+    """Runs everything and prints one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory", default="22GiB")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        process, log, healthy = serve(Path(name), options.memory)
+        client = AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=300, max_retries=0
+        )
+        try:
+            result = asyncio.run(measure(client, log))
+        except BaseException:
+            print(log.read_text()[-6000:])
+            raise
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+    result["start_to_healthy_s"] = healthy
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Directories of models with real shapes and no weights, for `load_format: dummy`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def write_shape(name: str, folder: Path) -> Path:
+    """config.json and a byte-level tokenizer."""
+    from prism.demo.tokenizer import CHATML, build_tokenizer
+
+    directory = folder / name
+    directory.mkdir(parents=True, exist_ok=True)
+    config = SHAPES[name] | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    build_tokenizer(CHATML, 8192).save_pretrained(directory)
+    return directory
