@@ -1,6 +1,6 @@
 """Measures the server on one NVIDIA GPU: logits, activation, decode steps, memory handed over under load.
 
-Usage: python benchmarks/first-light/run.py [--memory 22GiB] [--output results.json]
+Usage: python benchmarks/first-light/run.py [--memory 22GiB] [--output results.json] [--rehearse]
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ HERE = Path(__file__).parent
 PORT, ADMIN = 8350, 8351
 CONFIG = """
 models:
-  - {{name: 8b, path: llama-3-8b, load_format: dummy}}
-  - {{name: 1b, path: llama-3.2-1b, load_format: dummy}}
-devices: [{{kind: cuda, memory: {memory}, slab: 32MiB}}]
+  - {{name: 8b, path: {large}, load_format: dummy}}
+  - {{name: 1b, path: {small}, load_format: dummy}}
+devices: [{{kind: {kind}, memory: {memory}, slab: 32MiB}}]
 server: {{port: {port}, admin_port: {admin}}}
 limits: {{max_wait: 300s}}
 host_memory: {{budget: 40GiB}}
@@ -111,12 +111,15 @@ async def handover(client: AsyncOpenAI) -> dict[str, Any]:
     }
 
 
-def serve(folder: Path, memory: str) -> tuple[subprocess.Popen[bytes], Path, float]:
+def serve(folder: Path, memory: str, is_rehearsal: bool) -> tuple[subprocess.Popen[bytes], Path, float]:
     """Starts the server; its process, its log and the seconds until it was healthy."""
-    for name in ("llama-3-8b", "llama-3.2-1b"):
+    large, small = ("rehearsal",) * 2 if is_rehearsal else ("llama-3-8b", "llama-3.2-1b")
+    for name in {large, small}:
         write_shape(name, folder)
     config = folder / "prism.yaml"
-    config.write_text(CONFIG.format(memory=memory, port=PORT, admin=ADMIN))
+    kind = "cpu" if is_rehearsal else "cuda"
+    text = CONFIG.format(memory=memory, kind=kind, large=large, small=small, port=PORT, admin=ADMIN)
+    config.write_text(text)
     log = folder / "log"
     begin = time.perf_counter()
     process = subprocess.Popen(
@@ -139,9 +142,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--memory", default="22GiB")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU: tests this script")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        process, log, healthy = serve(Path(name), options.memory)
+        process, log, healthy = serve(Path(name), options.memory, options.rehearse)
         client = AsyncOpenAI(
             base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=300, max_retries=0
         )

@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "hidden_size": 4096,
@@ -16,6 +20,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "rope_theta": 500000.0,
         "tie_word_embeddings": False,
+    },
+    "rehearsal": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
     },
     "llama-3.2-1b": {
         "hidden_size": 2048,
@@ -32,9 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_shape(name: str, folder: Path) -> Path:
-    """config.json and a byte-level tokenizer."""
-    from prism.demo.tokenizer import CHATML, build_tokenizer
-
+    """config.json, and a tokenizer in which every id has a text of its own."""
     directory = folder / name
     directory.mkdir(parents=True, exist_ok=True)
     config = SHAPES[name] | {
@@ -46,5 +57,7 @@ def write_shape(name: str, folder: Path) -> Path:
         "hidden_act": "silu",
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    build_tokenizer(CHATML, 8192).save_pretrained(directory)
+    words = {f"w{i}": i for i in range(config["vocab_size"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
     return directory

@@ -149,7 +149,8 @@ def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Model:
 def _make_optimizers(model: Model) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices of the layers, AdamW for the rest.
 
-    With AdamW alone the adder gave 53 % true answers after the 1,500 steps that now give 100 %.
+    A trial with AdamW alone, one stage and the usual initial range gave 53 % true sums after 1,500
+    steps; Muon, two stages and a larger initial range together give 99 %.
     """
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -50,10 +50,11 @@ async def serve(run_dir: Path, name: str, incarnation: int, config: Config, list
     links.listener = gateway
     server = Server(create_app(gateway), links.ready)
     _on_signals(lambda: gateway.begin_stop(config.server.shutdown_grace))
+    stopped = asyncio.create_task(gateway.stopped())
+    stopped.add_done_callback(lambda _: server.exit_soon())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     tasks = (
         serving,
-        asyncio.create_task(server.exit_after(gateway.stopped())),
         asyncio.create_task(gateway.run_timers()),
         asyncio.create_task(links.run(gateway.begin_stop)),
     )
@@ -63,9 +64,9 @@ async def serve(run_dir: Path, name: str, incarnation: int, config: Config, list
             task.result()
         return 0 if serving in ended else 1
     finally:
-        for task in tasks:
+        for task in (stopped, *tasks):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(stopped, *tasks, return_exceptions=True)
         server.close(listener)
         gateway.close()
         links.close()
@@ -107,11 +108,9 @@ class Server(uvicorn.Server):
         """They are handled by `serve`."""
         yield
 
-    async def exit_after(self, stopped: Awaitable[None]) -> None:
-        """Let `serve` return once that is so and the answers have left."""
-        await stopped
+    def exit_soon(self) -> None:
+        """Let `serve` return once the answers have left."""
         self.should_exit = True
-        await asyncio.Event().wait()
 
     def close(self, listener: socket.socket) -> None:
         """Take no more connections, however the end came about."""

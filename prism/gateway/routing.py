@@ -114,7 +114,3 @@ class Routing:
                 load += self._sent.get(worker, 0)
                 found.append(Candidate(Placement(worker, incarnation), is_active, load))
         return tuple(found)
-
-    def states(self, model: ModelId) -> tuple[ModelState, ...]:
-        """What the workers say of a model."""
-        return tuple(models[model].state for models in self._reports.values() if model in models)

@@ -88,7 +88,8 @@ class Worker:
             if earlier.submit.attempt >= submit.attempt:
                 return
             self._end(earlier)
-        ticket = Ticket(submit, gateway, expires=submit.arrival + self.limits.max_wait)
+        expires = float("inf") if submit.resumed else submit.arrival + self.limits.max_wait
+        ticket = Ticket(submit, gateway, expires)
         ticket.resumed = {choice.choice: choice for choice in submit.resumed}
         try:
             check_submit(self, ticket, self._clock())

@@ -123,6 +123,18 @@ def test_resumed_tokens_continue_the_text(start: Any, paths: dict[str, Path]) ->
     assert local.outbox.tokens["r", 0] == whole
 
 
+def test_resumed_requests_are_past_the_longest_wait(start: Any) -> None:
+    """A stream of more than max_wait, resubmitted after its worker had died, was refused with 429."""
+    local = start("llama")
+    local.now += 1
+    local.outbox.tokens["r", 0] = [5, 6]
+    resumed = [ResumedChoice(choice=0, token_ids=[5, 6], finished=False)]
+    local.submit("r", "llama", [1, 2, 3], resumed=resumed, attempt=1, max_tokens=4)
+    local.now += local.worker.limits.max_wait + 10
+    local.run()
+    assert local.outbox.finished["r", 0] == "length"
+
+
 def test_an_idle_model_holds_one_slab_beyond_its_cache(start: Any) -> None:
     local = start("llama", num_slabs=12)
     for i, prompt in enumerate(prompts(60, 300, seed=3)):
