@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ async def stream(client: AsyncOpenAI, model: str, length: int, tokens: int, seed
     )
     async for _ in chunks:
         times.append(time.perf_counter())
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(times)]
     return {"ttft": times[0] - begin, "gap": statistics.median(gaps or [0.0]), "worst": max(gaps or [0.0])}
 
 
@@ -66,8 +67,8 @@ def slabs() -> dict[str, int]:
     return {f"{owner} {model}".strip(): int(float(count)) for model, owner, count in found}
 
 
-async def measure(client: AsyncOpenAI, log: Path) -> dict[str, Any]:
-    """All figures."""
+async def measure(client: AsyncOpenAI, log: Path, scale: int) -> dict[str, Any]:
+    """All figures. `scale` divides the lengths of the hand-over's prompts."""
     result: dict[str, Any] = {}
     result["1b_cold_ttft_s"] = (await stream(client, "1b", 512, 2, 0))["ttft"]
     result["8b_cold_ttft_s"] = (await stream(client, "8b", 512, 2, 0))["ttft"]
@@ -84,21 +85,23 @@ async def measure(client: AsyncOpenAI, log: Path) -> dict[str, Any]:
         async with httpx.AsyncClient(timeout=60) as http:
             (await http.post(f"{admin}/{name}/unload")).raise_for_status()
         result[f"{name}_evicted_to_first_token_s"] = (await stream(client, name, 512, 2, 7))["ttft"]
-    result["handover"] = await handover(client)
-    result["activations"] = re.findall(
-        r"model (\S+) active after ([0-9.]+) s \(copy ([0-9.]+)", log.read_text()
-    )
+    result["handover"] = await handover(client, scale)
+    found = re.findall(r"model (\S+) active after ([0-9.]+) s \(copy ([0-9.]+)", log.read_text())
+    result["activations"] = [
+        {"model": name, "wanted_to_active_s": float(total), "map_copy_verify_s": float(copy)}
+        for name, total, copy in found
+    ]
     return result
 
 
-async def handover(client: AsyncOpenAI) -> dict[str, Any]:
+async def handover(client: AsyncOpenAI, scale: int) -> dict[str, Any]:
     """1b fills the pool with its prefix cache and goes on decoding while a burst on 8b takes the slabs."""
-    await asyncio.gather(*(stream(client, "1b", 4000, 2, 1000 + i) for i in range(40)))
+    await asyncio.gather(*(stream(client, "1b", 4000 // scale, 2, 1000 + i) for i in range(40)))
     await asyncio.sleep(1.2)
     before = slabs()
     decoding = asyncio.create_task(stream(client, "1b", 100, 1500, 3))
     await asyncio.sleep(1.0)
-    burst = [stream(client, "8b", 3000, 32, 2000 + i) for i in range(24)]
+    burst = [stream(client, "8b", 3000 // scale, 32, 2000 + i) for i in range(24)]
     ttfts = [run["ttft"] for run in await asyncio.gather(*burst)]
     await asyncio.sleep(1.2)
     after = slabs()
@@ -150,7 +153,7 @@ def main() -> None:
             base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=300, max_retries=0
         )
         try:
-            result = asyncio.run(measure(client, log))
+            result = asyncio.run(measure(client, log, 20 if options.rehearse else 1))
         except BaseException:
             print(log.read_text()[-6000:])
             raise
