@@ -8,6 +8,7 @@ The page ids go to the device in one copy from a pinned buffer that belongs to t
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from prism.attention.kernels import AttentionPlan, BatchLayout, KvView
 from prism.attention.slots import token_slots
+from prism.types import BlockId
 
 os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
 
@@ -104,6 +106,34 @@ class FlashInferKernels:
         """One fused kernel."""
         out: Tensor = self._flashinfer.silu_and_mul(gate_up)
         return out
+
+
+def build_kernels(device: torch.device, head_dim: int, dtype: torch.dtype) -> None:
+    """Use every kernel once, so that what is not built yet is compiled now, in parallel. For any thread."""
+
+    def attention() -> None:
+        pages = torch.zeros(1, 1, 2, 16, 1, head_dim, dtype=dtype, device=device)
+        plan = kernels.plan(BatchLayout([1], [1], [[BlockId(0)]]), KvView(pages), 1)
+        heads = torch.ones(1, 1, head_dim, dtype=dtype, device=device)
+        kernels.attention(plan, 0, heads, heads, heads)
+
+    def norm() -> None:
+        x = torch.ones(1, head_dim, dtype=dtype, device=device)
+        kernels.add_rms_norm(x, x.clone(), x[0], 1e-6)
+        kernels.rms_norm(x, x[0], 1e-6)
+
+    def rope() -> None:
+        heads = torch.ones(1, 1, head_dim, dtype=dtype, device=device)
+        table = torch.ones(1, head_dim, device=device)
+        kernels.rope(heads, heads.clone(), torch.zeros(1, dtype=torch.int64, device=device), table)
+
+    def activation() -> None:
+        kernels.silu_mul(torch.ones(1, 2 * head_dim, dtype=dtype, device=device))
+
+    kernels = FlashInferKernels(device, torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device))
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(work) for work in (attention, norm, rope, activation)]:
+            done.result()
 
 
 def _int32(values: list[Any]) -> Tensor:

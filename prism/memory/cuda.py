@@ -20,8 +20,11 @@ class CudaDriver:
     """The device's primary context, which torch uses too. Methods may be called from any thread."""
 
     def __init__(self, device_index: int) -> None:
-        """Raises `DriverError` when there is no such device."""
-        _call(cuda.cuInit, 0)
+        """Raises `DriverError` when there is no such device, or no NVIDIA driver at all."""
+        try:
+            _call(cuda.cuInit, 0)
+        except RuntimeError as error:  # the bindings did not find libcuda
+            raise DriverError("cuInit", str(error)) from error
         self._device = _call(cuda.cuDeviceGet, device_index)
         self._context = _call(cuda.cuDevicePrimaryCtxRetain, self._device)
         self._sizes: dict[Handle, Bytes] = {}

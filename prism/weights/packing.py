@@ -38,6 +38,11 @@ async def run_packer(job: PackJob, on_progress: Callable[[Bytes], None]) -> None
         if process.returncode is None:
             process.kill()
             await process.communicate()  # reads what is left, so that the pipe is closed too
+    _raise_unless_packed(job, last, status)
+
+
+def _raise_unless_packed(job: PackJob, last: PackEvent | None, status: int) -> None:
+    """Say what a packer's last event and its exit status mean."""
     match last:
         case Packed():
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prism.attention.flashinfer_kernels import HEAD_DIMS, WORKSPACE_BYTES, FlashInferKernels
+from prism.attention.flashinfer_kernels import HEAD_DIMS, WORKSPACE_BYTES, FlashInferKernels, build_kernels
 from prism.attention.kernels import Kernels
 from prism.attention.torch_kernels import TorchKernels
 from prism.config import DeviceConfig
@@ -14,7 +14,7 @@ from prism.memory.slabs import LaneOwner
 from prism.memory.tensors import tensor_at
 from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType, GiB, LaneId
-from prism.worker.device import Device
+from prism.worker.device import TORCH_DTYPES, Device
 
 TORCH_RESERVE = 4 * GiB
 """What torch's own allocator may take beside the pool, for the intermediate results of a step."""
@@ -39,4 +39,9 @@ def open_cuda(config: DeviceConfig) -> Device:
     def synchronize() -> None:
         torch.cuda.current_stream(device).synchronize()
 
-    return Device(driver, pool, device, f"cuda:{config.index}", kernels, synchronize)
+    def prepare(spec: ModelSpec) -> None:
+        """Compiles on the first use of a machine, which takes a minute; later a matter of milliseconds."""
+        if kernels(spec) is fused:
+            build_kernels(device, spec.head_dim, TORCH_DTYPES[spec.dtype])
+
+    return Device(driver, pool, device, f"cuda:{config.index}", kernels, synchronize, prepare)

@@ -50,14 +50,20 @@ class Device:
         name: str,
         kernels: Callable[[ModelSpec], Kernels],
         synchronize: Callable[[], None],
+        prepare: Callable[[ModelSpec], None],
     ) -> None:
-        """`kernels` gives a model's kernels; `synchronize` returns once all queued work has run."""
+        """What kinds of devices differ in.
+
+        `kernels` gives a model's kernels; `synchronize` returns once all queued work has run; `prepare`, which
+        runs beside the loop, has the kernels of a model built and loaded.
+        """
         self.driver = driver
         self.pool = pool
         self.device = device
         self.name = name
         self.kernels_for = kernels
         self.lane = Lane(LaneId(0))
+        self.prepare = prepare
         self._synchronize = synchronize
 
     @property
@@ -164,4 +170,4 @@ def cpu_device(driver: Driver, pool: SlabPool, name: str) -> Device:
     """A CPU over a given driver. Its steps have run when they return."""
     device = torch.device("cpu")
     kernels = TorchKernels(device)
-    return Device(driver, pool, device, name, lambda _: kernels, lambda: None)
+    return Device(driver, pool, device, name, lambda _: kernels, lambda: None, lambda _: None)

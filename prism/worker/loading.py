@@ -70,6 +70,7 @@ class Load:
         handles: tuple[Handle, ...],
         fingerprint: str,
         target: Tensor,
+        prepare: Callable[[], None],
         finish: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
@@ -79,7 +80,8 @@ class Load:
         self._handles = handles
         self._fingerprint = fingerprint
         self._target = target  # [weights bytes] uint8 over the arena
-        self._finish = finish
+        self._prepare = prepare  # before the first byte is copied
+        self._finish = finish  # after the last one
         self._clock = clock
         self._job: LoadJob | None = None
         self._is_cancelled = False
@@ -109,6 +111,7 @@ class Load:
         with self._fetch(self._model) as packed:
             if packed.fingerprint != self._fingerprint:
                 raise CheckpointError("changed since the server started", file=str(self._model))
+            self._prepare()
             self._arena.map(self._handles)
             job = self._job = LoadJob(packed, self._target)
             if self._is_cancelled:

@@ -269,7 +269,7 @@ class Worker:
         )
 
     def _step(self, now: float) -> bool:
-        turn = turns.decide(turn_snapshot(self))
+        turn = turns.decide(turn_snapshot(self), now)
         if turn is None:
             return False
         model = self.models[turn.model]

@@ -127,6 +127,7 @@ class Residency:
             tuple(self._device.pool.handle(slab) for slab in model.weight_slabs),
             profile.weights.fingerprint,
             self._device.arena_bytes(arena, Bytes(profile.weights.total_bytes)),
+            lambda: self._device.prepare(profile.spec),
             fill_rotary,
             self._clock,
         )

@@ -19,15 +19,15 @@ class Turn:
     budget: int
 
 
-def decide(snapshot: TurnSnapshot) -> Turn | None:
+def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
     """The model with the earliest next-token deadline; ties go to the one that has waited longest.
 
-    A late model does not starve the rest: each step moves its deadlines on by its TPOT objective, while those
-    of the others stand still.
+    All deadlines that have passed count as now, so that late models take turns: otherwise one with a long
+    queue of late prompts would keep the others waiting until it has worked all of them off.
     """
     if not snapshot.runnable:
         return None
-    first = min(snapshot.runnable, key=lambda r: (r.deadline, r.last_turn, r.model))
+    first = min(snapshot.runnable, key=lambda r: (max(r.deadline, now), r.last_turn, r.model))
     others_decode = any(r.num_decodes for r in snapshot.runnable if r.model != first.model)
     budget = snapshot.max_batch_tokens
     if others_decode:

@@ -83,6 +83,19 @@ def test_a_model_with_everything_has_these_entries_in_a_layer() -> None:
     assert layout.entries[-1].name == "norm"
 
 
+def test_fused_entries_keep_this_order() -> None:
+    entries = {entry.name: entry for entry in plan_layout(replace(SPEC, attention_bias=True)).entries}
+
+    def parts(name: str) -> list[tuple[str, int]]:
+        sources = entries[f"layers.1.{name}"].sources
+        return [(source.name.removeprefix("model.layers.1."), source.shape[0]) for source in sources]
+
+    heads = [("q", 32), ("k", 16), ("v", 16)]
+    assert parts("qkv") == [(f"self_attn.{x}_proj.weight", rows) for x, rows in heads]
+    assert parts("qkv_bias") == [(f"self_attn.{x}_proj.bias", rows) for x, rows in heads]
+    assert parts("gate_up") == [("mlp.gate_proj.weight", 48), ("mlp.up_proj.weight", 48)]
+
+
 @given(specs)
 def test_entries_are_aligned_in_order_and_apart(spec: ModelSpec) -> None:
     layout = plan_layout(spec)

@@ -8,23 +8,31 @@ A, B = ModelId("a"), ModelId("b")
 
 
 def test_nothing_to_do() -> None:
-    assert decide(TurnSnapshot((), 2048)) is None
+    assert decide(TurnSnapshot((), 2048), 0.0) is None
 
 
 def test_earliest_deadline_first_and_whole_budget_when_alone() -> None:
     a = Runnable(A, 1.0, 0.0, 0, has_prompts=True)
     b = Runnable(B, 2.0, 0.0, 0, has_prompts=True)
-    assert decide(TurnSnapshot((b, a), 2048)) == Turn(A, 2048)
+    assert decide(TurnSnapshot((b, a), 2048), 0.0) == Turn(A, 2048)
 
 
 def test_prompts_leave_time_to_others_that_decode() -> None:
     a = Runnable(A, 1.0, 0.0, 3, has_prompts=True)
     b = Runnable(B, 2.0, 0.0, 1, has_prompts=False)
-    assert decide(TurnSnapshot((a, b), 2048)) == Turn(A, SHARED_CHUNK + 3)
+    assert decide(TurnSnapshot((a, b), 2048), 0.0) == Turn(A, SHARED_CHUNK + 3)
 
 
 def test_ties_go_to_the_one_that_waited_longest() -> None:
     a = Runnable(A, 1.0, 5.0, 1, has_prompts=False)
     b = Runnable(B, 1.0, 4.0, 1, has_prompts=False)
-    turn = decide(TurnSnapshot((a, b), 2048))
+    turn = decide(TurnSnapshot((a, b), 2048), 0.0)
+    assert turn is not None and turn.model == B
+
+
+def test_late_prompts_do_not_starve_a_neighbour_that_decodes() -> None:
+    """A burst of late prompts on one model kept another's stream without a token for 3.4 s."""
+    burst = Runnable(A, 1.0, last_turn=49.9, num_decodes=0, has_prompts=True)
+    decoding = Runnable(B, 49.0, last_turn=48.8, num_decodes=1, has_prompts=False)
+    turn = decide(TurnSnapshot((burst, decoding), 2048), 50.0)
     assert turn is not None and turn.model == B
