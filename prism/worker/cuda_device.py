@@ -11,10 +11,10 @@ from prism.config import DeviceConfig
 from prism.memory.cuda import CudaDriver
 from prism.memory.pool import SlabPool
 from prism.memory.slabs import LaneOwner
-from prism.memory.tensors import tensor_at
+from prism.memory.tensors import tensor_at, torch_dtype
 from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType, GiB, LaneId
-from prism.worker.device import TORCH_DTYPES, Device
+from prism.worker.device import Device
 
 TORCH_RESERVE = 4 * GiB
 """What torch's own allocator may take beside the pool, for the intermediate results of a step."""
@@ -42,6 +42,6 @@ def open_cuda(config: DeviceConfig) -> Device:
     def prepare(spec: ModelSpec) -> None:
         """Compiles on the first use of a machine, which takes a minute; later a matter of milliseconds."""
         if kernels(spec) is fused:
-            build_kernels(device, spec.head_dim, TORCH_DTYPES[spec.dtype])
+            build_kernels(device, spec.head_dim, torch_dtype(spec.dtype))
 
     return Device(driver, pool, device, f"cuda:{config.index}", kernels, synchronize, prepare)

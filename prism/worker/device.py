@@ -18,12 +18,11 @@ from prism.memory.driver import Driver
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
 from prism.memory.slabs import LaneOwner
-from prism.memory.tensors import tensor_at
+from prism.memory.tensors import tensor_at, torch_dtype
 from prism.modelspec import ModelSpec
-from prism.types import Address, Bytes, DType, LaneId, Stamp
+from prism.types import Address, Bytes, LaneId, Stamp
+from prism.weights.views import view_weights
 from prism.worker.models import Profile
-
-TORCH_DTYPES = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
 
 
 @dataclass(slots=True)
@@ -77,7 +76,7 @@ class Device:
 
     def kv_view(self, spec: ModelSpec, layout: KvLayout) -> KvView:
         """The whole window in pages of one model."""
-        dtype = TORCH_DTYPES[spec.dtype]
+        dtype = torch_dtype(spec.dtype)
         size = spec.dtype.itemsize
         row = spec.num_kv_heads * spec.head_dim
         tokens = layout.tokens_per_block
@@ -97,16 +96,7 @@ class Device:
 
     def weight_tensors(self, profile: Profile, arena: Arena) -> dict[str, Tensor]:
         """Views of all weights by name; nothing is touched."""
-        return {
-            entry.name: tensor_at(
-                Address(arena.base + entry.offset),
-                tuple(entry.shape),
-                TORCH_DTYPES[entry.dtype],
-                None,
-                self.device,
-            )
-            for entry in profile.weights.entries
-        }
+        return view_weights(profile.weights, arena.base, self.device)
 
     def rotary_tensor(self, profile: Profile, arena: Arena) -> Tensor:
         """`[max_position, head_dim]` fp32 behind the weights."""
