@@ -6,9 +6,16 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
-MIB = 2**20
+from prism.types import GiB, MiB
+
+_TEXTS = ("MODEL", "WORKER", "STATE")
+_NUMBERS = ("WEIGHTS", "KV USED", "CACHED", "HELD", "LIMIT", "RUN", "WAIT", "IDLE")
+
+
+_COLUMNS = 1000
 
 
 def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
@@ -16,50 +23,66 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(answer, indent=2))
         return
-    console = Console()
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     for device in answer["devices"]:
         total = device["num_slabs"] * device["slab_bytes"]
         free = device["num_free_slabs"] * device["slab_bytes"]
         console.print(
-            f"{device['worker']} on {device['device']}: {_mib(total)} in slabs of "
-            f"{_mib(device['slab_bytes'])}, {_mib(free)} free"
+            f"{device['worker']} on {device['device']}: {_size(total)} in slabs of "
+            f"{_size(device['slab_bytes'])}, {_size(free)} free"
         )
-    console.print(models_table(answer))
+    table = models_table(answer)
+    # as wide as it must be: a narrow terminal wraps a line, but no name and no number is cut
+    console.width = max(
+        console.width, Measurement.get(console, console.options.update(width=_COLUMNS), table).maximum
+    )
+    console.print(table)
+    for entry in answer["models"]:
+        if entry["report"] is not None and entry["report"]["error"]:
+            console.print(f"{entry['model']}: {entry['report']['error']}")
 
 
 def models_table(answer: dict[str, Any]) -> Table:
-    """One row a model. Memory in MiB."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("MODEL", "WORKER", "STATE"):
-        table.add_column(name)
-    for name in ("WEIGHTS", "KV USED", "KV CACHED", "KV HELD", "KV LIMIT", "RUNNING", "WAITING", "IDLE"):
-        table.add_column(name, justify="right")
+    """One row a model. The worker is shown when there are several."""
+    several = len({entry["worker"] for entry in answer["models"]}) > 1
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in _TEXTS:
+        if several or name != "WORKER":
+            table.add_column(name, no_wrap=True)
+    for name in _NUMBERS:
+        table.add_column(name, justify="right", no_wrap=True)
     for entry in answer["models"]:
-        table.add_row(entry["model"], entry["worker"], *_cells(entry["report"]))
+        worker = [entry["worker"]] if several else []
+        table.add_row(entry["model"], *worker, *_cells(entry["report"]))
     return table
 
 
 def _cells(report: dict[str, Any] | None) -> list[str]:
     if report is None:
-        return ["worker is away"]
+        return ["away"]
     limit = report["kv_limit_bytes"]
-    state = report["state"] + (" (pinned)" if report["pinned"] else "")
-    if report["state"] == "loading":
-        state += f" {report['load_progress']:.0%}"
-    if report["error"]:
-        state += f": {report['error']}"
     return [
-        state,
-        _mib(report["weights_bytes"]),
-        _mib(report["kv_used_bytes"]),
-        _mib(report["kv_cached_bytes"]),
-        _mib(report["kv_slab_bytes"]),
-        "-" if limit is None else _mib(limit),
+        _state(report),
+        _size(report["weights_bytes"]),
+        _size(report["kv_used_bytes"]),
+        _size(report["kv_cached_bytes"]),
+        _size(report["kv_slab_bytes"]),
+        "-" if limit is None else _size(limit),
         str(report["num_running"]),
         str(report["num_waiting"]),
-        f"{report['idle_seconds']:.0f} s" if report["state"] == "active" else "-",
+        f"{report['idle_seconds']:.0f}s" if report["state"] == "active" else "-",
     ]
 
 
-def _mib(size: int) -> str:
-    return f"{size / MIB:.1f}M" if size < 10 * MIB else f"{size / MIB:.0f}M"
+def _state(report: dict[str, Any]) -> str:
+    state = str(report["state"])
+    if state == "loading":
+        state += f" {report['load_progress']:.0%}"
+    return f"{state}, pinned" if report["pinned"] else state
+
+
+def _size(size: int) -> str:
+    if size == 0:
+        return "0"
+    number, unit = (size / GiB, "G") if size >= 10 * GiB else (size / MiB, "M")
+    return f"{number:.1f}".removesuffix(".0") + unit if number < 100 else f"{number:.0f}{unit}"

@@ -53,8 +53,8 @@ class Device:
     ) -> None:
         """What kinds of devices differ in.
 
-        `kernels` gives a model's kernels; `synchronize` returns once all queued work has run; `prepare`, which
-        runs beside the loop, has the kernels of a model built and loaded.
+        `kernels` gives a model's kernels; `synchronize` returns once all queued work has run; `prepare`,
+        which runs beside the loop, has the kernels of a model built and loaded.
         """
         self.driver = driver
         self.pool = pool

@@ -1,0 +1,211 @@
+"""A whole server, `prism serve` with all its processes, started and stopped for a test."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+import psutil
+
+from prism.demo.catalog import demo_model_path
+
+DEMO = {name: demo_model_path(name) for name in ("adder", "speller", "radio")}
+RUNNING: list[Server] = []
+"""Servers that have been started and not closed: when a test fails, their logs are shown."""
+
+
+async def eventually(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+    """The first true value of `condition`, or of the coroutine that it returns."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        await asyncio.sleep(0.02)
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+    """The same, outside of a coroutine."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+class Server:
+    """`prism serve` on free ports, with a run directory of its own. Use as a context manager.
+
+    Leaving it stops the server and checks that it ended with status 0, left no process and no run
+    directory, and logged no traceback. `sections` are those of the configuration.
+    """
+
+    def __init__(self, models: dict[str, Path] = DEMO, **sections: Any) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="prism-test-"))  # short: it holds unix sockets
+        self.port, self.admin_port = free_ports(2)
+        self.url, self.admin = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
+        self.keys: list[str] = []
+        self.process: subprocess.Popen[bytes] | None = None
+        self._children: dict[int, psutil.Process] = {}
+        device = {"memory": "64MiB", "slab": "2MiB", "threads": 1} | sections.pop("device", {})
+        server = {"port": self.port, "admin_port": self.admin_port} | sections.pop("server", {})
+        named = [{"name": name, "path": str(path)} for name, path in models.items()]
+        config = {"models": named, "devices": [device], "server": server, **sections}
+        (self.home / "prism.yaml").write_text(json.dumps(config))
+
+    # --- life and death -----------------------------------------------------------------------------
+
+    def __enter__(self) -> Server:
+        RUNNING.append(self)
+        try:
+            self.start()
+        except BaseException:
+            self._clean_up()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.stop()
+                assert self.leftovers() == [], "processes are left"
+                assert self.run_dirs() == [], "a run directory is left"
+                assert "Traceback" not in self.log, self.log
+        finally:
+            self._clean_up()
+
+    def start(self) -> None:
+        """Start it and wait until it serves."""
+        self.spawn()
+        wait_for(self.is_ready, f"the server serves\n{self.log}", 60)
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        """Start it."""
+        command = [Path(sys.executable).with_name("prism"), "serve", self.home / "prism.yaml"]
+        environment = os.environ | {"XDG_RUNTIME_DIR": str(self.home)}
+        with (self.home / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            )
+        return self.process
+
+    def is_ready(self) -> bool:
+        """Requests are served, and the controller has heard of the worker."""
+        assert self.process is not None and self.process.poll() is None, self.log
+        self.children()
+        try:
+            health = httpx.get(f"{self.url}/health", trust_env=False, timeout=5)
+            state = httpx.get(f"{self.admin}/admin/models", trust_env=False, timeout=5)
+        except httpx.HTTPError:
+            return False
+        return health.status_code == 200 and bool(state.json()["devices"])
+
+    def stop(self, seconds: float = 15) -> None:
+        """SIGTERM; it must end well and in good time."""
+        assert self.process is not None
+        self.children()
+        self.process.terminate()
+        assert self.process.wait(seconds) == 0, self.log
+
+    def kill(self, name: str) -> int:
+        """Kill -9 the process of this name (`worker-0`, `controller`, `gateway-0`, ...), and tell its pid."""
+        pid = self.pid(name)
+        assert pid is not None, f"{name} does not run"
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def _clean_up(self) -> None:
+        """Whatever has happened, nothing stays."""
+        RUNNING.remove(self)
+        if self.process is not None and self.process.poll() is None:
+            self.children()
+            self.process.kill()
+            self.process.wait()
+        for child in self._children.values():
+            with suppress(psutil.NoSuchProcess):  # psutil knows a pid that was given to another process
+                child.kill()
+        shutil.rmtree(self.home)
+
+    # --- what is there ------------------------------------------------------------------------------
+
+    @property
+    def log(self) -> str:
+        """Everything logged so far."""
+        path = self.home / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def children(self) -> dict[int, str]:
+        """Live processes below the agent: pid and command line. All that were ever seen are remembered."""
+        assert self.process is not None
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                self._children.setdefault(child.pid, child)
+        return {pid: line for pid, child in self._children.items() if (line := _command_line(child))}
+
+    def leftovers(self) -> list[str]:
+        """Command lines of processes that were seen below the agent and still live."""
+        return [line for child in self._children.values() if (line := _command_line(child))]
+
+    def pid(self, name: str) -> int | None:
+        """The live process of this name."""
+        found = [pid for pid, line in self.children().items() if f" --name {name} " in f"{line} "]
+        return found[0] if found else None
+
+    def run_dirs(self) -> list[Path]:
+        """Run directories of servers, live or dead."""
+        return list(self.home.glob("prism-*"))
+
+    async def models(self) -> dict[str, dict[str, Any]]:
+        """What `prism ps` shows of each model; a model whose worker is away is missing."""
+        async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+            answer = (await client.get(f"{self.admin}/admin/models")).raise_for_status().json()
+        return {entry["model"]: entry["report"] for entry in answer["models"] if entry["report"]}
+
+    async def num_requests(self) -> int:
+        """Requests that the worker has, running and waiting."""
+        reports = (await self.models()).values()
+        return sum(report["num_running"] + report["num_waiting"] for report in reports)
+
+    async def metrics(self) -> dict[str, float]:
+        """All samples of /metrics by name and labels, summed over processes, models and the like: by name."""
+        async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+            text = (await client.get(f"{self.url}/metrics")).raise_for_status().text
+        samples = [line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#")]
+        return {name: float(value) for name, value in samples}
+
+
+def _command_line(process: psutil.Process) -> str:
+    """Empty once the process has ended, reaped or not."""
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return ""
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""

@@ -1,0 +1,66 @@
+"""Twenty long requests of all kinds, whose answers depend on nothing but themselves.
+
+In fp32 the order of sums depends on the batch, so two runs of a request differ by rounding. The seeds below
+are such that no draw and no greedy choice is near enough to another token for that to matter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prism.demo.catalog import golden_answers
+from tests.server.clients import CHAT, TEXT, Call
+
+NUM_CALLS = 20
+LEAST_TOKENS = 256
+RADIO_END = "260"
+SPELLER_END = "258"
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 20}
+VARIED = {"temperature": 1.0, "top_k": 8, "logit_bias": {RADIO_END: -100}}
+
+
+def calls() -> list[Call]:
+    """Fresh ones."""
+    return [_call(number, **settings) for number, settings in enumerate(_SETTINGS)]
+
+
+def _call(number: int, model: str = "radio", *, text: bool = False, **settings: Any) -> Call:
+    golden = golden_answers(model)[number]
+    body: dict[str, Any] = {
+        "model": model,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+        "max_tokens": 300 + 20 * number,
+        "temperature": 0,
+        **settings,
+    }
+    if not body["stream"]:
+        del body["stream_options"]
+    if text:
+        return Call(TEXT, {"prompt": golden.messages[0]["content"], **body})
+    return Call(CHAT, {"messages": list(golden.messages), **body})
+
+
+_SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"model": "speller"},
+    {"logprobs": True, "top_logprobs": 4},
+    {"logprobs": True, "stop": ["never seen", "nor this one"]},
+    {"text": True, "logprobs": 3},
+    {"frequency_penalty": 0.3, "presence_penalty": 0.2},
+    {"model": "speller", "repetition_penalty": 1.1},
+    {"logit_bias": {RADIO_END: -100}},
+    {"logit_bias": {RADIO_END: -100}, "stream": False},
+    {**SAMPLED, "seed": 9},
+    {**SAMPLED, "seed": 10, "model": "speller"},
+    {**SAMPLED, "seed": 11, "n": 2},
+    {**VARIED, "seed": 12, "n": 2, "logprobs": True},
+    {**VARIED, "seed": 13, "n": 3, "stream": False},
+    {**VARIED, "seed": 14, "frequency_penalty": 0.1},
+    {**VARIED, "seed": 15, "min_p": 0.05, "text": True},
+    {**VARIED, "seed": 16, "repetition_penalty": 1.05},
+    {**VARIED, "seed": 17, "logprobs": True, "top_logprobs": 2},
+    {**VARIED, "seed": 18, "text": True, "logprobs": 0},
+    {**SAMPLED, "seed": 19, "temperature": 1.2, "top_k": 5},
+)
