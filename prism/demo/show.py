@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +31,9 @@ MAX_PROBLEMS = 10
 
 def run_demo(*, port: int, keep: bool) -> int:
     """Run everything and print what was seen; the exit status."""
+    if not 0 <= port < 2**16:
+        print(f"error: {port} is no port", file=sys.stderr)
+        return 2
     folder = Path(tempfile.mkdtemp(prefix="prism-demo-"))
     status = asyncio.run(Show(folder, port or free_port(), keep).run())
     if status in (0, INTERRUPTED):

@@ -79,7 +79,9 @@ class Users:
                     first = first or time.monotonic()
                     pieces.append(text)
             problem = turn.problem(model, "".join(pieces))
-        except openai.OpenAIError as error:
+        except (
+            Exception
+        ) as error:  # also the HTTP library's own, which the client lets through while it streams
             problem = f"{turn.messages[-1]['content']!r} failed: {error}"
         finally:
             self.num_open -= 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def test_an_answer_must_be_expected_and_true() -> None:
 
 
 def test_users_of_a_burst_begin_with_different_questions() -> None:
-    first = {burst_turns("radio", user, 16)[0] for user in range(16)}
+    first = {burst_turns("radio", user, 16)[0].messages[-1]["content"] for user in range(16)}
     assert len(first) == 16
     assert all(len(burst_turns("radio", user, 16)) == len(golden_answers("radio")) for user in (0, 15))
 
@@ -250,6 +252,22 @@ def test_a_server_that_does_not_start_is_an_error(tmp_path: Path) -> None:
     server = asyncio.run(start())
     assert server.status == 2
     assert "models: Tuple should have at least 1 item" in server.log_tail()
+
+
+def test_a_port_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_demo(port=70000, keep=False) == 2
+    assert capsys.readouterr().err == "error: 70000 is no port\n"
+
+
+def test_a_port_that_is_taken(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a failed demo leaves its log
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status = run_demo(port=port, keep=False)
+    assert status == 1
+    assert f"error: server.port: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

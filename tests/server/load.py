@@ -1,7 +1,7 @@
 """Twenty long requests of all kinds, whose answers depend on nothing but themselves.
 
-In fp32 the order of sums depends on the batch, so two runs of a request differ by rounding. The seeds below
-are such that no draw and no greedy choice is near enough to another token for that to matter.
+The order of sums depends on the batch, so the logits of two runs differ by rounding, 1e-5 at most. The seeds
+were chosen among a few so that no draw is within 3e-4 of another token (as a share of the probability there).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _call(number: int, model: str = "radio", *, text: bool = False, **settings: 
         "stream": True,
         "stream_options": {"include_usage": True},
         "ignore_eos": True,
-        "max_tokens": 300 + 20 * number,
+        "max_tokens": 290 + 14 * number,
         "temperature": 0,
         **settings,
     }
@@ -46,21 +46,21 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"model": "speller"},
     {"logprobs": True, "top_logprobs": 4},
-    {"logprobs": True, "stop": ["never seen", "nor this one"]},
+    {"logprobs": True, "stop": ["never seen", "dia·xray·"]},
     {"text": True, "logprobs": 3},
     {"frequency_penalty": 0.3, "presence_penalty": 0.2},
     {"model": "speller", "repetition_penalty": 1.1},
     {"logit_bias": {RADIO_END: -100}},
     {"logit_bias": {RADIO_END: -100}, "stream": False},
-    {**SAMPLED, "seed": 9},
-    {**SAMPLED, "seed": 10, "model": "speller"},
-    {**SAMPLED, "seed": 11, "n": 2},
-    {**VARIED, "seed": 12, "n": 2, "logprobs": True},
-    {**VARIED, "seed": 13, "n": 3, "stream": False},
-    {**VARIED, "seed": 14, "frequency_penalty": 0.1},
+    {**SAMPLED, "seed": 49},
+    {**SAMPLED, "seed": 30, "model": "speller"},
+    {**SAMPLED, "seed": 31, "n": 2},
+    {**VARIED, "seed": 72, "n": 2, "logprobs": True, "stop": ["orm·victo", "our·bravo"]},
+    {**VARIED, "seed": 73, "n": 3, "stream": False},
+    {**VARIED, "seed": 74, "frequency_penalty": 0.1},
     {**VARIED, "seed": 15, "min_p": 0.05, "text": True},
-    {**VARIED, "seed": 16, "repetition_penalty": 1.05},
-    {**VARIED, "seed": 17, "logprobs": True, "top_logprobs": 2},
-    {**VARIED, "seed": 18, "text": True, "logprobs": 0},
+    {**VARIED, "seed": 36, "repetition_penalty": 1.05},
+    {**VARIED, "seed": 37, "logprobs": True, "top_logprobs": 2},
+    {**VARIED, "seed": 58, "text": True, "logprobs": 0},
     {**SAMPLED, "seed": 19, "temperature": 1.2, "top_k": 5},
 )

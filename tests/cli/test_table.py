@@ -1,0 +1,97 @@
+"""`prism ps`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from prism.cli.table import print_models
+from prism.types import GiB, MiB
+
+LONG_NAME = "Qwen/Qwen2.5-7B-Instruct"
+
+
+def entry(name: str, worker: str = "worker-0", **changes: Any) -> dict[str, Any]:
+    report = {
+        "model": name,
+        "state": "active",
+        "weights_bytes": 15 * GiB,
+        "kv_used_bytes": 3 * MiB // 2,
+        "kv_cached_bytes": 0,
+        "kv_slab_bytes": 96 * MiB,
+        "kv_floor_bytes": 0,
+        "kv_limit_bytes": None,
+        "num_running": 12,
+        "num_waiting": 3,
+        "load_progress": 1.0,
+        "idle_seconds": 0.0,
+        "num_activations": 1,
+        "max_len": 2048,
+        "pinned": False,
+        "error": None,
+    }
+    return {"model": name, "worker": worker, "report": report | changes}
+
+
+def answer(*models: dict[str, Any]) -> dict[str, Any]:
+    device = {
+        "worker": "worker-0",
+        "device": "cuda:0",
+        "incarnation": 1,
+        "slab_bytes": 32 * MiB,
+        "num_slabs": 4096,
+        "num_free_slabs": 2,
+    }
+    return {"epoch": 1, "devices": [device], "models": list(models)}
+
+
+def lines(capsys: pytest.CaptureFixture[str], *models: dict[str, Any]) -> list[str]:
+    print_models(answer(*models), as_json=False)
+    return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    limited = entry("b", kv_limit_bytes=2 * GiB, num_running=0, idle_seconds=61.4, pinned=True)
+    assert lines(capsys, entry(LONG_NAME), limited) == [
+        "worker-0 on cuda:0: 128G in slabs of 32M, 64M free",
+        "MODEL                     STATE           WEIGHTS  KV USED  CACHED  HELD  LIMIT  RUN  WAIT  IDLE",
+        "Qwen/Qwen2.5-7B-Instruct  active              15G     1.5M       0   96M      -   12     3    0s",
+        "b                         active, pinned      15G     1.5M       0   96M  2048M    0     3   61s",
+    ]
+
+
+@pytest.mark.parametrize("columns", ["20", "80", "300"])
+def test_nothing_is_cut_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    name = "a" * 128
+    table = lines(capsys, entry(name), entry("b"))
+    assert len(table) == 4
+    assert table[2].startswith(f"{name}  active") and table[2].endswith(" 0s")
+    assert "…" not in "".join(table)
+
+
+def test_workers_are_shown_when_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
+    away = {"model": "b", "worker": "worker-1", "report": None}
+    table = lines(capsys, entry("a"), away)
+    assert table[1].split()[:3] == ["MODEL", "WORKER", "STATE"]
+    assert table[3].split() == ["b", "worker-1", "away"]
+    assert "WORKER" not in lines(capsys, entry("a"))[1]
+
+
+def test_progress_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    loading = entry("a", state="loading", load_progress=0.456)
+    failed = entry("b", state="failed", error="/m/b/model.safetensors: [truncated]")
+    table = lines(capsys, loading, failed)
+    assert "loading 46%" in table[2]
+    assert table[2].endswith(" -")
+    assert table[4] == "b: /m/b/model.safetensors: [truncated]"
+
+
+def test_json_is_what_the_server_said(capsys: pytest.CaptureFixture[str]) -> None:
+    print_models(answer(entry("a")), as_json=True)
+    assert json.loads(capsys.readouterr().out) == answer(entry("a"))

@@ -1,0 +1,82 @@
+"""Kill -9, any process at any moment: clients get every token once, or hear that their gateway has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import Sequence
+
+import httpx
+import psutil
+import pytest
+
+from tests.server import load
+from tests.server.clients import Answer, Call, ends, golden_calls
+from tests.server.harness import Server, eventually
+
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+
+
+def assert_alike(answers: Sequence[Answer], expected: Sequence[Answer]) -> None:
+    """The same texts, finish reasons, usage and log-probabilities; nothing twice, nothing missing."""
+    for number, (answer, other) in enumerate(zip(answers, expected, strict=True)):
+        assert answer.is_done and answer.error is None, (number, answer)
+        assert answer.usage == other.usage, number
+        assert answer.choices.keys() == other.choices.keys(), number
+        for index, choice in answer.choices.items():
+            reference = other.choices[index]
+            assert choice.text == reference.text, (number, index)
+            assert choice.finish == reference.finish, (number, index)
+            assert choice.tokens == reference.tokens, (number, index)
+            assert choice.num_top == reference.num_top, (number, index)
+            assert choice.logprobs == pytest.approx(reference.logprobs, abs=1e-3), (number, index)
+
+
+async def run(client: httpx.AsyncClient, server: Server) -> list[Answer]:
+    """The whole load, undisturbed."""
+    return await ends([call.start(client, server.url) for call in load.calls()])
+
+
+@pytest.fixture(scope="module")
+def expected(server: Server) -> list[Answer]:
+    """What an undisturbed run answers."""
+
+    async def undisturbed() -> list[Answer]:
+        async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+            return await run(client, server)
+
+    answers = asyncio.run(undisturbed())
+    for answer in answers:
+        assert answer.is_done and answer.usage is not None, answer
+        assert answer.usage["completion_tokens"] >= load.LEAST_TOKENS * len(answer.choices)
+    finishes = [choice.finish for answer in answers for choice in answer.choices.values()]
+    assert finishes.count("stop") == 3 and set(finishes) == {"stop", "length"}
+    return answers
+
+
+def num_events(calls: Sequence[Call]) -> int:
+    return sum(call.answer.num_events for call in calls)
+
+
+async def test_ten_workers_die_and_no_stream_notices(
+    client: httpx.AsyncClient, server: Server, expected: list[Answer]
+) -> None:
+    """Three die while they start, five soon after the streams go on, two when they have worked for long."""
+    rng = random.Random(7)
+    calls = [call.start(client, server.url) for call in load.calls()]
+    for moment in ("soon", "start", "soon", "late", "soon", "start", "soon", "late", "start", "soon"):
+        pid = await eventually(lambda: server.pid("worker-0"), "a worker runs")
+        if moment == "start":
+            await asyncio.sleep(rng.uniform(0, 2))
+        else:
+            before = num_events(calls)
+            await eventually(lambda before=before: num_events(calls) > before, "the streams go on", 30)
+            await asyncio.sleep(rng.uniform(0, 0.3) if moment == "soon" else 2.1)
+        assert not all(call.answer.is_done for call in calls), "the load is too small"
+        assert server.kill("worker-0") == pid
+        await eventually(lambda pid=pid: server.pid("worker-0") != pid, "it is dead")
+    assert_alike(await ends(calls), expected)
+    samples = await server.metrics()
+    assert sum(value for name, value in samples.items() if "resubmissions_total" in name) > 20
