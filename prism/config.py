@@ -143,7 +143,7 @@ class LimitsConfig(_Section):
     request_timeout: Duration = 600.0
     """Longest life of a request."""
     min_residency: Duration = 2.0
-    """A busy model keeps its weights this long before an older request of another model may take its memory."""
+    """A busy model keeps its weights this long before an older request of another may take its memory."""
 
 
 class HostMemoryConfig(_Section):

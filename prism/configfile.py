@@ -50,7 +50,10 @@ def parse_config(text: str, folder: Path, environment: Mapping[str, str]) -> Con
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([_sentence(item) for item in error.errors()]) from None
+        items = error.errors()
+        broken = {item["loc"][0] for item in items if len(item["loc"]) > 1}
+        # a list whose entries are all wrong is not also too short
+        raise ConfigError([_sentence(i) for i in items if i["loc"] not in {(b,) for b in broken}]) from None
     return _checked(config, folder)
 
 

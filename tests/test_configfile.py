@@ -112,3 +112,8 @@ def test_placement_json_names_what_is_unsupported(folder: Path) -> None:
     found = problems(json.dumps(entries), folder)
     for field in ("[0].tp_size", "[0].shape", "[0].init_placements[0].gpu_ids"):
         assert any(problem.startswith(field) for problem in found)
+
+
+def test_a_list_of_wrong_entries_is_not_called_empty_as_well(folder: Path) -> None:
+    found = problems("models: [{name: 'a b', path: a}]", folder)
+    assert len(found) == 1 and found[0].startswith("models[0].name")

@@ -109,9 +109,8 @@ def machine() -> dict[str, str]:
     import torch
     import transformers
 
-    model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?"
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     return {
         "cpu": f"{model}, {os.cpu_count()} cores",
         "python": platform.python_version(),

@@ -144,6 +144,8 @@ class Agent:
         """Pack a model and tell whoever asked for it."""
         answer: WeightsReady | WeightsFailed
         try:
+            if not self._store.holds(ModelId(model)):
+                log.info("packing %s", model)
             size = await self._store.want(ModelId(model))
             answer = WeightsReady(model=model, total_bytes=size)
         except PrismError as error:
@@ -153,7 +155,6 @@ class Agent:
             transport.asend(self._router, answer, wanted_by)
 
     def _packing(self, model: ModelId, done: Bytes, total: Bytes) -> None:
-        log.info("packing %s: %d of %d MB", model, done // 10**6, total // 10**6)
         for peer, child in self._peers.items():
             if child.spec.role is Role.WORKER:
                 progress = WeightsProgress(model=model, done_bytes=done, total_bytes=total)

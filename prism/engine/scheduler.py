@@ -48,6 +48,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []  # admitted and not started, or preempted
         self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        """Tokens looked up in the prefix cache, each sequence once."""
+        self.num_prefix_hits = 0
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence."""
@@ -161,6 +164,8 @@ class Scheduler:
         sequence.num_published = len(sequence.blocks)
         sequence.num_computed = sequence.num_published * size
         if not sequence.is_started:
+            self.num_prefix_queries += len(sequence.tokens)
+            self.num_prefix_hits += sequence.num_computed
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
 
     # --- afterwards ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from prism.memory.slabs import KvOwner, LaneOwner, WeightsOwner
 from prism.metrics import Metrics
 from prism.types import ModelId
 from prism.worker.loop import Worker
+from prism.worker.models import Model
 
 Place = tuple[str, str]
 """(owner, model)"""
@@ -18,7 +19,7 @@ class Gauges:
         self._metrics = metrics
         self._worker_name = worker_name
         self._places: set[Place] = set()
-        self._preemptions: dict[ModelId, int] = {}
+        self._counted: dict[tuple[ModelId, str], int] = {}
 
     def update(self, worker: Worker) -> None:
         """Set everything."""
@@ -33,11 +34,28 @@ class Gauges:
             if kv is not None and (total := kv.num_slabs * kv.layout.blocks_per_slab):
                 share = kv.num_used / total
             self._metrics.kv_cache_usage_perc.labels(model.name).set(share)
-            if model.engine is not None:
-                count = model.engine.scheduler.num_preemptions
-                added = count - self._preemptions.get(model.name, 0)
-                self._preemptions[model.name] = count
-                self._metrics.num_preemptions.labels(model.name).inc(added)
+            self._count(model)
+
+    def _count(self, model: Model) -> None:
+        """Add to the counters what has come since the last time."""
+        metrics, name = self._metrics, model.name
+        if self._added(name, "activations", model.num_activations):
+            metrics.activations.labels(name).inc()
+            metrics.activation_seconds.labels(name).observe(model.load_seconds)
+        metrics.evictions.labels(name).inc(self._added(name, "evictions", model.num_evictions))
+        if model.engine is not None:
+            scheduler = model.engine.scheduler
+            for counter, label, count in (
+                (metrics.num_preemptions, "preemptions", scheduler.num_preemptions),
+                (metrics.prefix_cache_queries, "queries", scheduler.num_prefix_queries),
+                (metrics.prefix_cache_hits, "hits", scheduler.num_prefix_hits),
+            ):
+                counter.labels(name).inc(self._added(name, label, count))
+
+    def _added(self, model: ModelId, name: str, count: int) -> int:
+        added = count - self._counted.get((model, name), 0)
+        self._counted[model, name] = count
+        return added
 
     def _slabs(self, worker: Worker) -> None:
         pool = worker.device.pool

@@ -228,7 +228,10 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
         name=WorkerId(name),
         incarnation=Incarnation(incarnation),
     )
-    process = Process(worker, sockets, jobs, Gauges(Metrics(), name))
+    metrics = Metrics()
+    if incarnation > 1:
+        metrics.worker_restarts.labels(name).inc()
+    process = Process(worker, sockets, jobs, Gauges(metrics, name))
     signal.signal(signal.SIGTERM, process.stop)
     address = sockets.address
     sockets.to_agent(Ready(role=Role.WORKER, name=name, incarnation=incarnation, address=address))

@@ -88,7 +88,10 @@ class Model:
     active_since: float = 0.0
     last_turn: float = 0.0
     load_started: float = 0.0
+    load_seconds: float = 0.0
+    """From the wish for it to its activity, the last time."""
     num_activations: int = 0
+    num_evictions: int = 0
     load_commands: list[int] = field(default_factory=list)
     evict_commands: list[int] = field(default_factory=list)
 

@@ -55,5 +55,7 @@ def _progress(model: Model) -> float:
             return 1.0
         case ModelState.LOADING if model.load is not None:
             return model.load.progress
+        case ModelState.FETCHING:
+            return model.packed_share
         case _:
             return 0.0

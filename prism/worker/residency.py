@@ -158,6 +158,7 @@ class Residency:
         model.state = ModelState.ACTIVE
         model.active_since = model.last_used = now
         model.num_activations += 1
+        model.load_seconds = now - model.load_started
         model.num_failures = 0
         model.error = None
         log.info(
@@ -198,6 +199,7 @@ class Residency:
         model.kv = None
         model.state = ModelState.EVICTING
         model.is_wanted = False
+        model.num_evictions += 1
         log.info("model %s evicted", model.name)
         self._start_unload(model)
 

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from prism.modelspec import RopeScaling
 from prism.models.rotary import rotary_table
+from prism.modelspec import RopeScaling
 from tests.support.checkpoints import LLAMA3_ROPE
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import socket
 from collections.abc import Sequence
 
 import httpx
-import psutil
 import pytest
 
 from tests.server import load
@@ -80,3 +78,72 @@ async def test_ten_workers_die_and_no_stream_notices(
     assert_alike(await ends(calls), expected)
     samples = await server.metrics()
     assert sum(value for name, value in samples.items() if "resubmissions_total" in name) > 20
+
+
+async def test_a_gateway_dies_with_its_streams_and_its_successor_serves(
+    client: httpx.AsyncClient, server: Server, expected: list[Answer]
+) -> None:
+    calls = [call.start(client, server.url) for call in load.calls()]
+    await eventually(lambda: num_events(calls) > 1000, "the streams are under way")
+    await eventually(server.num_requests, "the controller has heard of them", 3)
+    server.kill("gateway-0")
+    late, right = golden_calls("adder", 1)[0]
+    late.start(client, server.url)  # waits in the listening socket, which the agent keeps open
+    await eventually(lambda: _is_idle(server), "the worker has dropped them", 2)
+    for answer, other in zip(await ends(calls, 5), expected, strict=True):
+        assert answer.is_broken and not answer.is_done and answer.error is None
+        for index, choice in answer.choices.items():
+            assert other.choices[index].text.startswith(choice.text)
+    assert (await late.end()).text == right
+    for call, text in golden_calls("speller", 5):
+        assert (await call.start(client, server.url).end()).text == text
+
+
+async def _is_idle(server: Server) -> bool:
+    return await server.num_requests() == 0
+
+
+async def test_no_stream_notices_that_controllers_die(
+    client: httpx.AsyncClient, server: Server, expected: list[Answer]
+) -> None:
+    rng = random.Random(8)
+    calls = [call.start(client, server.url) for call in load.calls()]
+    for _ in range(2):
+        before = num_events(calls)
+        await eventually(lambda before=before: num_events(calls) > before, "the streams go on")
+        await asyncio.sleep(rng.uniform(0, 0.5))
+        pid = server.kill("controller")
+        await eventually(lambda pid=pid: server.pid("controller") not in (None, pid), "another one starts")
+    assert not any(call.answer.is_broken for call in calls)
+    assert_alike(await ends(calls), expected)
+    await eventually(lambda: _answers(server), "admin works again")
+    answer = await client.post(f"{server.admin}/admin/models/adder/load", json={"pinned": False})
+    assert answer.status_code == 200, answer.text
+    assert (await server.models())["adder"]["state"] == "active"
+
+
+async def _answers(server: Server) -> bool:
+    try:
+        return bool(await server.models())
+    except httpx.HTTPError:
+        return False
+
+
+async def test_everything_dies_with_the_agent(client: httpx.AsyncClient) -> None:
+    with Server() as server:
+        calls = [call.start(client, server.url) for call in load.calls()[:6]]
+        await eventually(lambda: num_events(calls) > 100, "the streams are under way")
+        (stale,) = server.run_dirs()
+        assert len(server.children()) == 3 and server.process is not None
+        server.process.kill()
+        await eventually(lambda: not server.leftovers(), "no process is left", 2)
+        assert all(answer.is_broken for answer in await ends(calls, 5))
+        for port in (server.port, server.admin_port):
+            socket.create_server(("127.0.0.1", port)).close()
+        assert stale.exists()
+        server.process.wait()
+        server.start()
+        (fresh,) = server.run_dirs()
+        assert fresh != stale and not stale.exists()
+        call, text = golden_calls("radio", 1)[0]
+        assert (await call.start(client, server.url).end()).text == text

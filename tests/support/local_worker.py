@@ -1,4 +1,4 @@
-"""A real worker in the test's own process: real memory, real models, no sockets, no threads, a manual clock."""
+"""A worker in the test's own process: real memory and models, no sockets, no threads, a manual clock."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_preemption(models: dict, start: object) -> None:
 
 
 def test_eviction_in_the_middle_of_a_conversation(models: dict, start: object) -> None:
-    """Three models, room for their weights but not for any KV: each turn of a conversation finds its model evicted and brings it back."""
+    """Room for all weights, but not for any KV: each turn finds its model evicted and brings it back."""
     local = start("llama", "qwen2", "qwen3", num_slabs=3)  # type: ignore[operator]
     history = {family: prompts(1, 40, seed=i)[0] for i, family in enumerate(("llama", "qwen2", "qwen3"))}
     for turn in range(3):
