@@ -134,7 +134,7 @@ async def test_everything_dies_with_the_agent(client: httpx.AsyncClient) -> None
         calls = [call.start(client, server.url) for call in load.calls()[:6]]
         await eventually(lambda: num_events(calls) > 100, "the streams are under way")
         (stale,) = server.run_dirs()
-        assert len(server.children()) == 3 and server.process is not None
+        assert len(server.children()) >= 3 and server.process is not None
         server.process.kill()
         await eventually(lambda: not server.leftovers(), "no process is left", 2)
         assert all(answer.is_broken for answer in await ends(calls, 5))
