@@ -168,6 +168,13 @@ class Config(_Section):
             raise ValueError(f"models: names used twice: {', '.join(twice)}")
         return self
 
+    @model_validator(mode="after")
+    def _unique_gpus(self) -> Config:
+        gpus = [device.index for device in self.devices if device.kind == "cuda"]
+        if twice := sorted({index for index in gpus if gpus.count(index) > 1}):
+            raise ValueError(f"devices: GPUs used twice: {', '.join(map(str, twice))}")
+        return self
+
     def model(self, name: str) -> ModelConfig | None:
         """The model of that name."""
         return next((model for model in self.models if model.name == name), None)

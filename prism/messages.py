@@ -1,8 +1,9 @@
 """Everything that Prism's processes say to one another, as tagged unions (msgspec, MessagePack).
 
- gateway --Submit, CancelChoice--> worker      worker --Accepted, Started, Outputs, Rejected--> gateway
- gateway --Demand--> controller                controller --Routes--> gateway
- controller --Activate, Evict, SetLimits--> worker      worker --Report, CommandDone--> controller, gateways
+ gateway --Submit, CancelChoice--> worker               worker --Started, Outputs, Rejected--> gateway
+ gateway --Demand--> controller                         controller --Routes--> gateway
+ controller --Activate, Evict, SetLimits--> worker      worker --CommandDone--> controller
+ worker --Report--> controller, gateways                everyone --Hello, Ready--> agent
  agent --ProcessUp, ProcessEnded, Stop--> everyone      worker --WeightsWanted--> agent --Weights*--> worker
 
 The agent is the authority on who is alive: it is the parent of every process and tells the others at
@@ -134,7 +135,7 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class ProcessUp(Message, frozen=True, kw_only=True):
-    """A process has started and said Hello to the agent; `address` is where it listens, if it does."""
+    """A process does its work: it has said Ready. `address` is where it listens, if it does."""
 
     role: Role
     name: str
@@ -220,7 +221,7 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(Message, frozen=True, kw_only=True):
-    """A worker's state, sent to the controller and to gateways when it changes and once a second."""
+    """A worker's state, sent to the controller and to gateways when a state changes and several times a second."""
 
     worker: str
     device: str

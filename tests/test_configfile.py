@@ -72,6 +72,10 @@ def test_environment(folder: Path) -> None:
         ("models: [{name: a, path: a}, {name: a, path: b}]", "names used twice: a"),
         ("models: [{name: a, path: a}]\nmodels: []", "given twice"),
         ("models: [{name: a, path: a, memory: {floor: 2, limit: 1}}]", "floor is larger than limit"),
+        (
+            "models: [{name: a, path: a}]\ndevices: [{kind: cuda}, {kind: cuda}, {kind: cpu}, {kind: cpu}]",
+            "GPUs used twice: 0",
+        ),
     ],
 )
 def test_mistakes(text: str, expected: str, folder: Path) -> None:

@@ -83,12 +83,14 @@ class Agent:
         await self._store.start()
         supervisors = [asyncio.create_task(child.supervise()) for child in self._children]
         listener = asyncio.create_task(self._listen())
+        for task in (*supervisors, listener):
+            task.add_done_callback(self._task_ended)
         for model in self._config.models:
             if model.pinned or model.preload:
                 self._start(self._pack(model.name, None))
         await self._stopping.wait()
         await self._stop_children()
-        await asyncio.gather(*supervisors)
+        await asyncio.gather(*supervisors, return_exceptions=True)
         listener.cancel()
         for task in self._tasks:
             task.cancel()
@@ -100,6 +102,13 @@ class Agent:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        """A bug must not leave a server that looks alive and supervises or hears nobody."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("internal error: the server stops", exc_info=error)
+            self._status = 1
+            self._stopping.set()
 
     # --- messages -----------------------------------------------------------------------------------
 
@@ -148,8 +157,9 @@ class Agent:
                 log.info("packing %s", model)
             size = await self._store.want(ModelId(model))
             answer = WeightsReady(model=model, total_bytes=size)
-        except PrismError as error:
-            log.error("packing %s failed: %s", model, error)
+        except Exception as error:  # whoever asked waits for an answer, whatever went wrong
+            bug = None if isinstance(error, PrismError) else error
+            log.error("packing %s failed: %s", model, error, exc_info=bug)
             answer = WeightsFailed(model=model, reason=str(error))
         if wanted_by is not None and wanted_by in self._peers:
             transport.asend(self._router, answer, wanted_by)
@@ -162,7 +172,7 @@ class Agent:
 
     # --- life and death -----------------------------------------------------------------------------
 
-    def _child_ended(self, child: Child, code: int) -> None:
+    def _child_ended(self, child: Child) -> None:
         identity = transport.identity_of(child.spec.name, child.incarnation)
         self._peers.pop(identity, None)
         if child.last_pid is not None:
@@ -181,10 +191,13 @@ class Agent:
         for child in self._children:
             child.stop()
         grace = self._config.server.shutdown_grace
+        peers = {child: peer for peer, child in self._peers.items()}
         gateways = [c for c in self._children if c.spec.role is Role.GATEWAY]
-        for peer, child in self._peers.items():
-            if child.spec.role is Role.GATEWAY:
-                transport.asend(self._router, Stop(grace=grace), peer)
+        for child in gateways:
+            if child in peers:
+                transport.asend(self._router, Stop(grace=grace), peers[child])
+            else:  # it is starting and has no streams
+                child.signal(signal.SIGTERM)
         await self._wait_ended(gateways, grace + KILL_SECONDS)
         for child in self._children:
             child.signal(signal.SIGTERM)
@@ -193,10 +206,9 @@ class Agent:
     async def _wait_ended(self, children: list[Child], seconds: float) -> None:
         """Wait for processes to end, and kill those that do not."""
         ends = [asyncio.create_task(child.ended()) for child in children]
-        _, pending = await asyncio.wait(ends, timeout=seconds)
+        await asyncio.wait(ends, timeout=seconds)
         for child in children:
-            if pending:
-                child.signal(signal.SIGKILL)
+            child.signal(signal.SIGKILL)
         await asyncio.gather(*ends)
 
 

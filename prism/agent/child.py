@@ -1,6 +1,7 @@
 """First code of every child process: ties its life to the agent's, then runs its role.
 
-Usage: python -m prism.agent.child ROLE --run-dir DIR --name NAME --incarnation N [--listen-fd FD]
+Usage: python -m prism.agent.child ROLE --run-dir DIR --name NAME --incarnation N --agent-pid PID
+       [--listen-fd FD]
 """
 
 from __future__ import annotations

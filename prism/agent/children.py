@@ -34,7 +34,7 @@ class Child:
         self,
         spec: ChildSpec,
         run_dir: Path,
-        on_end: Callable[[Child, int], None],
+        on_end: Callable[[Child], None],
         on_hopeless: Callable[[Child], None],
     ) -> None:
         self.spec = spec
@@ -47,6 +47,7 @@ class Child:
         self._backoff = Backoff()
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
+        self._ended = asyncio.Event()
 
     @property
     def last_pid(self) -> int | None:
@@ -54,9 +55,8 @@ class Child:
         return None if self._process is None else self._process.pid
 
     async def ended(self) -> None:
-        """Wait until the present process has ended."""
-        if self._process is not None:
-            await self._process.wait()
+        """Wait until its process has ended and no other will follow."""
+        await self._ended.wait()
 
     @property
     def pid(self) -> int | None:
@@ -66,22 +66,39 @@ class Child:
 
     async def supervise(self) -> None:
         """Start, wait, start again; returns once `stop` was called and the process has ended."""
-        while not self._stopping.is_set():
-            self.incarnation += 1
-            self._process = await asyncio.create_subprocess_exec(*self._command(), pass_fds=self._fds())
-            code = await self._process.wait()
-            lived = None if self.ready_since is None else self._now() - self.ready_since
-            self.ready_since = self.address = None
-            self._on_end(self, code)
-            if self._stopping.is_set():
-                return
-            delay = self._backoff.delay(lived)
-            log.error("%s ended with %s, starting it again in %g s", self.spec.name, describe(code), delay)
-            if self._backoff.never_starts:
-                self._on_hopeless(self)
-                return
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay)
+        try:
+            while not self._stopping.is_set():
+                self.incarnation += 1
+                end = await self._live()
+                lived = None if self.ready_since is None else self._now() - self.ready_since
+                self.ready_since = self.address = None
+                self._on_end(self)
+                if not self._stopping.is_set():
+                    await self._back_off(end, lived)
+        finally:
+            self._ended.set()
+
+    async def _live(self) -> str:
+        """One process from its start to its end; how it ended, in words."""
+        try:
+            process = await asyncio.create_subprocess_exec(*self._command(), pass_fds=self._fds())
+        except OSError as error:
+            return f"could not be started ({error.strerror})"
+        self._process = process
+        if self._stopping.is_set():  # too late for whoever told the others to end
+            self.signal(signal.SIGTERM)
+        return f"ended with {describe(await process.wait())}"
+
+    async def _back_off(self, end: str, lived: float | None) -> None:
+        delay = self._backoff.delay(lived)
+        if self._backoff.never_starts:
+            log.error("%s %s", self.spec.name, end)
+            self.stop()
+            self._on_hopeless(self)
+            return
+        log.error("%s %s, starting it again in %g s", self.spec.name, end, delay)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), delay)
 
     def became_ready(self, address: str | None) -> None:
         """The process has told that it does its work."""

@@ -28,11 +28,6 @@ class RunDir:
         self.metrics.mkdir(mode=0o700)
 
     @property
-    def agent_socket(self) -> Path:
-        """Where the agent listens to its children."""
-        return self.path / "agent.sock"
-
-    @property
     def store_socket(self) -> Path:
         """Where packed weights are handed out as file descriptors."""
         return self.path / "store.sock"

@@ -2,7 +2,7 @@
 
 Attention reads KV in place through the window's strided pages. Prompt chunks and decodes share one FA2
 call: FlashInfer's CUDA-core decode kernel reaches 65 % of the bandwidth and refuses some head ratios.
-The page ids go to the device in one copy from a pinned buffer that belongs to this object.
+The page ids go to the device in one copy from pinned memory.
 """
 
 from __future__ import annotations

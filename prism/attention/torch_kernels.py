@@ -23,7 +23,7 @@ class _Decodes:
 
     rows: Tensor  # [batch] places in the concatenated tokens
     tables: Tensor  # [batch, blocks]
-    mask: Tensor | None  # [batch, 1, 1, blocks * tokens_per_block], False where there is no token
+    mask: Tensor  # [batch, 1, 1, blocks * tokens_per_block], False where there is no token
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,10 @@ def unload_model(admin: str, name: str) -> None:
 
 def _call(method: str, admin: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     try:
-        response = httpx.request(method, admin.rstrip("/") + path, json=body, timeout=LOAD_SECONDS)
-    except httpx.HTTPError as error:
+        response = httpx.request(
+            method, admin.rstrip("/") + path, json=body, timeout=LOAD_SECONDS, trust_env=False
+        )  # no proxy: the admin address is this machine's
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         _fail(f"no answer from {admin}: {error}")
     try:
         answer = response.json()

@@ -36,7 +36,9 @@ def _follow(console: Console, admin: str, name: str, done: threading.Event) -> N
         task = progress.add_task(name, total=1.0)
         while not done.wait(POLL_SECONDS):
             try:
-                models = httpx.get(f"{admin.rstrip('/')}/admin/models", timeout=2).json()["models"]
+                models = httpx.get(f"{admin.rstrip('/')}/admin/models", timeout=2, trust_env=False).json()[
+                    "models"
+                ]
             except (httpx.HTTPError, ValueError):
                 continue
             report = next((m["report"] for m in models if m["model"] == name and m["report"]), None)

@@ -15,7 +15,7 @@ import msgspec
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prism.controller.service import ControllerService
 from prism.errors import InvalidRequest, ModelNotFound, RequestError
@@ -37,6 +37,12 @@ class LimitsBody(_Body):
 
     kv_floor_bytes: int = Field(default=0, ge=0)
     kv_limit_bytes: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LimitsBody:
+        if self.kv_limit_bytes is not None and self.kv_floor_bytes > self.kv_limit_bytes:
+            raise ValueError("kv_floor_bytes is larger than kv_limit_bytes")
+        return self
 
 
 def build_app(service: ControllerService) -> FastAPI:

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import signal
 import socket
-import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -26,6 +27,15 @@ from prism.types import ModelId, WorkerId
 log = logging.getLogger(__name__)
 
 
+class Server(uvicorn.Server):
+    """uvicorn without its own handling of signals: a Ctrl-C reaches all processes, and the agent decides."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """They are handled by `_serve`."""
+        yield
+
+
 def run(run_dir: Path, name: str, incarnation: int, config: Config, listen_fd: int) -> int:
     """Serve until told to stop; the exit status."""
     logs.setup(config.server.log_level, config.server.log_json)
@@ -39,11 +49,9 @@ async def _serve(run_dir: Path, name: str, incarnation: int, config: Config, lis
     address = transport.socket_address(run_dir, identity)
     router = transport.bind_router(context, address)
     agent = transport.connect_dealer(context, transport.socket_address(run_dir, "agent"), identity)
-    state = ControllerState(epoch=time.time_ns() // 10**6, homes=initial_homes(config))
+    state = ControllerState(epoch=incarnation, homes=initial_homes(config))
     service = ControllerService(state, context, router, agent, identity)
-    server = uvicorn.Server(
-        uvicorn.Config(build_app(service), log_config=None, access_log=False, lifespan="off")
-    )
+    server = Server(uvicorn.Config(build_app(service), log_config=None, access_log=False, lifespan="off"))
 
     def stop() -> None:
         server.should_exit = True
@@ -57,7 +65,7 @@ async def _serve(run_dir: Path, name: str, incarnation: int, config: Config, lis
         task.add_done_callback(lambda _: stop())
     ready = Ready(role=Role.CONTROLLER, name=name, incarnation=incarnation, address=address)
     transport.asend(agent, ready)
-    signal.signal(signal.SIGTERM, lambda *_: stop())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
     await server.serve(sockets=[socket.socket(fileno=listen_fd)])
     for task in followers:
         task.cancel()

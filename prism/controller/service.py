@@ -68,8 +68,6 @@ class ControllerService:
         self._commands: dict[int, asyncio.Future[CommandDone]] = {}
         self._command_workers: dict[int, WorkerId] = {}
         self._next_command = count(1)
-        self.changed = asyncio.Event()
-        """Set when a report has come in; whoever waits for news clears it."""
 
     # --- sockets --------------------------------------------------------------------------------------
 
@@ -121,7 +119,6 @@ class ControllerService:
             match message:
                 case Report():
                     self.state.on_report(message)
-                    self.changed.set()
                 case CommandDone(command_id=number):
                     future = self._commands.get(number)
                     if future is not None and not future.done():

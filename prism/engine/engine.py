@@ -74,7 +74,6 @@ class Engine:
             params=request.params,
             arrival=request.arrival,
             max_len=self.max_len,
-            num_resumed=len(output),
         )
         for token in output:
             sequence.append(token)

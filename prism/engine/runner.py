@@ -15,7 +15,7 @@ from prism.models.decoder import Decoder
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A step whose work has been queued; `wait` gives what it drew, in the order of `sampled`."""
+    """A step on the device and what it drew, in the order of `sampled`."""
 
     step: Step
     sampled: tuple[Sequence, ...]

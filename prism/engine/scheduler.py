@@ -186,7 +186,6 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.num_preemptions += 1
         self.num_preemptions += 1
         insort(self.waiting, sequence, key=_rank)
 

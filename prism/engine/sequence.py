@@ -25,12 +25,9 @@ class Sequence:
     """Rank: memory goes to the oldest first."""
     max_len: int
     """Context length of the model: the choice ends when `tokens` reaches it."""
-    num_resumed: int = 0
-    """Output tokens that an earlier attempt had produced."""
     num_computed: int = 0
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
-    num_preemptions: int = 0
     blocks: list[BlockId] = field(default_factory=list)
     keys: list[BlockKey] = field(default_factory=list)
     """Keys of the full blocks of `tokens`, as far as they were needed."""

@@ -70,6 +70,11 @@ class Device:
         """Size of one slab."""
         return self.pool.slab_bytes
 
+    @property
+    def num_slabs(self) -> int:
+        """Slabs that models can have: all but the lane's workspace."""
+        return self.pool.num_slabs - len(self.pool.owned(LaneOwner(self.lane.lane_id)))
+
     def new_arena(self, size: Bytes) -> Arena:
         """Addresses for one model's weights; no memory yet."""
         return Arena(self.driver, size, self.slab_bytes)
@@ -138,6 +143,8 @@ class Device:
 
 def open_device(config: DeviceConfig) -> Device:
     """Opens a device and creates its pool. Raises `DriverError`."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     match config.kind:
         case "cpu":
             return _open_cpu(config)
@@ -148,8 +155,6 @@ def open_device(config: DeviceConfig) -> Device:
 
 
 def _open_cpu(config: DeviceConfig) -> Device:
-    if config.threads:
-        torch.set_num_threads(config.threads)
     num_slabs = config.memory // config.slab
     driver = HostDriver(Bytes(num_slabs * config.slab))
     pool = SlabPool(driver, Bytes(config.slab), num_slabs)

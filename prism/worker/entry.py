@@ -19,6 +19,7 @@ def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
     2. A full queue.
     3. A model whose last load failed a moment ago.
     4. A context that the model, or the memory it may have, can never hold.
+    5. Tokens outside the vocabulary.
     """
     submit = ticket.submit
     model = worker.models.get(submit.model)
@@ -35,7 +36,7 @@ def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
     limit = worker.max_len(model)  # 4
     if limit is not None:
         _check_length(ticket, limit)
-    if model.profile is not None:
+    if model.profile is not None:  # 5
         size = model.profile.spec.vocab_size
         if bad := next((t for t in submit.prompt if not 0 <= t < size), None):
             raise InvalidRequest(f"token id {bad} is outside the vocabulary of {size}", param="prompt")

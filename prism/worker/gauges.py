@@ -13,7 +13,7 @@ Place = tuple[str, str]
 
 
 class Gauges:
-    """Gauges are set from the worker's state once a second; counters grow by what was added since."""
+    """Gauges are set from the worker's state at each report; counters grow by what was added since."""
 
     def __init__(self, metrics: Metrics, worker_name: str) -> None:
         self._metrics = metrics

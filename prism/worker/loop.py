@@ -45,6 +45,9 @@ from prism.worker.views import admission_snapshot, kv_capacity_tokens, turn_snap
 
 log = logging.getLogger(__name__)
 
+LEAST_PATIENCE = 0.05
+"""Who lacks memory looks again after `min_residency`, when busy models may be evicted, but no sooner."""
+
 
 class Worker:
     """One device's models and requests."""
@@ -75,6 +78,7 @@ class Worker:
         self._clock = clock
         self._needs_admission = False
         self._rate = CompletionRate()
+        self._patience = max(LEAST_PATIENCE, self.limits.min_residency)
         self.residency = Residency(device, jobs, outbox, fetch, clock, self.max_batch_size)
         self.residency.worker_id = name
         self.reclaimer = Reclaimer(device, self.models, self.requests, self._evict, self.limits.min_residency)
@@ -91,6 +95,8 @@ class Worker:
         expires = float("inf") if submit.resumed else submit.arrival + self.limits.max_wait
         ticket = Ticket(submit, gateway, expires)
         ticket.resumed = {choice.choice: choice for choice in submit.resumed}
+        if (model := self.models.get(submit.model)) is not None:
+            self.residency.learn(model)
         try:
             check_submit(self, ticket, self._clock())
         except RequestError as error:
@@ -156,6 +162,7 @@ class Worker:
             case SetLimits():
                 model.kv_floor = _slabs_up(command.kv_floor_bytes, self.device.slab_bytes)
                 model.kv_limit = _limit_slabs(command.kv_limit_bytes, self.device.slab_bytes)
+                self.reclaimer.trim(model)
                 self._memory_changed()
                 self._done(command, None)
             case _:
@@ -176,7 +183,6 @@ class Worker:
             self._done(command, f"model {model.name} has unfinished requests")
             return
         model.is_wanted = False
-        model.pinned = False
         if model.is_active:
             model.evict_commands.append(command.command_id)
             self._evict(model)
@@ -199,13 +205,16 @@ class Worker:
 
     def next_timer(self) -> float | None:
         """The time at which `advance` must be called even if nothing comes in."""
-        times = [ticket.expires for ticket in self.requests if not ticket.is_started]
+        now = self._clock()
+        times = [t.expires for t in self.requests if not t.is_started and not t.is_running]
         times += [ticket.submit.latest_end for ticket in self.requests]
         for model in self.models.values():
             if model.state is ModelState.FAILED and self.requests.of_model(model.name):
                 times.append(model.retry_at)
-            if model.is_waiting_for_slabs or model.is_stalled:
-                times.append(self._clock() + self.limits.min_residency)
+            if model.is_waiting_for_slabs:
+                times.append(now + self._patience)
+            if model.stalled_until > now:
+                times.append(model.stalled_until)
         return min(times, default=None)
 
     def _move_models(self, now: float) -> None:
@@ -257,7 +266,7 @@ class Worker:
         assert engine is not None
         submit = ticket.submit
         ticket.is_running = True
-        self.models[ticket.model].is_stalled = False
+        self.models[ticket.model].stalled_until = 0.0
         engine.add(
             EngineRequest(
                 request_id=ticket.request_id,
@@ -269,7 +278,7 @@ class Worker:
         )
 
     def _step(self, now: float) -> bool:
-        turn = turns.decide(turn_snapshot(self), now)
+        turn = turns.decide(turn_snapshot(self, now), now)
         if turn is None:
             return False
         model = self.models[turn.model]
@@ -280,7 +289,7 @@ class Worker:
         self.reclaimer.ensure_kv(model, wanted, self.reclaimer.rank(model), now)
         step = engine.schedule(turn.budget)
         if step is None:
-            model.is_stalled = True
+            model.stalled_until = now + self._patience
             return True
         self._announce(model, {RequestId(chunk.sequence.request_id) for chunk in step.chunks})
         self.device.begin_step()
@@ -347,7 +356,7 @@ class Worker:
     def _memory_changed(self) -> None:
         self._needs_admission = True
         for model in self.models.values():
-            model.is_stalled = False
+            model.stalled_until = 0.0
 
     def _reject(self, ticket: Ticket, error: RequestError) -> None:
         rejected = Rejected(

@@ -52,7 +52,7 @@ from prism.worker.reports import make_report
 
 log = logging.getLogger(__name__)
 
-REPORT_SECONDS = 1.0
+REPORT_SECONDS = 0.25
 
 
 class ThreadJobs:
@@ -189,11 +189,12 @@ class Process:
                 self._worker.on_cancel(GatewayId(sender), message)
             case Activate() | Evict() | SetLimits():
                 self._worker.on_command(message)
+                self._report_due = 0.0
             case _:
                 log.error("unexpected message dropped", extra={"sender": sender})
 
     def _report(self) -> None:
-        """Once a second, and whenever a model's state has changed."""
+        """Every `REPORT_SECONDS`, and whenever a model's state has changed."""
         states = tuple(model.state for model in self._worker.models.values())
         now = self._clock.now()
         if now < self._report_due and states == self._last_states:

@@ -79,8 +79,8 @@ class Model:
     """The agent holds its packed weights in host memory."""
     is_wanted: bool = False
     """To be loaded although no request asks for it: by command or by configuration."""
-    is_stalled: bool = False
-    """Its last turn could not run for want of memory; cleared when some memory or request changes."""
+    stalled_until: float = 0.0
+    """Its last turn could not run for want of memory; it is tried again then, or when memory changes."""
     error: str | None = None
     retry_at: float = 0.0
     num_failures: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from prism.messages import CommandDone, Outputs, Rejected, Report, Started, WeightsWanted
+from prism.messages import CommandDone, Outputs, Rejected, Started, WeightsWanted
 from prism.types import GatewayId
 
 
@@ -21,8 +21,4 @@ class Outbox(Protocol):
 
     def to_controller(self, message: CommandDone) -> None:
         """The end of a command."""
-        ...
-
-    def report(self, message: Report) -> None:
-        """To the controller and all gateways."""
         ...

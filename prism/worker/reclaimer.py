@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import assert_never
 
-from prism.memory.slabs import KvOwner, WeightsOwner
+from prism.memory.slabs import KvOwner
 from prism.types import SlabId
 from prism.worker import reclaim
 from prism.worker.device import Device
@@ -122,11 +122,17 @@ class Reclaimer:
         self._pool.completed(lane.lane_id, lane.num_completed)
 
     def trim(self, model: Model) -> None:
-        """Return empty slabs: all but one of a busy model, and what compaction frees of an idle one."""
+        """Give slabs back that the model may not or need not keep.
+
+        1. Those past its limit, at the cost of its cache; what its sequences use stays until they end.
+        2. Empty slabs: all but one of a busy model, and what compaction frees of an idle one.
+        """
         kv = model.kv
         if kv is None or model.engine is None:
             return
-        spare = kv.num_slabs - max(model.kv_floor, 0)
+        while model.kv_limit is not None and kv.num_slabs > model.kv_limit and self._release_slab(model):  # 1
+            pass
+        spare = kv.num_slabs - model.kv_floor  # 2
         if model.engine.is_idle:
             while kv.num_free >= kv.layout.blocks_per_slab and spare > 0 and self._release_slab(model):
                 spare -= 1
@@ -162,13 +168,11 @@ class Reclaimer:
         kv, profile = model.kv, model.profile
         assert kv is not None and profile is not None
         tickets = self._requests.of_model(model.name)
-        running = [ticket.submit.arrival for ticket in tickets if ticket.is_running]
-        holds_blocks = model.engine is not None and bool(model.engine.scheduler.running)
+        running = () if model.engine is None else model.engine.scheduler.running
         return Holding(
             model=model.name,
             is_active=model.is_active,
             is_pinned=model.pinned,
-            weight_slabs=len(model.weight_slabs),
             kv_slabs=kv.num_slabs,
             kv_floor=model.kv_floor,
             kv_limit=model.kv_limit,
@@ -180,7 +184,7 @@ class Reclaimer:
             active_since=model.active_since,
             is_idle=not tickets,
             oldest_request=min((t.submit.arrival for t in tickets), default=None),
-            youngest_running=max(running) if running and holds_blocks else None,
+            youngest_running=running[-1].arrival if running else None,
         )
 
 
@@ -188,8 +192,3 @@ def slabs_to_activate(model: Model) -> int:
     """Slabs that a model takes when it is loaded: weights, and its floor or at least one slab of KV."""
     assert model.profile is not None
     return model.profile.weight_slabs + max(1, model.kv_floor)
-
-
-def weights_owner(model: Model) -> WeightsOwner:
-    """How the pool knows a model's weights."""
-    return WeightsOwner(model.name)

@@ -39,10 +39,6 @@ RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 class Listener(Protocol):
     """What the owner of the requests does when a model's state changes."""
 
-    def model_failed(self, model: Model) -> None:
-        """Its waiting requests cannot be served now."""
-        ...
-
     def requests_suspended(self, choices: dict[RequestId, list[ResumedChoice]]) -> None:
         """Running requests have lost their place and wait again."""
         ...
@@ -70,8 +66,8 @@ class Residency:
 
     # --- towards active -----------------------------------------------------------------------------
 
-    def want(self, model: Model) -> None:
-        """Somebody needs the model: start bringing it in, unless that is under way or has just failed."""
+    def learn(self, model: Model) -> None:
+        """Read a cold model's directory, once; the model has failed if it can never be loaded."""
         if model.state is ModelState.FAILED and self._clock() >= model.retry_at:
             model.state = ModelState.COLD
         if model.state is not ModelState.COLD:
@@ -79,8 +75,17 @@ class Residency:
         try:
             if model.profile is None:
                 model.profile = read_profile(model.config, self._device.slab_bytes)
+            if (wanted := slabs_to_activate(model)) > self._device.num_slabs:
+                raise PrismError(
+                    f"weights and the least KV take {wanted} slabs; the device has {self._device.num_slabs}"
+                )
         except PrismError as error:
             self.fail(model, error)
+
+    def want(self, model: Model) -> None:
+        """Somebody needs the model: start bringing it in, unless that is under way or has just failed."""
+        self.learn(model)
+        if model.state is not ModelState.COLD:
             return
         model.state = ModelState.FETCHING
         model.load_started = self._clock()

@@ -55,7 +55,6 @@ class Runnable:
     """The earliest next-token deadline among its running sequences."""
     last_turn: float
     num_decodes: int
-    has_prompts: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,6 @@ class Holding:
     model: ModelId
     is_active: bool
     is_pinned: bool
-    weight_slabs: int
     kv_slabs: int
     kv_floor: int
     kv_limit: int | None
@@ -90,7 +88,7 @@ class Holding:
     oldest_request: float | None
     """Arrival of its oldest request, waiting or running."""
     youngest_running: float | None
-    """Arrival of its youngest running request."""
+    """Arrival of the youngest request that holds blocks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,12 +71,12 @@ def obtainable_slabs(worker: Worker, model: Model) -> int:
     return slabs
 
 
-def turn_snapshot(worker: Worker) -> TurnSnapshot:
+def turn_snapshot(worker: Worker, now: float) -> TurnSnapshot:
     """Models that could run the next step."""
     runnable = []
     for model in worker.models.values():
         engine = model.engine
-        if not model.is_active or engine is None or engine.is_idle or model.is_stalled:
+        if not model.is_active or engine is None or engine.is_idle or now < model.stalled_until:
             continue
         deadlines = [t.next_deadline for t in worker.requests.of_model(model.name) if t.is_running]
         decodes = sum(s.num_missing == 1 for s in engine.scheduler.running)
@@ -86,7 +86,6 @@ def turn_snapshot(worker: Worker) -> TurnSnapshot:
                 deadline=min(deadlines),
                 last_turn=model.last_turn,
                 num_decodes=decodes,
-                has_prompts=decodes < engine.scheduler.num_sequences,
             )
         )
     return TurnSnapshot(tuple(runnable), worker.max_batch_tokens)
@@ -96,7 +95,7 @@ def kv_capacity_tokens(worker: Worker, model: Model) -> int:
     """Tokens of one sequence that the model could hold if all others gave what they must."""
     profile = model.profile
     assert profile is not None
-    slabs = worker.device.pool.num_slabs - profile.weight_slabs
+    slabs = worker.device.num_slabs - profile.weight_slabs
     for other in worker.models.values():
         if other is not model and other.pinned and other.profile is not None:
             slabs -= other.profile.weight_slabs + other.kv_floor

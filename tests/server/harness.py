@@ -26,7 +26,7 @@ from prism.demo.catalog import demo_model_path
 
 DEMO = {name: demo_model_path(name) for name in ("adder", "speller", "radio")}
 RUNNING: list[Server] = []
-"""Servers that have been started and not closed: when a test fails, their logs are shown."""
+"""Servers that have not been closed: when a test fails, their logs are shown."""
 
 
 async def eventually(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
@@ -71,7 +71,6 @@ class Server:
         self.home = Path(tempfile.mkdtemp(prefix="prism-test-"))  # short: it holds unix sockets
         self.port, self.admin_port = free_ports(2)
         self.url, self.admin = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
-        self.keys: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._children: dict[int, psutil.Process] = {}
         device = {"memory": "64MiB", "slab": "2MiB", "threads": 1} | sections.pop("device", {})
@@ -79,15 +78,15 @@ class Server:
         named = [{"name": name, "path": str(path)} for name, path in models.items()]
         config = {"models": named, "devices": [device], "server": server, **sections}
         (self.home / "prism.yaml").write_text(json.dumps(config))
+        RUNNING.append(self)
 
     # --- life and death -----------------------------------------------------------------------------
 
     def __enter__(self) -> Server:
-        RUNNING.append(self)
         try:
             self.start()
         except BaseException:
-            self._clean_up()
+            self.close()
             raise
         return self
 
@@ -99,7 +98,7 @@ class Server:
                 assert self.run_dirs() == [], "a run directory is left"
                 assert "Traceback" not in self.log, self.log
         finally:
-            self._clean_up()
+            self.close()
 
     def start(self) -> None:
         """Start it and wait until it serves."""
@@ -128,7 +127,7 @@ class Server:
         return health.status_code == 200 and bool(state.json()["devices"])
 
     def stop(self, seconds: float = 15) -> None:
-        """SIGTERM; it must end well and in good time."""
+        """SIGTERM; it must end well and in good time. Nothing happens to one that has ended."""
         assert self.process is not None
         self.children()
         self.process.terminate()
@@ -141,7 +140,7 @@ class Server:
         os.kill(pid, signal.SIGKILL)
         return pid
 
-    def _clean_up(self) -> None:
+    def close(self) -> None:
         """Whatever has happened, nothing stays."""
         RUNNING.remove(self)
         if self.process is not None and self.process.poll() is None:

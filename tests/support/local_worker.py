@@ -18,7 +18,6 @@ from prism.messages import (
     CommandDone,
     Outputs,
     Rejected,
-    Report,
     Started,
     Submit,
     WeightsWanted,
@@ -77,9 +76,6 @@ class RecordingOutbox:
 
     def to_controller(self, message: CommandDone) -> None:
         self.done.append(message)
-
-    def report(self, message: Report) -> None:
-        raise AssertionError("the loop itself sends no reports")
 
 
 class LocalWorker:

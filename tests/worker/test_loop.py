@@ -10,8 +10,8 @@ import pytest
 
 from prism.memory.failing import FailingDriver
 from prism.memory.host import HostDriver
-from prism.messages import Activate, Evict, ResumedChoice
-from prism.types import Bytes, ModelState
+from prism.messages import Activate, Evict, ResumedChoice, SetLimits
+from prism.types import Bytes, ModelState, RequestId
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.local_worker import GATEWAY, SLAB, LocalWorker
 
@@ -219,3 +219,80 @@ def test_any_driver_call_may_fail(start: Any) -> None:
     else:
         raise AssertionError("more calls than were tried")
     assert num_calls > 10
+
+
+def test_the_first_request_of_a_model_is_checked_like_the_others(start: Any) -> None:
+    """A prompt that memory can never hold was let in while the model's shape had not been read yet."""
+    local = start("llama", num_slabs=2)
+    local.worker.models["llama"].kv_limit = 0  # room for no token
+    local.submit("r", "llama", [1] * 500)
+    assert code(local, "r") == (400, "prompt")
+    assert not local.outbox.wanted
+
+
+def test_a_model_larger_than_the_device_evicts_nobody(start: Any) -> None:
+    """It was packed, took the place of every idle model and was then refused with 429."""
+    local = start("llama", "qwen3", num_slabs=4)
+    local.submit("warm", "qwen3", [1], max_tokens=1)
+    local.run()
+    local.worker.on_command(
+        SetLimits(epoch=1, command_id=1, model="llama", kv_floor_bytes=4 * SLAB, kv_limit_bytes=None)
+    )
+    local.worker.on_command(Activate(epoch=1, command_id=2, model="llama"))
+    local.submit("r", "llama", [1])
+    local.run()
+    assert code(local, "r") == (503, None)
+    assert [done.error is None for done in local.outbox.done] == [True, False]
+    assert local.worker.models["qwen3"].is_active
+
+
+def test_a_stalled_model_is_tried_again_when_others_may_be_evicted(tmp_path: Path) -> None:
+    """It waited until the younger request that had taken its cache was done, however long that took."""
+    paths = {
+        name: save(make_model(name, seed=i, max_position_embeddings=8192), tmp_path / name)
+        for i, name in enumerate(("llama", "qwen3"))
+    }
+    local = LocalWorker(paths, num_slabs=4)
+    local.submit("warm-1", "llama", [1], max_tokens=1)
+    local.submit("warm-2", "qwen3", [1], max_tokens=1)
+    local.run()
+    local.submit("old", "llama", [1 + i % 500 for i in range(6000)], max_tokens=2)
+    local.submit("young", "qwen3", prompts(1, 100)[0], max_tokens=500)
+    local.run(until=lambda: ("young", 0) in local.outbox.tokens)
+    assert ("old", 0) not in local.outbox.tokens
+    local.now += local.worker.limits.min_residency
+    local.run(until=lambda: ("old", 0) in local.outbox.finished)
+    assert ("young", 0) not in local.outbox.finished
+    local.run()
+    local.close()
+
+
+def test_running_work_gives_way_only_to_older_requests(start: Any) -> None:
+    """A sequence that was older than the need lost its blocks because a younger one waited behind it."""
+    local = start("llama")
+    local.submit("old", "llama", prompts(1, 100)[0])
+    local.run(until=lambda: ("old", 0) in local.outbox.tokens)
+    local.submit("young", "llama", prompts(1, 100)[0])
+    local.pump()
+    model = local.worker.models["llama"]
+    assert model.engine is not None
+    assert [s.request_id for s in model.engine.scheduler.running] == ["old", "young"]
+    model.engine.scheduler.preempt_youngest()
+    held = local.worker.reclaimer.snapshot().holdings[0]
+    assert held.youngest_running == local.worker.requests.get(RequestId("old")).submit.arrival  # type: ignore[union-attr]
+    local.run()
+
+
+def test_a_lower_limit_takes_the_cache_at_once(start: Any) -> None:
+    """Slabs past a new limit stayed with the model until its next request ended, and longer."""
+    local = start("llama", num_slabs=8)
+    for i, prompt in enumerate(prompts(60, 300, seed=3)):
+        local.submit(str(i), "llama", prompt, max_tokens=20)
+    local.run()
+    kv = local.worker.models["llama"].kv
+    assert kv is not None and kv.num_slabs > 1
+    local.worker.on_command(
+        SetLimits(epoch=1, command_id=1, model="llama", kv_floor_bytes=0, kv_limit_bytes=SLAB)
+    )
+    assert kv.num_slabs == 1
+    local.check()

@@ -24,7 +24,6 @@ def holding(model: ModelId, **values: Any) -> Holding:
         "model": model,
         "is_active": True,
         "is_pinned": False,
-        "weight_slabs": 4,
         "kv_slabs": 3,
         "kv_floor": 0,
         "kv_limit": None,

@@ -12,27 +12,27 @@ def test_nothing_to_do() -> None:
 
 
 def test_earliest_deadline_first_and_whole_budget_when_alone() -> None:
-    a = Runnable(A, 1.0, 0.0, 0, has_prompts=True)
-    b = Runnable(B, 2.0, 0.0, 0, has_prompts=True)
+    a = Runnable(A, 1.0, 0.0, 0)
+    b = Runnable(B, 2.0, 0.0, 0)
     assert decide(TurnSnapshot((b, a), 2048), 0.0) == Turn(A, 2048)
 
 
 def test_prompts_leave_time_to_others_that_decode() -> None:
-    a = Runnable(A, 1.0, 0.0, 3, has_prompts=True)
-    b = Runnable(B, 2.0, 0.0, 1, has_prompts=False)
+    a = Runnable(A, 1.0, 0.0, 3)
+    b = Runnable(B, 2.0, 0.0, 1)
     assert decide(TurnSnapshot((a, b), 2048), 0.0) == Turn(A, SHARED_CHUNK + 3)
 
 
 def test_ties_go_to_the_one_that_waited_longest() -> None:
-    a = Runnable(A, 1.0, 5.0, 1, has_prompts=False)
-    b = Runnable(B, 1.0, 4.0, 1, has_prompts=False)
+    a = Runnable(A, 1.0, 5.0, 1)
+    b = Runnable(B, 1.0, 4.0, 1)
     turn = decide(TurnSnapshot((a, b), 2048), 0.0)
     assert turn is not None and turn.model == B
 
 
 def test_late_prompts_do_not_starve_a_neighbour_that_decodes() -> None:
     """A burst of late prompts on one model kept another's stream without a token for 3.4 s."""
-    burst = Runnable(A, 1.0, last_turn=49.9, num_decodes=0, has_prompts=True)
-    decoding = Runnable(B, 49.0, last_turn=48.8, num_decodes=1, has_prompts=False)
+    burst = Runnable(A, 1.0, last_turn=49.9, num_decodes=0)
+    decoding = Runnable(B, 49.0, last_turn=48.8, num_decodes=1)
     turn = decide(TurnSnapshot((burst, decoding), 2048), 50.0)
     assert turn is not None and turn.model == B

@@ -1,0 +1,28 @@
+"""Homes by size."""
+
+from __future__ import annotations
+
+from prism.controller.placement import place
+from prism.controller.state import DeviceSize, ModelSize
+from prism.types import ModelId, WorkerId
+
+SMALL, LARGE = DeviceSize(WorkerId("worker-0"), 10), DeviceSize(WorkerId("worker-1"), 30)
+
+
+def homes(*sizes: int, devices: tuple[DeviceSize, ...] = (SMALL, LARGE)) -> list[str]:
+    models = tuple(ModelSize(ModelId(f"m{i}"), size) for i, size in enumerate(sizes))
+    placed = place(models, devices)
+    assert list(placed) == [model.model for model in models]
+    return [worker.removeprefix("worker-") for worker in placed.values()]
+
+
+def test_the_largest_model_gets_the_largest_device() -> None:
+    assert homes(4, 20) == ["0", "1"]
+
+
+def test_more_than_fits_is_spread_by_share_of_memory() -> None:
+    assert homes(10, 10, 10, 10) == ["1", "1", "0", "1"]
+
+
+def test_one_device_is_everybodys_home() -> None:
+    assert homes(5, 50, 0, devices=(SMALL,)) == ["0", "0", "0"]
