@@ -20,8 +20,8 @@ from prism.types import Bytes, GiB, ModelId
 from prism.weights.client import pack_here
 from prism.weights.loader import LoadJob
 from prism.weights.protocol import WeightSource
-from prism.worker.device import open_device
 from prism.worker.models import read_profile
+from prism.worker.open_device import open_device
 
 
 def random_model() -> LlamaForCausalLM:

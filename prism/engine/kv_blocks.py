@@ -85,6 +85,11 @@ class KvSpace:
         return len(self._slabs)
 
     @property
+    def slabs(self) -> tuple[SlabId, ...]:
+        """Those slabs."""
+        return tuple(self._slabs)
+
+    @property
     def num_free(self) -> int:
         """Blocks that hold nothing."""
         return self._num_free

@@ -16,26 +16,25 @@ from typing import assert_never
 from prism.config import Config, DeviceConfig, ModelConfig
 from prism.engine.engine import Drawn, EngineRequest
 from prism.errors import Overloaded, RequestError, Unavailable
+from prism.memory.slabs import KvOwner
 from prism.messages import (
     Activate,
     CancelChoice,
     Command,
     CommandDone,
     Evict,
-    Output,
-    Outputs,
-    Rejected,
     ResumedChoice,
     SetLimits,
-    Started,
     Submit,
 )
 from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelState, RequestId, WorkerId
 from prism.worker import admission, turns
+from prism.worker.commands import carry_out
+from prism.worker.delivery import Delivery
 from prism.worker.device import Device
 from prism.worker.entry import check_submit
 from prism.worker.loading import Fetch, JobEvent, Jobs, Loaded, Unloaded
-from prism.worker.models import Model
+from prism.worker.models import Model, limit_slabs, slabs_up
 from prism.worker.outbox import Outbox
 from prism.worker.rate import CompletionRate
 from prism.worker.reclaimer import Reclaimer
@@ -78,10 +77,11 @@ class Worker:
         self._clock = clock
         self._needs_admission = False
         self._rate = CompletionRate()
+        self._delivery = Delivery(outbox, incarnation)
         self._patience = max(LEAST_PATIENCE, self.limits.min_residency)
         self.residency = Residency(device, jobs, outbox, fetch, clock, self.max_batch_size)
         self.residency.worker_id = name
-        self.reclaimer = Reclaimer(device, self.models, self.requests, self._evict, self.limits.min_residency)
+        self.reclaimer = Reclaimer(device, self.models, self.requests, self.evict, self.limits.min_residency)
 
     # --- events ---------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class Worker:
         try:
             check_submit(self, ticket, self._clock())
         except RequestError as error:
-            self._reject(ticket, error)
+            self._delivery.rejected(ticket, error)
             return
         self.requests.add(ticket)
         self._needs_admission = True
@@ -143,55 +143,16 @@ class Worker:
                 self.residency.unloaded(model, event)
             case _:
                 assert_never(event)
-        self._memory_changed()
+        self.memory_changed()
 
     def on_command(self, command: Activate | Evict | SetLimits) -> None:
         """The controller decides; commands of an earlier controller are void."""
-        if command.epoch < self.epoch:
-            return
-        self.epoch = Epoch(command.epoch)
-        model = self.models.get(command.model)
-        if model is None:
-            self._done(command, f"model {command.model!r} is not configured")
-            return
-        match command:
-            case Activate():
-                self._activate(model, command)
-            case Evict():
-                self._evict_on_command(model, command)
-            case SetLimits():
-                model.kv_floor = _slabs_up(command.kv_floor_bytes, self.device.slab_bytes)
-                model.kv_limit = _limit_slabs(command.kv_limit_bytes, self.device.slab_bytes)
-                self.reclaimer.trim(model)
-                self._memory_changed()
-                self._done(command, None)
-            case _:
-                assert_never(command)
+        if command.epoch >= self.epoch:
+            self.epoch = Epoch(command.epoch)
+            carry_out(self, command)
 
-    def _activate(self, model: Model, command: Activate) -> None:
-        model.pinned = model.pinned if command.pinned is None else command.pinned
-        if model.is_active:
-            self._done(command, None)
-            return
-        model.is_wanted = True
-        model.retry_at = 0.0
-        model.load_commands.append(command.command_id)
-        self.residency.want(model)
-
-    def _evict_on_command(self, model: Model, command: Evict) -> None:
-        if self.requests.of_model(model.name):
-            self._done(command, f"model {model.name} has unfinished requests")
-            return
-        model.is_wanted = False
-        if model.is_active:
-            model.evict_commands.append(command.command_id)
-            self._evict(model)
-        elif model.state in (ModelState.COLD, ModelState.FAILED):
-            self._done(command, None)
-        else:
-            self._done(command, f"model {model.name} is {model.state}; try again")
-
-    def _done(self, command: Command, error: str | None) -> None:
+    def command_done(self, command: Command, error: str | None) -> None:
+        """Tell the controller how a command ended."""
         self._outbox.to_controller(CommandDone(command_id=command.command_id, worker=self.name, error=error))
 
     # --- work -----------------------------------------------------------------------------------------
@@ -233,7 +194,9 @@ class Worker:
         for ticket in self.requests:
             if ticket.submit.latest_end <= now:
                 self._end(ticket)
-                self._reject(ticket, Unavailable("the request took longer than limits.request_timeout"))
+                self._delivery.rejected(
+                    ticket, Unavailable("the request took longer than limits.request_timeout")
+                )
         if not self._needs_admission and not self._some_expired(now):
             return
         self._needs_admission = False
@@ -245,7 +208,7 @@ class Worker:
                     self._enter(waiting)
                 case admission.Expire():
                     self._end(waiting)
-                    self._reject(waiting, self._expired(waiting))
+                    self._delivery.rejected(waiting, self._expired(waiting))
                 case _:
                     assert_never(decision)
 
@@ -295,7 +258,7 @@ class Worker:
         self.device.begin_step()
         flight = engine.run(step)
         self.device.end_step()
-        self._deliver(model, engine.commit(flight))
+        self._account(model, engine.commit(flight))
         return True
 
     def _announce(self, model: Model, running: set[RequestId]) -> None:
@@ -303,36 +266,27 @@ class Worker:
         assert model.engine is not None
         for request_id in running:
             ticket = self.requests.get(request_id)
-            if ticket is None or ticket.is_started:
-                continue
-            ticket.is_started = True
-            sequences = model.engine.scheduler.sequences_of(request_id)
-            started = Started(
-                request_id=request_id,
-                attempt=ticket.submit.attempt,
-                incarnation=self.incarnation,
-                queue_seconds=max(0.0, self._clock() - ticket.submit.arrival),
-                cached_tokens=max((s.num_cached for s in sequences), default=0),
-            )
-            self._outbox.to_gateway(ticket.gateway, started)
+            if ticket is not None and not ticket.is_started:
+                ticket.is_started = True
+                sequences = model.engine.scheduler.sequences_of(request_id)
+                self._delivery.started(ticket, sequences, self._clock())
 
-    def _deliver(self, model: Model, drawn: list[Drawn]) -> None:
-        """Send a step's tokens, one message a gateway, and close what has ended."""
+    def _account(self, model: Model, drawn: list[Drawn]) -> None:
+        """Send a step's tokens and close what has ended."""
         now = self._clock()
         model.last_used = now
-        by_gateway: dict[GatewayId, list[Output]] = {}
+        pairs = []
         for item in drawn:
             ticket = self.requests.get(item.sequence.request_id)
             assert ticket is not None
             ticket.last_token = now
-            by_gateway.setdefault(ticket.gateway, []).append(_output(ticket, item))
+            pairs.append((ticket, item))
             if item.finish is not None:
                 ticket.finish_choice(item.sequence.choice)
                 if not ticket.open_choices:
                     self._rate.completed(now)
                     self._end(ticket)
-        for gateway, items in by_gateway.items():
-            self._outbox.to_gateway(gateway, Outputs(incarnation=self.incarnation, items=items))
+        self._delivery.outputs(pairs)
 
     # --- ends and returns -----------------------------------------------------------------------------
 
@@ -344,32 +298,25 @@ class Worker:
         if ticket.is_running and model.engine is not None:
             model.engine.cancel(ticket.request_id)
             self.reclaimer.trim(model)
-        self._memory_changed()
+        self.memory_changed()
 
     def _drop_choice(self, ticket: Ticket, choice: int) -> None:
         ticket.finish_choice(choice)
         engine = self.models[ticket.model].engine
         if ticket.is_running and engine is not None:
             engine.cancel(ticket.request_id, choice)
-        self._memory_changed()
+        self.memory_changed()
 
-    def _memory_changed(self) -> None:
+    def memory_changed(self) -> None:
+        """What could not run for want of memory is worth another look."""
         self._needs_admission = True
         for model in self.models.values():
             model.stalled_until = 0.0
 
-    def _reject(self, ticket: Ticket, error: RequestError) -> None:
-        rejected = Rejected(
-            request_id=ticket.request_id,
-            attempt=ticket.submit.attempt,
-            incarnation=self.incarnation,
-            error=error.wire(),
-        )
-        self._outbox.to_gateway(ticket.gateway, rejected)
-
-    def _evict(self, model: Model) -> None:
+    def evict(self, model: Model) -> None:
+        """Take an active model off the device."""
         self.residency.evict(model, self.reclaimer, self)
-        self._memory_changed()
+        self.memory_changed()
 
     def model_failed(self, model: Model) -> None:
         """Refuse what waits for a model that cannot be loaded."""
@@ -377,7 +324,7 @@ class Worker:
         for ticket in self.requests.of_model(model.name):
             self._end(ticket)
             message = f"model {model.name} cannot be loaded: {model.error}"
-            self._reject(ticket, Unavailable(message, retry_after=wait))
+            self._delivery.rejected(ticket, Unavailable(message, retry_after=wait))
 
     def requests_suspended(self, choices: dict[RequestId, list[ResumedChoice]]) -> None:
         """An eviction took these requests' place: they wait again, with what they had produced."""
@@ -387,6 +334,14 @@ class Worker:
             ticket.is_running = False
             for choice in unfinished:
                 ticket.resumed[choice.choice] = choice
+
+    def check(self) -> None:
+        """Conservation: every slab and every block has exactly one state and one owner."""
+        self.device.pool.check()
+        for model in self.models.values():
+            if model.kv is not None:
+                model.kv.check()
+                assert set(model.kv.slabs) == set(self.device.pool.owned(KvOwner(model.name))), model.name
 
     def queue_seconds(self) -> float:
         """Estimated time until a request that comes now would start: waiting ones over the recent rate."""
@@ -399,32 +354,11 @@ class Worker:
         return min(model.profile.spec.max_position, kv_capacity_tokens(self, model))
 
 
-def _output(ticket: Ticket, drawn: Drawn) -> Output:
-    return Output(
-        request_id=ticket.submit.request_id,
-        attempt=ticket.submit.attempt,
-        choice=drawn.sequence.choice,
-        index=drawn.index,
-        token_ids=[] if drawn.token is None else [drawn.token],
-        logprobs=None if drawn.logprob is None or drawn.token is None else [drawn.logprob],
-        finish=drawn.finish,
-        stop_token=drawn.stop_token,
-    )
-
-
 def _new_model(config: ModelConfig, slab_bytes: Bytes) -> Model:
     return Model(
         config=config,
-        kv_floor=_slabs_up(config.memory.floor, slab_bytes),
-        kv_limit=_limit_slabs(config.memory.limit, slab_bytes),
+        kv_floor=slabs_up(config.memory.floor, slab_bytes),
+        kv_limit=limit_slabs(config.memory.limit, slab_bytes),
         pinned=config.pinned,
         is_wanted=config.pinned or config.preload,
     )
-
-
-def _slabs_up(size: int, slab_bytes: Bytes) -> int:
-    return -(-size // slab_bytes)
-
-
-def _limit_slabs(size: int | None, slab_bytes: Bytes) -> int | None:
-    return None if size is None else max(1, size // slab_bytes)

@@ -44,15 +44,17 @@ from prism.metrics import Metrics
 from prism.transport import Envelope
 from prism.types import GatewayId, Incarnation, WorkerId
 from prism.weights.client import fetch
-from prism.worker.device import open_device
 from prism.worker.gauges import Gauges
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker
+from prism.worker.open_device import open_device
 from prism.worker.reports import make_report
 
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.25
+CHECK_SECONDS = 10.0
+"""The books are checked when the loop goes idle, but not more often: it takes a while with many blocks."""
 
 
 class ThreadJobs:
@@ -129,6 +131,7 @@ class Process:
             self._poller.register(source, zmq.POLLIN)
         self._is_stopping = False
         self._report_due = 0.0
+        self._check_due = 0.0
         self._last_states: tuple[str, ...] = ()
 
     def run(self) -> None:
@@ -137,6 +140,8 @@ class Process:
         while not self._is_stopping:
             self._take_events(0.0 if has_work else self._idle_seconds())
             has_work = self._worker.advance()
+            if not has_work:
+                self._check()
             self._report()
 
     def stop(self, *_: Any) -> None:
@@ -192,6 +197,12 @@ class Process:
                 self._report_due = 0.0
             case _:
                 log.error("unexpected message dropped", extra={"sender": sender})
+
+    def _check(self) -> None:
+        now = self._clock.now()
+        if now >= self._check_due:
+            self._check_due = now + CHECK_SECONDS
+            self._worker.check()
 
     def _report(self) -> None:
         """Every `REPORT_SECONDS`, and whenever a model's state has changed."""

@@ -114,3 +114,13 @@ class Model:
     def is_active(self) -> bool:
         """It can run steps now."""
         return self.state is ModelState.ACTIVE
+
+
+def slabs_up(size: int, slab_bytes: Bytes) -> int:
+    """Slabs that hold so many bytes."""
+    return -(-size // slab_bytes)
+
+
+def limit_slabs(size: int | None, slab_bytes: Bytes) -> int | None:
+    """A limit in whole slabs, one at least; None is no limit."""
+    return None if size is None else max(1, size // slab_bytes)

@@ -24,7 +24,7 @@ from prism.weights.client import pack_here
 from prism.weights.layout import plan_layout
 from prism.weights.protocol import WeightSource
 from prism.weights.views import view_weights
-from prism.worker.device import cpu_device
+from prism.worker.open_device import cpu_device
 from tests.support.checkpoints import make_model, prompts, reference, save
 
 SLAB = Bytes(2 * MiB)

@@ -25,9 +25,9 @@ from prism.messages import (
 from prism.types import Bytes, GatewayId, Incarnation, MiB, ModelId, SamplingParams, Slo, WorkerId
 from prism.weights.client import PackedWeights, pack_here
 from prism.weights.protocol import WeightSource
-from prism.worker.device import cpu_device
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker
+from prism.worker.open_device import cpu_device
 
 SLAB = Bytes(2 * MiB)
 GATEWAY = GatewayId("gateway-0.1")
@@ -175,17 +175,14 @@ class LocalWorker:
 
     def check(self) -> None:
         """Conservation, everywhere."""
-        self.device.pool.check()
-        for model in self.worker.models.values():
-            if model.kv is not None:
-                model.kv.check()
+        self.worker.check()
 
     def close(self) -> None:
         """Give everything back; fails if the worker holds memory that nobody knows of."""
         for model in self.worker.models.values():
             model.is_wanted = False
             if model.is_active:
-                self.worker._evict(model)
+                self.worker.evict(model)
         while self.jobs.queue:
             self.worker.on_job(self.jobs.queue.pop(0)())
         for model in self.worker.models.values():

@@ -1,0 +1,62 @@
+"""Carries out what the controller commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, assert_never
+
+from prism.messages import Activate, Evict, SetLimits
+from prism.types import ModelState
+from prism.worker.models import Model, limit_slabs, slabs_up
+
+if TYPE_CHECKING:
+    from prism.worker.loop import Worker
+
+
+def carry_out(worker: Worker, command: Activate | Evict | SetLimits) -> None:
+    """Start what is commanded. `CommandDone` follows now, or when the model has come or gone."""
+    model = worker.models.get(command.model)
+    if model is None:
+        worker.command_done(command, f"model {command.model!r} is not configured")
+        return
+    match command:
+        case Activate():
+            _activate(worker, model, command)
+        case Evict():
+            _evict(worker, model, command)
+        case SetLimits():
+            _set_limits(worker, model, command)
+        case _:
+            assert_never(command)
+
+
+def _activate(worker: Worker, model: Model, command: Activate) -> None:
+    model.pinned = model.pinned if command.pinned is None else command.pinned
+    if model.is_active:
+        worker.command_done(command, None)
+        return
+    model.is_wanted = True
+    model.retry_at = 0.0
+    model.load_commands.append(command.command_id)
+    worker.residency.want(model)
+
+
+def _evict(worker: Worker, model: Model, command: Evict) -> None:
+    if worker.requests.of_model(model.name):
+        worker.command_done(command, f"model {model.name} has unfinished requests")
+        return
+    model.is_wanted = False
+    if model.is_active:
+        model.evict_commands.append(command.command_id)
+        worker.evict(model)
+    elif model.state in (ModelState.COLD, ModelState.FAILED):
+        worker.command_done(command, None)
+    else:
+        worker.command_done(command, f"model {model.name} is {model.state}; try again")
+
+
+def _set_limits(worker: Worker, model: Model, command: SetLimits) -> None:
+    model.kv_floor = slabs_up(command.kv_floor_bytes, worker.device.slab_bytes)
+    model.kv_limit = limit_slabs(command.kv_limit_bytes, worker.device.slab_bytes)
+    worker.reclaimer.trim(model)
+    worker.memory_changed()
+    worker.command_done(command, None)
