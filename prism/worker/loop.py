@@ -2,7 +2,7 @@
 
 One method for each event that can come in (`on_*`), and `advance`, which does the next piece of work:
 
-    admit -> move models in and out -> choose a turn -> schedule, run, commit -> deliver
+    move models in and out -> admit -> choose a turn -> schedule, run, commit -> deliver
 
 Nothing here waits. Slow work (loading, unloading) runs beside the loop and comes back as an event.
 """
