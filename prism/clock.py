@@ -8,6 +8,7 @@ negative or a deadline jump.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Protocol
 
@@ -48,25 +49,26 @@ class ManualClock:
 
     def __init__(self, now: float = 1_000_000.0) -> None:
         self._now = now
-        self._sleepers: set[asyncio.Event] = set()
+        self._sleepers: dict[asyncio.Event, float] = {}
 
     def now(self) -> float:
         """The time that was last set."""
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Move on; everybody who waits looks at the time again."""
+        """Move on; those whose time has come wake, and nobody else."""
         assert seconds >= 0
         self._now += seconds
-        for event in self._sleepers:
-            event.set()
+        for event, until in self._sleepers.items():
+            if until <= self._now:
+                event.set()
 
     async def wait(self, event: asyncio.Event, until: float | None) -> None:
         """Return when `event` is set, or at once if `until` is over."""
         if until is not None and until <= self._now:
             return
-        self._sleepers.add(event)
+        self._sleepers[event] = math.inf if until is None else until
         try:
             await event.wait()
         finally:
-            self._sleepers.discard(event)
+            del self._sleepers[event]

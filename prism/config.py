@@ -85,6 +85,8 @@ class ModelConfig(_Section):
     """Longest prompt plus output in tokens; the default is the model's own."""
     slo: SloConfig = SloConfig()
     memory: ModelMemory = ModelMemory()
+    device: int | None = Field(default=None, ge=0)
+    """Place in `devices` of the one that the model lives on; by default chosen by size."""
     pinned: bool = False
     """Loaded at start and never evicted under pressure."""
     preload: bool = False
@@ -173,6 +175,13 @@ class Config(_Section):
         gpus = [device.index for device in self.devices if device.kind == "cuda"]
         if twice := sorted({index for index in gpus if gpus.count(index) > 1}):
             raise ValueError(f"devices: GPUs used twice: {', '.join(map(str, twice))}")
+        return self
+
+    @model_validator(mode="after")
+    def _known_devices(self) -> Config:
+        for index, model in enumerate(self.models):
+            if model.device is not None and model.device >= len(self.devices):
+                raise ValueError(f"models[{index}].device: there are {len(self.devices)} devices")
         return self
 
     def model(self, name: str) -> ModelConfig | None:

@@ -128,8 +128,12 @@ def _from_placement(entries: list[Any], problems: list[str]) -> dict[str, Any]:
             problems.append(f"[{index}]: must be an object with model_name and model_path")
             continue
         models.append(_placed_model(entry, f"[{index}]", problems, devices))
-    kind = [{"kind": "cuda", "index": index} for index in sorted(devices)]
-    return {"models": models, **({"devices": kind} if kind else {})}
+    order = sorted(devices)
+    for model in models:
+        gpu = model.pop("gpu", None)
+        model["device"] = None if gpu is None else order.index(gpu)
+    kinds = [{"kind": "cuda", "index": index} for index in order]
+    return {"models": models, **({"devices": kinds} if kinds else {})}
 
 
 def _placed_model(
@@ -162,6 +166,7 @@ def _place(instance: Any, place: str, model: dict[str, Any], problems: list[str]
         problems.append(f"{place}.gpu_ids: must name exactly one device; several are not supported yet")
     else:
         devices.add(gpus[0])
+        model["gpu"] = gpus[0]
     model["preload"] = bool(instance.get("on", True))
     if (size := instance.get("max_memory_pool_size")) is not None:
         model["memory"] = {"limit": f"{size}GB"}

@@ -6,6 +6,7 @@ PrismError
 ├── OutOfSlabs             the pool holds fewer free slabs than asked for
 ├── CheckpointError        a model directory that cannot be used, naming file and tensor
 ├── HostMemoryError        host memory for packed weights could not be reserved
+│   └── NotHeld            the store has let the weights go meanwhile
 └── RequestError           one request failed; the rest go on
     ├── InvalidRequest         400  a field is wrong, unknown or unsupported (`param` names it)
     ├── ContextLengthExceeded  400  prompt and output cannot fit the model or its memory limit
@@ -67,6 +68,10 @@ class CheckpointError(PrismError):
 
 class HostMemoryError(PrismError):
     """Host memory for packed weights could not be reserved."""
+
+
+class NotHeld(HostMemoryError):
+    """The weight store does not hold the model (any more): asking for it again packs it."""
 
 
 class WireError(msgspec.Struct, frozen=True, kw_only=True):

@@ -101,6 +101,7 @@ def test_placement_json_of_the_prototype(folder: Path) -> None:
     config = parse_config(json.dumps(entries), folder, {})
     assert [(d.kind, d.index) for d in config.devices] == [("cuda", 0), ("cuda", 1)]
     assert [(m.preload, m.memory.limit) for m in config.models] == [(True, 2 * 10**9), (False, None)]
+    assert [m.device for m in config.models] == [1, 0]
 
 
 def test_placement_json_names_what_is_unsupported(folder: Path) -> None:

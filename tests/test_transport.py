@@ -92,6 +92,7 @@ async def test_asyncio_sockets(tmp_path: Path) -> None:
     router = bind_router(context, address)
     dealer = connect_dealer(context, address, "g0.1")
     gone = asyncio.create_task(wait_disconnected(dealer))
+    await asyncio.sleep(0)  # let it begin to watch
     for number in range(1000):
         assert asend(dealer, Demand(model=str(number)))
     heard = []

@@ -76,7 +76,15 @@ def initial_homes(config: Config) -> dict[ModelId, WorkerId]:
     devices = tuple(
         DeviceSize(WorkerId(f"worker-{i}"), device.memory) for i, device in enumerate(config.devices)
     )
-    return place(tuple(ModelSize(ModelId(m.name), _weights_bytes(m)) for m in config.models), devices)
+    models = tuple(
+        ModelSize(
+            ModelId(model.name),
+            _weights_bytes(model),
+            None if model.device is None else WorkerId(f"worker-{model.device}"),
+        )
+        for model in config.models
+    )
+    return place(models, devices)
 
 
 def _weights_bytes(model: ModelConfig) -> int:

@@ -1,7 +1,8 @@
 """Gives every configured model a home device. Pure.
 
-Largest first, each to the device on which the weights assigned so far fill the smallest share of its memory
-after adding it. Homes only say where a model is loaded when it is asked for, so they may overcommit memory.
+Those whose device is given go there. The others follow, largest first, each to the device on which the
+weights assigned so far fill the smallest share of its memory after adding it. Homes only say where a model
+is loaded when it is asked for, so they may overcommit memory.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ def place(models: tuple[ModelSize, ...], devices: tuple[DeviceSize, ...]) -> dic
     """A home for each model; the order of `models` is kept."""
     assigned = {device.worker: 0 for device in devices}
     homes: dict[ModelId, WorkerId] = {}
-    for model in sorted(models, key=lambda m: (-m.weights_bytes, m.model)):
-        best = min(
-            devices, key=lambda d: ((assigned[d.worker] + model.weights_bytes) / d.memory_bytes, d.worker)
-        )
-        assigned[best.worker] += model.weights_bytes
-        homes[model.model] = best.worker
+    for model in sorted(models, key=lambda m: (m.worker is None, -m.weights_bytes, m.model)):
+        home = model.worker or _emptiest(devices, assigned, model.weights_bytes)
+        assigned[home] += model.weights_bytes
+        homes[model.model] = home
     return {model.model: homes[model.model] for model in models}
+
+
+def _emptiest(devices: tuple[DeviceSize, ...], assigned: dict[WorkerId, int], added: int) -> WorkerId:
+    """The device that is least full once `added` bytes have come."""
+    return min(devices, key=lambda d: ((assigned[d.worker] + added) / d.memory_bytes, d.worker)).worker

@@ -14,6 +14,8 @@ class ModelSize:
 
     model: ModelId
     weights_bytes: int
+    worker: WorkerId | None = None
+    """Where the configuration wants it."""
 
 
 @dataclass(frozen=True, slots=True)

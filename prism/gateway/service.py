@@ -90,8 +90,7 @@ class Gateway:
     def open(self, request: Request, sink: Sink) -> None:
         """Take a request; its sink hears its end."""
         self.dispatcher.open(request, sink, self.clock.now())
-        if request.placement is None:
-            self._wake.set()
+        self._wake.set()  # it may be the next to time out
 
     def cancel(self, request: Request) -> None:
         """Its client has gone."""

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from prism.errors import HostMemoryError
+from prism.errors import HostMemoryError, NotHeld
 from prism.memory import memfd
 from prism.types import Address, Bytes, ModelId, Seconds
 from prism.weights.packer import pack, plan_source
@@ -99,7 +99,7 @@ def _open(packet: bytes, fds: list[int], lease: socket.socket, *, writable: bool
     try:
         answer = msgspec.json.decode(packet, type=Lent)
         if isinstance(answer, NotPacked):
-            raise HostMemoryError(f"{answer.model}: the weight store does not hold it")
+            raise NotHeld(f"{answer.model}: the weight store does not hold it")
         return PackedWeights(answer, fds[0], lease, writable=writable)
     finally:
         for fd in fds:

@@ -109,8 +109,12 @@ def main() -> int:
 
 
 def _say(event: protocol.PackEvent) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(event) + b"\n")
-    sys.stdout.buffer.flush()
+    """One line. Ends the process when nobody is there to read it."""
+    with suppress(BrokenPipeError):
+        sys.stdout.buffer.write(msgspec.json.encode(event) + b"\n")
+        sys.stdout.buffer.flush()
+        return
+    os._exit(1)  # the store has gone; a normal exit would flush into the closed pipe again
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the interpreter lock. It ends by posting one event.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -129,9 +130,11 @@ class Load:
         return None
 
 
-def unload(model: ModelId, arena: Arena) -> Unloaded:
-    """Unmap an arena that no queued step reads."""
+def unload(model: ModelId, arena: Arena, delay: float) -> Unloaded:
+    """Unmap an arena that no queued step reads, after `delay` seconds."""
     try:
+        if delay:
+            time.sleep(delay)
         arena.unmap()
     except Exception as error:
         return Unloaded(model, error)

@@ -84,6 +84,7 @@ class Model:
     error: str | None = None
     retry_at: float = 0.0
     num_failures: int = 0
+    num_unmap_failures: int = 0
     last_used: float = 0.0
     active_since: float = 0.0
     last_turn: float = 0.0

@@ -18,7 +18,7 @@ from typing import Protocol
 from prism.engine.engine import Engine
 from prism.engine.kv_blocks import KvSpace
 from prism.engine.runner import Runner
-from prism.errors import PrismError
+from prism.errors import NotHeld, PrismError
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.messages import CommandDone, ResumedChoice, WeightsWanted
 from prism.models.decoder import Decoder
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before a failed load is tried again."""
+UNMAP_DELAYS = (0.0, 0.0, 1.0, 5.0, 30.0)
+"""Waits before an arena is unmapped; the later ones after so many failures."""
 
 
 class Listener(Protocol):
@@ -179,6 +181,11 @@ class Residency:
             self._start_unload(model)
             return
         self._release(model)
+        if isinstance(error, NotHeld):  # it waited for slabs for so long that the store took it for idle
+            model.is_packed = False
+            model.state = ModelState.FETCHING
+            self._outbox.to_agent(WeightsWanted(model=model.name))
+            return
         self.fail(model, error)
 
     def fail(self, model: Model, error: Exception) -> None:
@@ -211,16 +218,18 @@ class Residency:
     def _start_unload(self, model: Model) -> None:
         arena = model.arena
         assert arena is not None
-        name = model.name
-        self._jobs.start(lambda: unload(name, arena))
+        name, delay = model.name, UNMAP_DELAYS[min(model.num_unmap_failures, len(UNMAP_DELAYS) - 1)]
+        self._jobs.start(lambda: unload(name, arena, delay))
 
     def unloaded(self, model: Model, event: Unloaded) -> None:
         """The arena is unmapped, so its slabs are free; on an error it is tried again."""
         if event.error is not None:
             log.error("model %s could not be unmapped, trying again: %s", model.name, event.error)
+            model.num_unmap_failures += 1
             self._start_unload(model)
             return
         self._release(model)
+        model.num_unmap_failures = 0
         model.state = ModelState.COLD
         model.is_packed = False
         self._answer(model.evict_commands, None)

@@ -6,6 +6,7 @@ from prism.controller.placement import place
 from prism.controller.state import DeviceSize, ModelSize
 from prism.types import ModelId, WorkerId
 
+SMALL_TOO = DeviceSize(WorkerId("worker-1"), 10)
 SMALL, LARGE = DeviceSize(WorkerId("worker-0"), 10), DeviceSize(WorkerId("worker-1"), 30)
 
 
@@ -22,6 +23,15 @@ def test_the_largest_model_gets_the_largest_device() -> None:
 
 def test_more_than_fits_is_spread_by_share_of_memory() -> None:
     assert homes(10, 10, 10, 10) == ["1", "1", "0", "1"]
+
+
+def test_a_model_goes_where_the_configuration_wants_it() -> None:
+    models = (
+        ModelSize(ModelId("free"), 30),
+        ModelSize(ModelId("fixed"), 5, WorkerId("worker-1")),
+    )
+    placed = place(models, (SMALL, SMALL_TOO))
+    assert placed == {ModelId("free"): WorkerId("worker-0"), ModelId("fixed"): WorkerId("worker-1")}
 
 
 def test_one_device_is_everybodys_home() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from prism.errors import NotHeld
 from prism.memory.failing import FailingDriver
 from prism.memory.host import HostDriver
 from prism.messages import Activate, Evict, ResumedChoice, SetLimits
-from prism.types import Bytes, ModelState, RequestId
+from prism.types import Bytes, ModelId, ModelState, RequestId
+from prism.weights.client import PackedWeights
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.local_worker import GATEWAY, SLAB, LocalWorker
 
@@ -191,6 +193,24 @@ def test_a_checkpoint_that_cannot_be_packed_fails_its_requests_only(start: Any) 
     local.submit("later", "llama", [1], max_tokens=2)
     local.run()
     assert local.outbox.finished["later", 0] == "length"
+
+
+def test_weights_that_the_store_let_go_are_packed_again(start: Any) -> None:
+    """A model that waited for slabs until the store had evicted its weights failed with its requests."""
+    local = start("llama")
+    fetch, calls = local.fetch, []
+
+    def forgetful(model: ModelId) -> PackedWeights:
+        calls.append(model)
+        if len(calls) == 1:
+            raise NotHeld("llama: the weight store does not hold it")
+        return fetch(model)
+
+    local.worker.residency._fetch = forgetful
+    local.submit("r", "llama", [1, 2], max_tokens=3)
+    local.run()
+    assert local.outbox.finished["r", 0] == "length"
+    assert len(calls) == 2
 
 
 def test_any_driver_call_may_fail(start: Any) -> None:
