@@ -95,12 +95,12 @@ class FlashInferKernels:
         self._flashinfer.fused_add_rmsnorm(x, residual, weight, eps)
         return x, residual
 
-    def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotates in place."""
+    def rope(self, heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+        """Rotates in place. The kernel wants queries and keys: the first head and the others do."""
         self._flashinfer.apply_rope_with_cos_sin_cache_inplace(
-            positions, q.flatten(1), k.flatten(1), q.shape[-1], cos_sin
+            positions, heads[:, :1].flatten(1), heads[:, 1:].flatten(1), heads.shape[-1], cos_sin
         )
-        return q, k
+        return heads
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """One fused kernel."""
@@ -123,9 +123,9 @@ def build_kernels(device: torch.device, head_dim: int, dtype: torch.dtype) -> No
         kernels.rms_norm(x, x[0], 1e-6)
 
     def rope() -> None:
-        heads = torch.ones(1, 1, head_dim, dtype=dtype, device=device)
+        heads = torch.ones(1, 2, head_dim, dtype=dtype, device=device)
         table = torch.ones(1, head_dim, device=device)
-        kernels.rope(heads, heads.clone(), torch.zeros(1, dtype=torch.int64, device=device), table)
+        kernels.rope(heads, torch.zeros(1, dtype=torch.int64, device=device), table)
 
     def activation() -> None:
         kernels.silu_mul(torch.ones(1, 2 * head_dim, dtype=dtype, device=device))

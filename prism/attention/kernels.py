@@ -78,8 +78,11 @@ class Kernels(Protocol):
         """(norm(x + residual), x + residual); both arguments may be overwritten."""
         ...
 
-    def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate q and k, `[tokens, heads, dim]`; `cos_sin [positions, dim]`: cosines, then sines, fp32."""
+    def rope(self, heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+        """Rotate `heads [tokens, heads, dim]`, which may be overwritten.
+
+        `cos_sin [positions, dim]` holds cosines, then sines, in fp32.
+        """
         ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:

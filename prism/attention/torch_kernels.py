@@ -129,21 +129,17 @@ class TorchKernels:
         residual = residual + x
         return self.rms_norm(residual, weight, eps), residual
 
-    def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
         """Rotation of the two halves of each head, in fp32."""
         cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, dim / 2]
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+        first, second = heads.float().chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotated.to(heads.dtype)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """Two halves of one matrix product."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = heads.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(heads.dtype)
 
 
 def _attend_decodes(decodes: _Decodes, pages: Tensor, q: Tensor) -> Tensor:

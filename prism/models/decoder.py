@@ -78,10 +78,13 @@ class Decoder:
     ) -> Tensor:
         heads, kv_heads, dim = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
         qkv = kernels.linear(x, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
-        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
+        v = qkv[:, heads + kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = kernels.rms_norm(q, layer.q_norm, self.spec.norm_eps)
-            k = kernels.rms_norm(k, layer.k_norm, self.spec.norm_eps)
-        q, k = kernels.rope(q, k, positions, self.rotary)
+            q = kernels.rms_norm(qkv[:, :heads], layer.q_norm, self.spec.norm_eps)
+            k = kernels.rms_norm(qkv[:, heads : heads + kv_heads], layer.k_norm, self.spec.norm_eps)
+            qk = torch.cat((q, k), dim=1)
+        else:
+            qk = qkv[:, : heads + kv_heads]
+        q, k = torch.split(kernels.rope(qk, positions, self.rotary), [heads, kv_heads], dim=1)
         out = kernels.attention(plan, index, q, k, v)
         return kernels.linear(out.reshape(-1, heads * dim), layer.o, layer.o_bias)

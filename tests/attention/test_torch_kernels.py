@@ -75,8 +75,7 @@ def test_rope_rotates_pairs_by_their_position() -> None:
     angles = torch.tensor([[0.0, 0.0], [0.3, 0.7]])
     table = torch.cat((angles.cos(), angles.sin()), dim=-1)
     heads = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(1))
-    rotated, same = kernels.rope(heads, heads.clone(), torch.tensor([1]), table)
-    assert torch.equal(rotated, same)
+    rotated = kernels.rope(heads, torch.tensor([1]), table)
     for pair, angle in enumerate((0.3, 0.7)):
         complex_in = torch.complex(heads[0, :, pair], heads[0, :, pair + 2])
         expected = complex_in * torch.polar(torch.tensor(1.0), torch.tensor(angle))
