@@ -221,7 +221,7 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(Message, frozen=True, kw_only=True):
-    """A worker's state, sent to controller and gateways at every change of a state and 4 times a second."""
+    """A worker's state, sent to controller and gateways at every change of a state and twice a second."""
 
     worker: str
     device: str

@@ -124,10 +124,17 @@ class Agent:
                 case _:
                     log.error("unexpected message dropped", extra={"sender": sender})
 
+    def _child_of(self, sender: str, message: Hello | Ready) -> Child | None:
+        """The present process of that name, if it is the one that says so."""
+        for child in self._children:
+            if (child.spec.name, child.incarnation) == (message.name, message.incarnation):
+                return None if child.has_ended else child
+        log.error("a stranger said %s: %s", type(message).__name__, sender)
+        return None
+
     def _welcome(self, sender: str, hello: Hello) -> None:
-        child = next((c for c in self._children if c.spec.name == hello.name), None)
-        if child is None or child.incarnation != hello.incarnation:
-            log.error("a stranger said Hello: %s", sender)
+        child = self._child_of(sender, hello)
+        if child is None:
             return
         self._peers[sender] = child
         for other in self._children:
@@ -135,7 +142,8 @@ class Agent:
                 transport.asend(self._router, _up(other), sender)
 
     def _child_ready(self, sender: str, ready: Ready) -> None:
-        child = self._peers.get(sender)
+        """Its Hello may still be on its way."""
+        child = self._child_of(sender, ready)
         if child is None:
             return
         child.became_ready(ready.address)

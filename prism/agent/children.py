@@ -39,6 +39,8 @@ class Child:
     ) -> None:
         self.spec = spec
         self.incarnation = 0
+        self.has_ended = True
+        """The present incarnation has; what still comes from it is void."""
         self.address: str | None = None
         self.ready_since: float | None = None
         self._run_dir = run_dir
@@ -69,7 +71,9 @@ class Child:
         try:
             while not self._stopping.is_set():
                 self.incarnation += 1
+                self.has_ended = False
                 end = await self._live()
+                self.has_ended = True
                 lived = None if self.ready_since is None else self._now() - self.ready_since
                 self.ready_since = self.address = None
                 self._on_end(self)

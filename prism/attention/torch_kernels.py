@@ -53,6 +53,7 @@ class TorchKernels:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._rotation: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # positions, table, cos, sin
 
     def plan(self, batch: BatchLayout, kv: KvView, num_heads: int) -> TorchPlan:
         """Index tensors for one batch. Zeroes the batch's fresh blocks."""
@@ -107,9 +108,11 @@ class TorchKernels:
         pages = plan.kv.pages[:, layer]  # [unit, 2, token, kv_head, dim]
         pages[plan.blocks, 0, plan.offsets] = k
         pages[plan.blocks, 1, plan.offsets] = v
+        if plan.decodes is not None and not plan.prompts:
+            return _attend_decodes(plan.decodes, pages, q)
         out = torch.empty_like(q)
         if plan.decodes is not None:
-            out[plan.decodes.rows] = _attend_decodes(plan.decodes, pages, q)
+            out[plan.decodes.rows] = _attend_decodes(plan.decodes, pages, q[plan.decodes.rows])
         for prompt in plan.prompts:
             out[prompt.rows] = _attend_prompt(plan, prompt, pages, q)
         return out
@@ -131,10 +134,18 @@ class TorchKernels:
 
     def rope(self, heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
         """Rotation of the two halves of each head, in fp32."""
-        cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, dim / 2]
+        cos, sin = self._angles(positions, cos_sin)
         first, second = heads.float().chunk(2, dim=-1)
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return rotated.to(heads.dtype)
+
+    def _angles(self, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, `[tokens, 1, dim / 2]`: looked up once for all layers of a step."""
+        known = self._rotation
+        if known is None or known[0] is not positions or known[1] is not cos_sin:
+            cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+            known = self._rotation = (positions, cos_sin, cos, sin)
+        return known[2], known[3]
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """Two halves of one matrix product."""
@@ -150,7 +161,7 @@ def _attend_decodes(decodes: _Decodes, pages: Tensor, q: Tensor) -> Tensor:
         for which in (0, 1)
     )
     # Query heads that share a KV head stand as so many queries of it: 6 x faster than enable_gqa on a CPU.
-    rows = q[decodes.rows].view(num, k.shape[1], -1, q.shape[-1])  # [batch, kv_heads, group, dim]
+    rows = q.reshape(num, k.shape[1], -1, q.shape[-1])  # [batch, kv_heads, group, dim]
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=decodes.mask)
     return out.flatten(1, 2)
 

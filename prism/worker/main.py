@@ -52,7 +52,7 @@ from prism.worker.reports import make_report
 
 log = logging.getLogger(__name__)
 
-REPORT_SECONDS = 0.25
+REPORT_SECONDS = 0.5
 CHECK_SECONDS = 10.0
 """The books are checked when the loop goes idle, but not more often: it takes a while with many blocks."""
 

@@ -125,11 +125,11 @@ async def ends(calls: Sequence[Call], seconds: float = 120) -> list[Answer]:
         return [await call.end() for call in calls]
 
 
-def golden_call(model: str, golden: GoldenAnswer, stream: bool = True) -> Call:
-    """A question with a known answer."""
-    return Call(CHAT, {"model": model, "messages": list(golden.messages), "stream": stream})
+def golden_call(model: str, golden: GoldenAnswer, **fields: Any) -> Call:
+    """A question with a known answer; `fields` are added to its request."""
+    return Call(CHAT, {"model": model, "messages": list(golden.messages), "stream": True, **fields})
 
 
-def golden_calls(model: str, count: int, stream: bool = True) -> list[tuple[Call, str]]:
+def golden_calls(model: str, count: int) -> list[tuple[Call, str]]:
     """The first questions, each with its answer."""
-    return [(golden_call(model, golden, stream), golden.answer) for golden in golden_answers(model)[:count]]
+    return [(golden_call(model, golden), golden.answer) for golden in golden_answers(model)[:count]]

@@ -76,8 +76,8 @@ class Server:
         device = {"memory": "64MiB", "slab": "2MiB", "threads": 1} | sections.pop("device", {})
         server = {"port": self.port, "admin_port": self.admin_port} | sections.pop("server", {})
         named = [{"name": name, "path": str(path)} for name, path in models.items()]
-        config = {"models": named, "devices": [device], "server": server, **sections}
-        (self.home / "prism.yaml").write_text(json.dumps(config))
+        self.config = {"models": named, "devices": [device], "server": server, **sections}
+        (self.home / "prism.yaml").write_text(json.dumps(self.config))
         RUNNING.append(self)
 
     # --- life and death -----------------------------------------------------------------------------

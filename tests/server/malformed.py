@@ -61,9 +61,8 @@ def _bodies() -> Iterator[Bad]:
     for name in ("n", "model", "messages"):
         twice = whole[:-1] + f', "{name}": 1, "{name}": 1}}'.encode()
         yield Bad("twice", CHAT, twice, param=name)
-    yield Bad(
-        "half a pair", CHAT, _with(messages=[USER | {"content": "a\ud800"}]), param="messages[0].content"
-    )
+    half = [USER | {"content": "a\ud800"}]
+    yield Bad("half a pair", CHAT, _with(messages=half), param="messages[0].content")
     yield Bad("half a pair", CHAT, _with(stop=["x", "\udfff"]), param="stop[1]")
     yield Bad("half a pair", CHAT, _with(user="\ud83d"), param="user")
     yield Bad("half a pair", TEXT, _text(prompt="\udc00"), param="prompt")
