@@ -1,7 +1,7 @@
 """Prism against `transformers serve --continuous-batching` on the CPU, with the same model, client and run.
 
 Usage: scripts/bench cpu [--runs 5] [--output results.json]
-Needs `transformers[serving]` for the other side (installed with the development tools).
+The other side needs `accelerate`, which comes with the development tools.
 """
 
 from __future__ import annotations
