@@ -17,17 +17,18 @@ from prism.errors import ConfigError
 def serve(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; the exit status. Raises `ConfigError` when a port is taken."""
     logs.setup(config.server.log_level, config.server.log_json)
-    api = listen(config.server.host, config.server.port, "server.port")
-    admin = listen(config.server.admin_host, config.server.admin_port, "server.admin_port")
-    run_dir = RunDir()
-    try:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(run_dir.metrics)
-        _write_private(run_dir.config, config.model_dump_json())
-        return asyncio.run(Agent(config, run_dir, api, admin).run())
-    finally:
-        run_dir.close()
-        api.close()
-        admin.close()
+    server = config.server
+    with (
+        listen(server.host, server.port, "server.port") as api,
+        listen(server.admin_host, server.admin_port, "server.admin_port") as admin,
+    ):
+        run_dir = RunDir()
+        try:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(run_dir.metrics)
+            _write_private(run_dir.config, config.model_dump_json())
+            return asyncio.run(Agent(config, run_dir, api, admin).run())
+        finally:
+            run_dir.close()
 
 
 def listen(host: str, port: int, field: str) -> socket.socket:

@@ -22,9 +22,12 @@ class RunDir:
     def __init__(self, parent: Path | None = None) -> None:
         parent = parent or Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
         remove_stale(parent)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+        self._lock = os.open(fresh / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.path = fresh.rename(
+            parent / fresh.name[1:]
+        )  # locked before another server can take it for stale
         self.metrics.mkdir(mode=0o700)
 
     @property

@@ -1,11 +1,139 @@
-"""What the admin endpoints refuse."""
+"""The admin endpoints: what they show, pass on and refuse."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
 import pytest
 from pydantic import ValidationError
 
-from prism.controller.admin import LimitsBody
+from prism.controller.admin import LimitsBody, build_app
+from prism.controller.state import ControllerState
+from prism.errors import EngineFailure, RequestError, Unavailable
+from prism.types import ModelId, ModelState, WorkerId
+from tests.controller.reports import model_report, report
+
+
+class FakeService:
+    """Keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        homes = {ModelId("a"): WorkerId("worker-0"), ModelId("org/b"): WorkerId("worker-1")}
+        self.state = ControllerState(epoch=7, homes=homes)
+        self.asked: list[tuple[Any, ...]] = []
+        self.error: RequestError | None = None
+
+    async def load(self, model: str, pinned: bool | None = None) -> None:
+        self._ask("load", model, pinned)
+
+    async def unload(self, model: str) -> None:
+        self._ask("unload", model)
+
+    async def set_limits(self, model: str, floor: int, limit: int | None) -> None:
+        self._ask("limits", model, floor, limit)
+
+    def _ask(self, *asked: Any) -> None:
+        self.asked.append(asked)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+async def client(service: FakeService) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(build_app(service))  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://prism") as client:
+        yield client
+
+
+def error_of(response: httpx.Response) -> tuple[int, str | None]:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error["param"]
+
+
+@pytest.mark.anyio
+async def test_models_with_and_without_a_worker(client: httpx.AsyncClient, service: FakeService) -> None:
+    state = model_report("a", state=ModelState.ACTIVE, weights_bytes=5, error=None)
+    service.state.on_report(report("worker-0", state, incarnation=2, num_free_slabs=6))
+    answer = (await client.get("/admin/models")).json()
+    assert answer["epoch"] == 7
+    assert answer["devices"] == [
+        {
+            "worker": "worker-0",
+            "device": "cpu:0",
+            "incarnation": 2,
+            "slab_bytes": 2**21,
+            "num_slabs": 8,
+            "num_free_slabs": 6,
+        }
+    ]
+    first, second = answer["models"]
+    assert first["model"] == "a" and first["report"]["state"] == "active"
+    assert second == {"model": "org/b", "worker": "worker-1", "report": None}
+
+
+@pytest.mark.anyio
+async def test_commands_are_passed_on(client: httpx.AsyncClient, service: FakeService) -> None:
+    for path, body in (
+        ("a/load", None),
+        ("org/b/load", {"pinned": True}),
+        ("a/unload", None),
+        ("a/limits", {"kv_floor_bytes": 5, "kv_limit_bytes": 9}),
+        ("a/limits", {}),
+    ):
+        response = await client.post(f"/admin/models/{path}", json=body)
+        assert response.status_code == 200, response.text
+    assert service.asked == [
+        ("load", "a", None),
+        ("load", "org/b", True),
+        ("unload", "a"),
+        ("limits", "a", 5, 9),
+        ("limits", "a", 0, None),
+    ]
+    assert (await client.get("/health")).json() == {"status": "ok"}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("nope/load", None, 404, "model"),
+        ("nope/unload", None, 404, "model"),
+        ("nope/limits", {}, 404, "model"),
+        ("a/load", {"pin": True}, 400, "pin"),
+        ("a/load", {"pinned": "maybe"}, 400, "pinned"),
+        ("a/limits", {"kv_floor_bytes": -1}, 400, "kv_floor_bytes"),
+        ("a/limits", {"kv_limit_bytes": 0}, 400, "kv_limit_bytes"),
+        ("a/limits", {"kv_limit_bytes": "much"}, 400, "kv_limit_bytes"),
+        ("a/limits", {"kv_floor_bytes": 2, "kv_limit_bytes": 1}, 400, None),
+        ("a/limits", None, 400, None),
+    ],
+)
+async def test_refusals(
+    path: str, body: Any, status: int, param: str | None, client: httpx.AsyncClient, service: FakeService
+) -> None:
+    response = await client.post(f"/admin/models/{path}", json=body)
+    assert error_of(response) == (status, param)
+    assert service.asked == []
+
+
+@pytest.mark.anyio
+async def test_errors_of_the_worker_have_their_status(
+    client: httpx.AsyncClient, service: FakeService
+) -> None:
+    service.error = EngineFailure("model a has unfinished requests")
+    response = await client.post("/admin/models/a/unload")
+    assert error_of(response) == (500, None) and "unfinished" in response.text
+    service.error = Unavailable("worker-0, where a lives, is not up", retry_after=1.0)
+    response = await client.post("/admin/models/a/load")
+    assert error_of(response) == (503, None) and response.headers["retry-after"] == "1"
 
 
 def test_a_floor_past_its_limit_is_refused() -> None:

@@ -1,0 +1,139 @@
+"""Who has told the agent what, in which order."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import zmq.asyncio
+
+from prism import transport
+from prism.agent.agent import Agent, child_specs
+from prism.agent.children import Child
+from prism.agent.rundir import RunDir
+from prism.config import Config
+from prism.demo.catalog import demo_model_path
+from prism.messages import Hello, ProcessEnded, ProcessUp, Ready, Role
+
+pytestmark = pytest.mark.anyio
+
+CONFIG = Config.model_validate(
+    {
+        "models": [{"name": "adder", "path": str(demo_model_path("adder"))}],
+        "server": {"gateways": 2},
+        "devices": [{}, {}],
+    }
+)
+
+
+class Listening:
+    """An agent that hears its children, none of which it has started, and those children's sockets."""
+
+    def __init__(self, parent: Path) -> None:
+        self.run_dir = RunDir(parent)
+        with socket.socket() as listener:
+            self.agent = Agent(CONFIG, self.run_dir, listener, listener)
+        self._context = zmq.asyncio.Context()
+        self._listener = asyncio.create_task(self.agent._listen())
+        self._processes: list[zmq.asyncio.Socket] = []
+
+    def child(self, name: str) -> Child:
+        (child,) = [each for each in self.agent._children if each.spec.name == name]
+        return child
+
+    def process(self, name: str) -> zmq.asyncio.Socket:
+        """The next incarnation of a child: how it calls the agent."""
+        child = self.child(name)
+        child.incarnation += 1
+        child.has_ended = False
+        address = transport.socket_address(self.run_dir.path, "agent")
+        identity = transport.identity_of(name, child.incarnation)
+        self._processes.append(transport.connect_dealer(self._context, address, identity))
+        return self._processes[-1]
+
+    def close(self) -> None:
+        self._listener.cancel()
+        self._context.destroy(linger=0)
+        self.agent._context.destroy(linger=0)
+        self.run_dir.close()
+
+
+@pytest.fixture
+async def listening(tmp_path: Path) -> AsyncIterator[Listening]:
+    listening = Listening(tmp_path)
+    yield listening
+    listening.close()
+
+
+def ready(role: Role, name: str, incarnation: int = 1) -> Ready:
+    return Ready(role=role, name=name, incarnation=incarnation, address=f"ipc://{name}.{incarnation}")
+
+
+def up(role: Role, name: str, incarnation: int = 1) -> ProcessUp:
+    address = f"ipc://{name}.{incarnation}"
+    return ProcessUp(role=role, name=name, incarnation=incarnation, address=address)
+
+
+async def hears(process: zmq.asyncio.Socket) -> object:
+    async with asyncio.timeout(10):
+        return (await anext(transport.areceive(process))).message
+
+
+async def test_who_says_hello_is_told_who_is_up_and_later_who_comes_and_goes(listening: Listening) -> None:
+    worker, gateway = listening.process("worker-0"), listening.process("gateway-0")
+    transport.asend(worker, Hello(role=Role.WORKER, name="worker-0", incarnation=1))
+    transport.asend(worker, ready(Role.WORKER, "worker-0"))
+    transport.asend(gateway, Hello(role=Role.GATEWAY, name="gateway-0", incarnation=1))
+    assert await hears(gateway) == up(Role.WORKER, "worker-0")
+    child = listening.child("worker-0")
+    listening.agent._child_ended(child)
+    child.has_ended = True
+    assert await hears(gateway) == ProcessEnded(role=Role.WORKER, name="worker-0", incarnation=1)
+    again = listening.process("worker-0")
+    transport.asend(again, Hello(role=Role.WORKER, name="worker-0", incarnation=2))
+    transport.asend(again, ready(Role.WORKER, "worker-0", 2))
+    assert await hears(gateway) == up(Role.WORKER, "worker-0", 2)
+
+
+async def test_ready_counts_even_before_hello(listening: Listening) -> None:
+    """A gateway is ready first. That was dropped, and its third death counted as a third failed start."""
+    gateway, worker = listening.process("gateway-0"), listening.process("worker-0")
+    transport.asend(worker, Hello(role=Role.WORKER, name="worker-0", incarnation=1))
+    transport.asend(gateway, ready(Role.GATEWAY, "gateway-0"))
+    transport.asend(gateway, Hello(role=Role.GATEWAY, name="gateway-0", incarnation=1))
+    transport.asend(worker, ready(Role.WORKER, "worker-0"))
+    assert await hears(gateway) == up(Role.WORKER, "worker-0")
+    assert listening.child("gateway-0").ready_since is not None
+
+
+async def test_strangers_and_the_dead_are_not_heard(
+    listening: Listening, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = listening.process("gateway-0")
+    transport.asend(gateway, Hello(role=Role.GATEWAY, name="gateway-0", incarnation=1))
+    dead = listening.process("worker-0")
+    listening.child("worker-0").has_ended = True
+    with caplog.at_level("ERROR", "prism"):
+        transport.asend(dead, ready(Role.WORKER, "worker-0"))
+        transport.asend(dead, ready(Role.WORKER, "worker-7"))
+        transport.asend(dead, ready(Role.WORKER, "worker-0", 9))
+        other = listening.process("worker-1")
+        transport.asend(other, Hello(role=Role.WORKER, name="worker-1", incarnation=1))
+        transport.asend(other, ready(Role.WORKER, "worker-1"))
+        assert await hears(gateway) == up(Role.WORKER, "worker-1")  # and of nobody else before
+    assert listening.child("worker-0").ready_since is None
+    assert caplog.text.count("a stranger said Ready: worker-0.1") == 2
+
+
+def test_each_device_has_a_worker_and_gateways_share_a_socket() -> None:
+    specs = child_specs(CONFIG, api_fd=5, admin_fd=6)
+    assert [(spec.name, spec.listen_fd) for spec in specs] == [
+        ("worker-0", None),
+        ("worker-1", None),
+        ("controller", 6),
+        ("gateway-0", 5),
+        ("gateway-1", 5),
+    ]
