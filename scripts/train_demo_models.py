@@ -51,7 +51,7 @@ def adder_recipe() -> Recipe:
         tie_word_embeddings=True,
         **SHARED,
     )
-    return Recipe(task, config, CHATML, (Stage(task, 800, 1), Stage(task, 700, 6)))
+    return Recipe(task, config, CHATML, (Stage(task, 800, 1), Stage(task, 900, 6)))
 
 
 def speller_recipe() -> Recipe:

@@ -76,8 +76,9 @@ class Adder:
     description: str = "adds two numbers below 100"
 
     def ask(self, rng: Random) -> str:
-        """Draw a question of either split."""
-        return f"What is {rng.randrange(100)} + {rng.randrange(100)}?"
+        """Draw a question of either split; numbers of one digit are as frequent as those of two."""
+        left, right = (rng.randrange(10 ** rng.randint(1, 2)) for _ in range(2))
+        return f"What is {left} + {right}?"
 
     def solve(self, question: str) -> str:
         """The one true answer; ValueError if this task does not ask such questions."""
@@ -87,6 +88,8 @@ class Adder:
     def is_held_out(self, question: str) -> bool:
         """Whether the question was kept from training."""
         low, high = sorted(self._operands(question))
+        if high < 10:
+            return False  # too few to infer one from the others
         return _is_held_out(f"{low}+{high}")  # a sum and its mirror image are one fact
 
     def _operands(self, question: str) -> tuple[int, int]:

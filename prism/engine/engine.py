@@ -96,6 +96,16 @@ class Engine:
             suspended.setdefault(sequence.request_id, []).append(choice)
         return suspended
 
+    def limit_context(self, max_len: int) -> None:
+        """Sequences, present and future ones, end when they reach `max_len` tokens."""
+        self.max_len = max_len
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            sequence.max_len = max_len
+
+    def num_tokens(self, request_id: RequestId) -> int:
+        """Tokens of a request's longest unfinished choice."""
+        return max((len(s.tokens) for s in self.scheduler.sequences_of(request_id)), default=0)
+
     # --- one step --------------------------------------------------------------------------------------
 
     def schedule(self, budget: int) -> Step | None:

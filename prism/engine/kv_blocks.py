@@ -218,6 +218,15 @@ class KvSpace:
             found.append(block)
         return found
 
+    def num_published(self, keys: Iterable[BlockKey]) -> int:
+        """How many blocks `match` would find."""
+        count = 0
+        for key in keys:
+            if key not in self._published:
+                break
+            count += 1
+        return count
+
     def drop_cached(self, count: int) -> int:
         """Free the least recently used cached blocks, `count` at most; returns how many."""
         dropped = min(count, len(self._cached))

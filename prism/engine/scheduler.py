@@ -76,17 +76,25 @@ class Scheduler:
     # --- the step ------------------------------------------------------------------------------------
 
     def blocks_wanted(self, budget: int) -> int:
-        """Free blocks that a step of `budget` tokens could use, prefix hits not counted."""
+        """Free blocks that a step of `budget` tokens could use."""
         wanted = 0
-        order = [*self.running, *self.waiting][: self.max_batch_size]
-        for sequence in order:
-            length = min(sequence.num_missing, budget)
+        num_running = len(self.running)
+        for place, sequence in enumerate([*self.running, *self.waiting][: self.max_batch_size]):
+            held, computed = len(sequence.blocks), sequence.num_computed
+            if place >= num_running:
+                held, computed = self._prefix(sequence)
+            length = min(len(sequence.tokens) - computed, budget)
             if length == 0:
                 break
             budget -= length
-            held = len(sequence.blocks)
-            wanted += max(0, self.kv.layout.num_blocks(sequence.num_computed + length) - held)
+            wanted += max(0, self.kv.layout.num_blocks(computed + length) - held)
         return wanted
+
+    def _prefix(self, sequence: Sequence) -> tuple[int, int]:
+        """Blocks and tokens that the prefix cache would give a waiting sequence."""
+        size = self.kv.layout.tokens_per_block
+        found = self.kv.num_published(sequence.full_keys(size, len(sequence.tokens) - 1))
+        return found, found * size
 
     def schedule(self, budget: int) -> Step | None:
         """The next step of at most `budget` tokens, or None when nothing can run.

@@ -31,6 +31,7 @@ def carry_out(worker: Worker, command: Activate | Evict | SetLimits) -> None:
 
 def _activate(worker: Worker, model: Model, command: Activate) -> None:
     model.pinned = model.pinned if command.pinned is None else command.pinned
+    worker.capacities_changed()
     if model.is_active:
         worker.command_done(command, None)
         return
@@ -58,5 +59,6 @@ def _set_limits(worker: Worker, model: Model, command: SetLimits) -> None:
     model.kv_floor = slabs_up(command.kv_floor_bytes, worker.device.slab_bytes)
     model.kv_limit = limit_slabs(command.kv_limit_bytes, worker.device.slab_bytes)
     worker.reclaimer.trim(model)
+    worker.capacities_changed()
     worker.memory_changed()
     worker.command_done(command, None)

@@ -170,7 +170,7 @@ class Worker:
         times = [t.expires for t in self.requests if not t.is_started and not t.is_running]
         times += [ticket.submit.latest_end for ticket in self.requests]
         for model in self.models.values():
-            if model.state is ModelState.FAILED and self.requests.of_model(model.name):
+            if model.state is ModelState.FAILED and (model.pinned or self.requests.of_model(model.name)):
                 times.append(model.retry_at)
             if model.is_waiting_for_slabs:
                 times.append(now + self._patience)
@@ -325,6 +325,26 @@ class Worker:
             self._end(ticket)
             message = f"model {model.name} cannot be loaded: {model.error}"
             self._delivery.rejected(ticket, Unavailable(message, retry_after=wait))
+
+    def capacities_changed(self) -> None:
+        """Limits are others: what cannot fit any more ends now instead of waiting for room for ever."""
+        for model in self.models.values():
+            capacity = self.max_len(model)
+            if capacity is None:
+                continue
+            for ticket in self.requests.of_model(model.name):
+                if self._num_tokens(model, ticket) >= capacity:
+                    self._end(ticket)
+                    message = f"the KV limit of model {model.name} was lowered to {capacity} tokens"
+                    self._delivery.rejected(ticket, Unavailable(message))
+            if model.engine is not None:
+                model.engine.limit_context(capacity)
+
+    def _num_tokens(self, model: Model, ticket: Ticket) -> int:
+        if ticket.is_running and model.engine is not None:
+            return model.engine.num_tokens(ticket.request_id)
+        longest = max((len(choice.token_ids) for choice in ticket.resumed.values()), default=0)
+        return len(ticket.submit.prompt) + longest
 
     def requests_suspended(self, choices: dict[RequestId, list[ResumedChoice]]) -> None:
         """An eviction took these requests' place: they wait again, with what they had produced."""

@@ -9,7 +9,8 @@ from prism.config import DeviceConfig
 from prism.memory.driver import Driver
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
-from prism.types import Bytes
+from prism.modelspec import ModelSpec
+from prism.types import Bytes, DType
 from prism.worker.device import Device
 
 
@@ -37,4 +38,9 @@ def cpu_device(driver: Driver, pool: SlabPool, name: str) -> Device:
     """A CPU over a given driver. Its steps have run when they return."""
     device = torch.device("cpu")
     kernels = TorchKernels(device)
-    return Device(driver, pool, device, name, lambda _: kernels, lambda: None, lambda _: None)
+
+    def prepare(spec: ModelSpec) -> None:
+        if spec.dtype is DType.BF16:
+            kernels.cpu_linear.tune()
+
+    return Device(driver, pool, device, name, lambda _: kernels, lambda: None, prepare)

@@ -194,7 +194,7 @@ class Residency:
         model.num_failures += 1
         model.state = ModelState.FAILED
         model.is_packed = False
-        model.is_wanted = False
+        model.is_wanted = model.pinned  # a pinned model is tried again for ever
         model.error = str(error)
         model.retry_at = self._clock() + wait
         log.error("model %s cannot be loaded: %s", model.name, error)

@@ -316,3 +316,60 @@ def test_a_lower_limit_takes_the_cache_at_once(start: Any) -> None:
     )
     assert kv.num_slabs == 1
     local.check()
+
+
+@pytest.fixture(scope="module")
+def long_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose context takes more than one slab of KV."""
+    model = make_model("llama", num_key_value_heads=4, max_position_embeddings=4096, num_hidden_layers=4)
+    return save(model, tmp_path_factory.mktemp("long") / "model")
+
+
+def lower_limit(local: LocalWorker) -> int:
+    """Leaves model m one slab of KV; returns the tokens that it holds."""
+    local.worker.on_command(
+        SetLimits(epoch=1, command_id=1, model="m", kv_floor_bytes=0, kv_limit_bytes=SLAB)
+    )
+    capacity = local.worker.max_len(local.worker.models["m"])
+    assert capacity is not None and capacity < 2000, "the tests want a context of more than one slab"
+    return capacity
+
+
+def test_a_limit_below_what_runs_ends_it_with_an_error(long_context: Path) -> None:
+    """The request waited for room that could not come, until limits.request_timeout."""
+    local = LocalWorker({"m": long_context}, 8)
+    local.submit("long", "m", [5] * 2000, max_tokens=400)
+    local.submit("short", "m", [1, 2, 3], max_tokens=5)
+    local.run(until=lambda: ("long", 0) in local.outbox.tokens)
+    capacity = lower_limit(local)
+    error = local.outbox.rejected["long"].error
+    assert error.status == 503 and str(capacity) in error.message
+    local.run()
+    assert local.outbox.finished["short", 0] == "length"
+    local.close()
+
+
+def test_a_lower_limit_bounds_what_goes_on(long_context: Path) -> None:
+    local = LocalWorker({"m": long_context}, 8)
+    local.submit("r", "m", [5] * 1000, max_tokens=1000)
+    local.run(until=lambda: ("r", 0) in local.outbox.tokens)
+    capacity = lower_limit(local)
+    local.run()
+    assert local.outbox.finished["r", 0] == "length"
+    assert 1000 + len(local.outbox.tokens["r", 0]) == capacity
+    local.close()
+
+
+def test_a_pinned_model_is_loaded_again_after_a_failure(start: Any, paths: dict[str, Path]) -> None:
+    """Only a request would have brought it back."""
+    local = start("llama", model_options={"llama": {"pinned": True}})
+    local.pump()
+    local.outbox.wanted.clear()
+    local.worker.on_packing_failed("llama", "no host memory")
+    model = local.worker.models["llama"]
+    assert model.state is ModelState.FAILED
+    timer = local.worker.next_timer()
+    assert timer is not None and timer <= local.now + 2
+    local.now = timer
+    local.run()
+    assert model.state is ModelState.ACTIVE  # type: ignore[comparison-overlap]
