@@ -67,7 +67,6 @@ class ModelSpec:
     qk_norm: bool
     dtype: DType
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     default_sampling: Mapping[str, float | int]
     """temperature, top_p, top_k, min_p, repetition_penalty where generation_config.json sets them."""
 
@@ -137,7 +136,7 @@ def read_spec(directory: str | Path, *, dtype: str = "auto", max_len: int | None
         raise fields.fail(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     _refuse_unsupported(fields)
     bias = bool(fields.values.get("attention_bias", False))
-    eos, bos, sampling = _generation(fields)
+    eos, sampling = _generation(fields)
     return ModelSpec(
         family=family,
         vocab_size=fields.integer("vocab_size"),
@@ -156,7 +155,6 @@ def read_spec(directory: str | Path, *, dtype: str = "auto", max_len: int | None
         qk_norm=family == "qwen3",
         dtype=_dtype(fields, dtype),
         eos_token_ids=eos,
-        bos_token_id=bos,
         default_sampling=sampling,
     )
 
@@ -218,17 +216,16 @@ def _rope(fields: _Fields) -> RopeScaling:
     )
 
 
-def _generation(fields: _Fields) -> tuple[tuple[int, ...], int | None, dict[str, float | int]]:
-    """End tokens, begin token and sampling defaults; generation_config.json wins over config.json."""
+def _generation(fields: _Fields) -> tuple[tuple[int, ...], dict[str, float | int]]:
+    """End tokens and sampling defaults; generation_config.json wins over config.json."""
     path = Path(fields.file).with_name("generation_config.json")
     given = _read_json(path) if path.exists() else {}
     eos = given.get("eos_token_id", fields.values.get("eos_token_id"))
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token, int) for token in ends):
         raise CheckpointError(f"eos_token_id must be integers, not {eos!r}", file=str(path))
-    bos = given.get("bos_token_id", fields.values.get("bos_token_id"))
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     sampling = {name: given[name] for name in names if isinstance(given.get(name), int | float)}
     if given.get("do_sample") is False:
         sampling = {"temperature": 0.0}
-    return tuple(ends), bos if isinstance(bos, int) else None, sampling
+    return tuple(ends), sampling

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -43,16 +42,6 @@ class Envelope(NamedTuple):
 def identity_of(name: str, incarnation: int) -> str:
     """What a process calls itself on every connection."""
     return f"{name}.{incarnation}"
-
-
-def prepare_run_dir(run_dir: Path) -> None:
-    """Make the directory, or check that nobody else can look into it."""
-    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = run_dir.stat()
-    if status.st_uid != os.geteuid():
-        raise PermissionError(f"{run_dir} belongs to another user")
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        run_dir.chmod(0o700)
 
 
 def socket_address(run_dir: Path, file: str) -> str:

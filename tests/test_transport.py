@@ -17,7 +17,6 @@ from prism.transport import (
     bind_router,
     connect_dealer,
     identity_of,
-    prepare_run_dir,
     receive,
     send,
     socket_address,
@@ -47,13 +46,8 @@ def test_plain_sockets_talk_both_ways(tmp_path: Path) -> None:
 
 
 def test_only_this_user_can_connect(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    prepare_run_dir(run_dir)
-    run_dir.chmod(0o755)
-    prepare_run_dir(run_dir)
-    assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
-    with zmq.Context() as context, bind_router(context, socket_address(run_dir, "agent")):
-        assert stat.S_IMODE((run_dir / "agent.sock").stat().st_mode) == 0o600
+    with zmq.Context() as context, bind_router(context, socket_address(tmp_path, "agent")):
+        assert stat.S_IMODE((tmp_path / "agent.sock").stat().st_mode) == 0o600
 
 
 def test_a_long_path_is_refused_before_zmq_cuts_it(tmp_path: Path) -> None:

@@ -13,15 +13,29 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from prism.errors import ConfigError
+
 _PREFIX = "prism-"
+MAX_PARENT = 70
+"""Bytes; a socket's whole path has 107 at most, of which names take 37."""
 
 
 class RunDir:
     """A fresh directory; `close` removes it."""
 
     def __init__(self, parent: Path | None = None) -> None:
+        """Raises `ConfigError` when there can be none."""
         parent = parent or Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+        if len(os.fsencode(parent)) > MAX_PARENT:
+            raise ConfigError([f"{parent} is too long for sockets ({MAX_PARENT} bytes); set XDG_RUNTIME_DIR"])
         remove_stale(parent)
+        try:
+            self._create(parent)
+        except OSError as error:
+            problem = f"no run directory can be made in {parent}: {error.strerror}; set XDG_RUNTIME_DIR"
+            raise ConfigError([problem]) from None
+
+    def _create(self, parent: Path) -> None:
         fresh = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
         self._lock = os.open(fresh / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

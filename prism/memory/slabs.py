@@ -84,10 +84,6 @@ class SlabAccounts:
         """Number of slabs of everyone who has any."""
         return {owner: len(slabs) for owner, slabs in self._slabs_of.items()}
 
-    def is_owned_by(self, slab: SlabId, owner: Owner) -> bool:
-        """Whether the slab is the owner's."""
-        return self._owner_of.get(slab) == owner
-
     # --- owners come and go ------------------------------------------------------------------------
 
     def take(self, owner: Owner, count: int) -> tuple[SlabId, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prism.agent.rundir import RunDir, remove_stale
+from prism.errors import ConfigError
 
 
 def leave_behind(parent: Path) -> Path:
@@ -68,3 +69,11 @@ def test_a_directory_is_never_seen_without_its_lock(tmp_path: Path) -> None:
         is_over.set()
         for thread in threads:
             thread.join()
+
+
+def test_an_impossible_place_is_a_clear_error(tmp_path: Path) -> None:
+    """A long path, or one that is not there, ended the server with a traceback."""
+    with pytest.raises(ConfigError, match="too long for sockets"):
+        RunDir(tmp_path / ("x" * 80))
+    with pytest.raises(ConfigError, match="No such file"):
+        RunDir(tmp_path / "no")

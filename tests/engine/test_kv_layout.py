@@ -28,7 +28,6 @@ LLAMA_8B = ModelSpec(
     qk_norm=False,
     dtype=DType.BF16,
     eos_token_ids=(128001,),
-    bos_token_id=128000,
     default_sampling={},
 )
 

@@ -28,7 +28,6 @@ SPEC = ModelSpec(
     qk_norm=False,
     dtype=DType.BF16,
     eos_token_ids=(),
-    bos_token_id=None,
     default_sampling={},
 )
 
