@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,8 @@ from prism.worker.reports import make_report
 
 log = logging.getLogger(__name__)
 
+LOOK_SECONDS = 20e-6
+"""Between two looks at a busy device when there is nothing else to do; other threads run meanwhile."""
 REPORT_SECONDS = 0.5
 CHECK_SECONDS = 10.0
 """The books are checked when the loop goes idle, but not more often: it takes a while with many blocks."""
@@ -140,6 +143,9 @@ class Process:
         while not self._is_stopping:
             self._take_events(0.0 if has_work else self._idle_seconds())
             has_work = self._worker.advance()
+            if not has_work and self._worker.is_device_busy:
+                time.sleep(LOOK_SECONDS)
+                has_work = True
             if not has_work:
                 self._check()
             self._report()
@@ -224,7 +230,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     sockets = Sockets(run_dir, name, incarnation)
     sockets.to_agent(Hello(role=Role.WORKER, name=name, incarnation=incarnation))
     try:
-        device = open_device(device_config)
+        device = open_device(device_config, config.models)
     except DriverError as error:
         log.error("%s: the device cannot be opened: %s", name, error)
         return 1

@@ -13,6 +13,7 @@ from prism.memory.arena import Arena
 from prism.modelspec import ModelSpec, read_spec
 from prism.types import Bytes, ModelId, ModelState, SlabId
 from prism.weights.layout import Layout, plan_layout
+from prism.worker.lanes import Lane
 from prism.worker.loading import Load
 
 
@@ -72,6 +73,8 @@ class Model:
     weight_slabs: tuple[SlabId, ...] = ()
     kv: KvSpace | None = None
     engine: Engine | None = None
+    lane: Lane | None = None
+    """Where its steps run, once it has been active."""
     load: Load | None = None
     packed_share: float = 0.0
     """How much of its weights has been packed."""

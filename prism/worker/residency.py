@@ -17,8 +17,8 @@ from typing import Protocol
 
 from prism.engine.engine import Engine
 from prism.engine.kv_blocks import KvSpace
-from prism.engine.runner import Runner
 from prism.errors import NotHeld, PrismError
+from prism.memory.arena import Arena
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.messages import CommandDone, ResumedChoice, WeightsWanted
 from prism.models.decoder import Decoder
@@ -26,7 +26,7 @@ from prism.models.rotary import rotary_table
 from prism.types import Bytes, ModelState, RequestId
 from prism.worker.device import Device
 from prism.worker.loading import Fetch, Jobs, Load, Loaded, Unloaded, unload
-from prism.worker.models import Model, read_profile
+from prism.worker.models import Model, Profile, read_profile
 from prism.worker.outbox import Outbox
 from prism.worker.reclaimer import Reclaimer, slabs_to_activate
 
@@ -134,7 +134,7 @@ class Residency:
             tuple(self._device.pool.handle(slab) for slab in model.weight_slabs),
             profile.weights.fingerprint,
             self._device.arena_bytes(arena, Bytes(profile.weights.total_bytes)),
-            lambda: self._device.prepare(profile.spec),
+            lambda: self._device.backend.prepare(profile.spec),
             fill_rotary,
             self._clock,
         )
@@ -150,16 +150,7 @@ class Residency:
         profile, arena, kv = model.profile, model.arena, model.kv
         assert profile is not None and arena is not None and kv is not None
         if model.engine is None:
-            decoder = Decoder(
-                profile.spec,
-                self._device.weight_tensors(profile, arena),
-                self._device.rotary_tensor(profile, arena),
-            )
-            kernels = self._device.kernels_for(profile.spec)
-            runner = Runner(decoder, kernels, self._device.kv_view(profile.spec, profile.kv))
-            model.engine = Engine(
-                kv, runner, max_len=profile.spec.max_position, max_batch_size=self._max_batch_size
-            )
+            model.engine = self._new_engine(model, profile, arena, kv)
         model.engine.attach(kv)
         now = self._clock()
         model.state = ModelState.ACTIVE
@@ -172,6 +163,14 @@ class Residency:
             "model %s active after %.3f s (copy %.3f s)", model.name, now - model.load_started, event.seconds
         )
         self._answer(model.load_commands, None)
+
+    def _new_engine(self, model: Model, profile: Profile, arena: Arena, kv: KvSpace) -> Engine:
+        """Bound to a lane for ever, and to the arena's addresses."""
+        device, spec = self._device, profile.spec
+        lane = model.lane = device.bind()
+        decoder = Decoder(spec, device.weight_tensors(profile, arena), device.rotary_tensor(profile, arena))
+        runner = device.backend.runner(decoder, device.kv_view(spec, profile.kv), lane.lane_id)
+        return Engine(kv, runner, lane.slots, max_len=spec.max_position, max_batch_size=self._max_batch_size)
 
     def _load_failed(self, model: Model, error: Exception) -> None:
         if model.arena is not None and not model.arena.is_empty:
@@ -243,10 +242,8 @@ class Residency:
         if model.kv is not None:
             owned = pool.owned(KvOwner(model.name))
             if owned:
-                pool.give_back(KvOwner(model.name), owned, self._device.lane.stamp())
+                pool.give_back(KvOwner(model.name), owned)
             model.kv = None
-        lane = self._device.lane
-        pool.completed(lane.lane_id, lane.num_completed)
 
     def _answer(self, commands: list[int], error: str | None) -> None:
         for command in commands:

@@ -25,9 +25,10 @@ from prism.messages import (
 from prism.types import Bytes, GatewayId, Incarnation, MiB, ModelId, SamplingParams, Slo, WorkerId
 from prism.weights.client import PackedWeights, pack_here
 from prism.weights.protocol import WeightSource
+from prism.worker.cpu_device import cpu_device
+from prism.worker.device import Backend, Device
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker
-from prism.worker.open_device import cpu_device
 
 SLAB = Bytes(2 * MiB)
 GATEWAY = GatewayId("gateway-0.1")
@@ -87,6 +88,7 @@ class LocalWorker:
         num_slabs: int,
         driver: Driver | None = None,
         model_options: dict[str, dict[str, Any]] | None = None,
+        backend: Backend | None = None,
         **device: Any,
     ) -> None:
         options = model_options or {}
@@ -103,6 +105,8 @@ class LocalWorker:
         driver = driver or HostDriver(Bytes(num_slabs * SLAB))
         pool = SlabPool(driver, SLAB, num_slabs)
         self.device = cpu_device(driver, pool, "cpu:0")
+        if backend is not None:
+            self.device = Device(driver, pool, self.device.device, "cpu:0", backend)
         self.poison()
         self.worker = Worker(
             self.config,
@@ -159,6 +163,7 @@ class LocalWorker:
         more = self.worker.advance()
         self.check()
         self.now += 0.001
+        more = more or self.worker.is_device_busy
         return more or bool(self.jobs.queue) or bool(self.outbox.wanted)
 
     def run(self, rounds: int = 5000, until: Callable[[], bool] | None = None) -> None:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prism.attention.kernels import HeadNorms, Stream
+
 
 @triton.jit
 def _norm_kernel(
@@ -27,20 +29,21 @@ def _norm_kernel(
     tl.store(out + row * WIDTH + columns, (value * scale * factor).to(out.dtype.element_ty), mask=mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """Norm of `x [rows, width]`, contiguous; with a residual, of the sum, which the residual becomes."""
-    rows, width = x.shape
-    out = torch.empty_like(x)
+def rms_norm(stream: Stream, weight: Tensor, eps: float) -> Tensor:
+    """Norm of a stream `[rows, width]`, contiguous; its residual then has what was still to be added."""
+    residual, delta = stream.residual, stream.delta
+    rows, width = residual.shape
+    out = torch.empty_like(residual)
     padded = triton.next_power_of_2(width)
     _norm_kernel[rows,](
-        x,
+        residual if delta is None else delta,
         residual,
         weight,
         out,
         eps,
         WIDTH=width,
         PADDED=padded,
-        HAS_RESIDUAL=residual is not None,
+        HAS_RESIDUAL=delta is not None,
         num_warps=min(16, max(1, padded // 512)),
     )
     return out
@@ -53,14 +56,18 @@ def _silu_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     mask = columns < WIDTH
     gate = tl.load(gate_up + row * (2 * WIDTH) + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + columns, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        out + row * WIDTH + columns, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=mask
+    )
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(first half) times second half of `[rows, 2 width]`, contiguous."""
     rows, double = gate_up.shape
     out = torch.empty(rows, double // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_kernel[rows, triton.cdiv(double // 2, 2048)](gate_up, out, WIDTH=double // 2, BLOCK=2048, num_warps=8)
+    _silu_kernel[rows, triton.cdiv(double // 2, 2048)](
+        gate_up, out, WIDTH=double // 2, BLOCK=2048, num_warps=8
+    )
     return out
 
 
@@ -84,7 +91,7 @@ def _store_kernel(
     TOKENS: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
-    """One head of one token: queries are rotated in place, keys rotated into their page, values copied there."""
+    """One head of one token: queries rotate in place, keys on their way to the page, values are copied."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + token)
     half = tl.arange(0, DIM // 2)
@@ -126,17 +133,15 @@ def rotate_and_store(
     positions: Tensor,
     angles: Tensor,
     num_heads: int,
-    norms: tuple[Tensor, Tensor] | None,
-    eps: float,
+    norms: HeadNorms | None,
 ) -> Tensor:
     """Store a step's keys and values; returns its queries `[tokens, heads, dim]`, a view of `qkv`.
 
     `qkv [tokens, heads + 2 kv_heads, dim]`, contiguous; `pages [unit, 2, token, kv_head, dim]` one layer's
-    view; `slots`, `positions` `[tokens]` int32, position -1 for padding; `norms` those of queries and keys.
+    view; `slots`, `positions` `[tokens]` int32, position -1 for padding.
     """
     tokens, all_heads, dim = qkv.shape
     kv_heads = pages.shape[3]
-    q_norm, k_norm = norms or (None, None)
     _store_kernel[tokens, all_heads](
         qkv,
         pages,
@@ -144,9 +149,9 @@ def rotate_and_store(
         slots,
         positions,
         angles,
-        q_norm,
-        k_norm,
-        eps,
+        None if norms is None else norms.query,
+        None if norms is None else norms.key,
+        0.0 if norms is None else norms.eps,
         tables.stride(0),
         pages.stride(0),
         pages.stride(1),
@@ -162,8 +167,18 @@ def rotate_and_store(
 
 @triton.jit
 def _inputs_kernel(
-    step, tables, last_tokens, embed, out, positions, slots, table_stride,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    step,
+    tables,
+    last_tokens,
+    embed,
+    out,
+    positions,
+    slots,
+    table_stride,
+    ROWS,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One row of a decode step: note its newest block, look up its newest token's embedding."""
     row, part = tl.program_id(0), tl.program_id(1)
@@ -196,7 +211,18 @@ def decode_inputs(
     positions = torch.empty(rows, dtype=torch.int32, device=embed.device)
     slots = torch.empty_like(positions)
     _inputs_kernel[rows, triton.cdiv(width, 1024)](
-        step, tables, last_tokens, embed, out, positions, slots, tables.stride(0),
-        ROWS=rows, WIDTH=width, TOKENS=tokens_per_block, BLOCK=1024, num_warps=4,
+        step,
+        tables,
+        last_tokens,
+        embed,
+        out,
+        positions,
+        slots,
+        tables.stride(0),
+        ROWS=rows,
+        WIDTH=width,
+        TOKENS=tokens_per_block,
+        BLOCK=1024,
+        num_warps=4,
     )
     return out, slots, positions
