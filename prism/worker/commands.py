@@ -45,11 +45,11 @@ def _evict(worker: Worker, model: Model, command: Evict) -> None:
     if worker.requests.of_model(model.name):
         worker.command_done(command, f"model {model.name} has unfinished requests")
         return
-    model.is_wanted = False
     if model.is_active:
         model.evict_commands.append(command.command_id)
         worker.evict(model)
     elif model.state in (ModelState.COLD, ModelState.FAILED):
+        model.is_wanted = False
         worker.command_done(command, None)
     else:
         worker.command_done(command, f"model {model.name} is {model.state}; try again")
