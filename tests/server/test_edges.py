@@ -145,7 +145,7 @@ async def streams_on_both(client: httpx.AsyncClient, server: Server) -> list[tup
 async def test_two_gateways_serve_and_die_behind_one_port(server: Server) -> None:
     """One dies: the streams of the other go on. Then that one dies too.
 
-    Who accepts is left to the kernel: of 30 clients that came at once one gateway took them all, now and then.
+    Who accepts is left to the kernel: of 30 clients at once one gateway took all, now and then.
     """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(limits=limits, timeout=PATIENCE, trust_env=False) as client:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.server import load
@@ -166,14 +170,28 @@ async def _answers(server: Server) -> bool:
         return False
 
 
+def memory_files(pids: Iterable[int]) -> set[int]:
+    """Inodes of the memory files that these processes have open."""
+    found = set()
+    for pid in pids:
+        with suppress(OSError):  # it has ended, or is not ours
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                if os.readlink(descriptor).startswith("/memfd:"):
+                    found.add(descriptor.stat().st_ino)
+    return found
+
+
 async def test_everything_dies_with_the_agent(client: httpx.AsyncClient) -> None:
     with Server() as server:
         calls = [call.start(client, server.url) for call in load.calls()[:6]]
         await eventually(lambda: num_events(calls) > 100, "the streams are under way")
         (stale,) = server.run_dirs()
         assert len(server.children()) >= 3 and server.process is not None
+        held = memory_files((server.process.pid, *server.children()))
+        assert len(held) >= 3, "the pool and packed weights"
         server.process.kill()
         await eventually(lambda: not server.leftovers(), "no process is left", 2)
+        assert not held & memory_files(psutil.pids()), "memory is held"
         assert all(answer.is_broken for answer in await ends(calls, 5))
         for port in (server.port, server.admin_port):
             socket.create_server(("127.0.0.1", port)).close()
