@@ -13,6 +13,7 @@ Pure bookkeeping: it touches no memory. Slabs come in through `add_slab` and lea
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -42,9 +43,7 @@ class Gathered(NamedTuple):
 
 def block_key(parent: BlockKey, tokens: Iterable[int]) -> BlockKey:
     """Key of a full block: a digest over all tokens from the beginning (128 bits)."""
-    digest = blake2b(parent, digest_size=16)
-    digest.update(b",".join(b"%d" % token for token in tokens))
-    return digest.digest()
+    return blake2b(parent + array("I", tokens).tobytes(), digest_size=16).digest()
 
 
 @dataclass(slots=True)

@@ -32,12 +32,16 @@ class TorchRunner:
                 last_rows.append(len(tokens) - 1)
         plan = self.kernels.plan(_layout(step), self.kv, self.model.spec.num_heads)
         ids = torch.tensor(tokens, dtype=torch.int64, device=device)
-        stream = self.model.layers(self.kernels, plan, self.model.embedded(ids))
+        rows = (
+            torch.tensor(last_rows, dtype=torch.int64, device=device)
+            if len(last_rows) < len(tokens)
+            else None
+        )
+        stream = self.model.layers(self.kernels, plan, self.model.embedded(ids), rows)
         sampled = tuple(chunk.sequence for chunk in step.chunks if chunk.samples)
         draws: list[Sampled] = []
         if sampled:
-            rows = torch.tensor(last_rows, device=device)
-            draws = sample(self.model.logits(self.kernels, stream.rows(rows)).float(), sampled)
+            draws = sample(self.model.logits(self.kernels, stream).float(), sampled)
         return Done(step, sampled, draws)
 
 

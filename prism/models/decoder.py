@@ -54,13 +54,20 @@ class Decoder:
         return Stream(F.embedding(tokens, self.embed))
 
     def layers(
-        self, kernels: Kernels, plan: AttentionPlan, stream: Stream, first: int = 0, last: int | None = None
+        self, kernels: Kernels, plan: AttentionPlan, stream: Stream, rows: Tensor | None = None
     ) -> Stream:
-        """All layers, or those of `[first, last)`, over a step's tokens; stores their KV."""
-        eps = self.spec.norm_eps
-        for index, layer in enumerate(self.weights[first:last], first):
+        """All layers over a step's tokens; stores their KV.
+
+        With `rows` the result has only these tokens: the others leave the last layer once their KV is stored.
+        """
+        eps, last = self.spec.norm_eps, self.spec.num_layers - 1
+        for index, layer in enumerate(self.weights):
             qkv, stream = kernels.norm_linear(stream, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
             heads = self._attention(kernels, plan, index, qkv)
+            if index == last and rows is not None:
+                heads, stream = heads[rows], stream.rows(rows)
+                if not len(rows):
+                    break
             stream = kernels.add_linear(stream, heads, layer.o, layer.o_bias)
             x, stream = kernels.norm_gate_up(stream, layer.post_norm, eps, layer.gate_up)
             stream = kernels.add_linear(stream, x, layer.down, None)

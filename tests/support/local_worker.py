@@ -198,5 +198,5 @@ class LocalWorker:
         for model in self.worker.models.values():
             if model.arena is not None:
                 model.arena.close()
-        assert self.device.pool.num_free == self.device.pool.num_slabs, self.device.pool.owners()
+        assert self.device.pool.num_free == self.device.num_slabs, self.device.pool.owners()
         self.device.close()

@@ -24,7 +24,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Pat
         model = make_model(family, seed=seed, max_position_embeddings=4096, **SHAPE, **extra)
         if family == "qwen3":
             model = make_model(family, seed=seed, max_position_embeddings=4096, **SHAPE)
-        made[family] = (model.bfloat16(), save(model.bfloat16(), folder / family))
+        path = save(
+            model.bfloat16(), folder / family
+        )  # loaded anew: a cast would round rotary frequencies too
+        made[family] = (type(model).from_pretrained(path, dtype=torch.float32).cuda(), path)
     return made
 
 
@@ -32,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Pat
 def worst_margin(model: Any, prompt: list[int], output: list[int]) -> float:
     """How far the least likely drawn token was from the likeliest, in standard deviations of the logits."""
     tokens = torch.tensor([prompt + output], device="cuda")
-    logits = model.float().cuda()(tokens).logits[0, len(prompt) - 1 : -1]
+    logits = model(tokens).logits[0, len(prompt) - 1 : -1]
     drawn = logits.gather(1, tokens[0, len(prompt) :, None]).squeeze(1)
     return float(((logits.amax(1) - drawn) / logits.std(1)).max())
 

@@ -90,60 +90,58 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def _store_kernel(
-    qkv,
-    pages,
-    tables,
-    slots,
-    positions,
-    angles,
-    q_norm,
-    k_norm,
-    eps,
-    table_stride,
-    page_stride,
-    value_offset,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One head of one token: queries rotate in place, keys on their way to the page, values are copied."""
+    qkv, pages, tables, slots, positions, angles, q_norm, k_norm, eps,
+    table_stride, page_stride, value_offset,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
+    HAS_NORM: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Some heads of one token: queries rotate in place, keys on their way to the page, values are copied."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     position = tl.load(positions + token)
-    half = tl.arange(0, DIM // 2)
-    source = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * DIM
-    first = tl.load(source + half).to(tl.float32)
-    second = tl.load(source + DIM // 2 + half).to(tl.float32)
+    half = tl.arange(0, DIM // 2)[None, :]
+    source = qkv + (token * (HEADS + 2 * KV_HEADS) + heads[:, None]) * DIM + half
+    real = (heads < HEADS + 2 * KV_HEADS)[:, None]
+    first = tl.load(source, mask=real, other=0.0).to(tl.float32)
+    second = tl.load(source + DIM // 2, mask=real, other=0.0).to(tl.float32)
+    rotates = (heads < HEADS + KV_HEADS)[:, None]
     if HAS_NORM:
-        if head < HEADS + KV_HEADS:
-            scale = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / DIM + eps)
-            weight = k_norm if head >= HEADS else q_norm
-            first = first * scale * tl.load(weight + half).to(tl.float32)
-            second = second * scale * tl.load(weight + DIM // 2 + half).to(tl.float32)
-    if head < HEADS + KV_HEADS:
-        row = tl.maximum(position, 0).to(tl.int64) * DIM
-        cos = tl.load(angles + row + half)
-        sin = tl.load(angles + row + DIM // 2 + half)
-        first, second = first * cos - second * sin, second * cos + first * sin
+        scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / DIM + eps)[:, None]
+        is_key = (heads >= HEADS)[:, None]
+        low = tl.where(is_key, tl.load(k_norm + half).to(tl.float32), tl.load(q_norm + half).to(tl.float32))
+        high = tl.where(
+            is_key,
+            tl.load(k_norm + DIM // 2 + half).to(tl.float32),
+            tl.load(q_norm + DIM // 2 + half).to(tl.float32),
+        )
+        first = tl.where(rotates, first * scale * low, first)
+        second = tl.where(rotates, second * scale * high, second)
+    row = tl.maximum(position, 0).to(tl.int64) * DIM
+    cos = tl.where(rotates, tl.load(angles + row + half), 1.0)
+    sin = tl.where(rotates, tl.load(angles + row + DIM // 2 + half), 0.0)
     kind = qkv.dtype.element_ty
-    if head < HEADS:
-        tl.store(source + half, first.to(kind))
-        tl.store(source + DIM // 2 + half, second.to(kind))
-    elif position >= 0:
+    left, right = (first * cos - second * sin).to(kind), (second * cos + first * sin).to(kind)
+    query = (heads < HEADS)[:, None]
+    tl.store(source, left, mask=query)
+    tl.store(source + DIM // 2, right, mask=query)
+    if position >= 0:
         slot = tl.load(slots + token).to(tl.int64)
         page = tl.load(tables + slot * table_stride + position // TOKENS).to(tl.int64)
-        target = pages + page * page_stride + (position % TOKENS) * (KV_HEADS * DIM)
-        if head >= HEADS + KV_HEADS:
-            target += value_offset + (head - HEADS - KV_HEADS) * DIM
-        else:
-            target += (head - HEADS) * DIM
-        tl.store(target + half, first.to(kind))
-        tl.store(target + DIM // 2 + half, second.to(kind))
+        is_value = heads >= HEADS + KV_HEADS
+        number = tl.where(is_value, heads - HEADS - KV_HEADS, heads - HEADS)
+        place = page * page_stride + (position % TOKENS) * (KV_HEADS * DIM)
+        place += number * DIM + tl.where(is_value, value_offset, 0)
+        target = pages + place[:, None] + half
+        kept = real & (heads >= HEADS)[:, None]
+        tl.store(target, left, mask=kept)
+        tl.store(target + DIM // 2, right, mask=kept)
+
+
+STORE_GROUP = 16
+"""Heads of one program."""
 
 
 def rotate_and_store(
@@ -163,7 +161,7 @@ def rotate_and_store(
     """
     tokens, all_heads, dim = qkv.shape
     kv_heads = pages.shape[3]
-    _store_kernel[tokens, all_heads](
+    _store_kernel[tokens, triton.cdiv(all_heads, STORE_GROUP)](
         qkv,
         pages,
         tables,
@@ -181,7 +179,8 @@ def rotate_and_store(
         DIM=dim,
         TOKENS=pages.shape[2],
         HAS_NORM=norms is not None,
-        num_warps=1,
+        GROUP=STORE_GROUP,
+        num_warps=4,
         **overlap(),
     )
     return qkv[:, :num_heads]

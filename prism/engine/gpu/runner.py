@@ -134,10 +134,10 @@ class GpuRunner:
         plan = inputs.plan(words, self.kv, model.spec.num_heads, len(decodes), split)
         ids = words[inputs.ids]
         ids = torch.where(ids < 0, lane.last_tokens[plan.slots], ids)
-        stream = model.layers(lane.kernels, plan, model.embedded(ids))
+        stream = model.layers(lane.kernels, plan, model.embedded(ids), words[inputs.last_rows].long())
         if sampled:
             logits = lane.logits(len(sampled), model.spec.vocab_size, self._dtype)
-            model.logits(lane.kernels, stream.rows(words[inputs.last_rows].long()), logits)
+            model.logits(lane.kernels, stream, logits)
             lane.draw_greedy(logits, words[inputs.last_slots])
         return self._finish(step, sampled, draws, words, tokens, words[inputs.last_slots])
 
