@@ -152,6 +152,8 @@ class HostMemoryConfig(_Section):
     """Packed weights in host memory."""
 
     budget: Size = 16 * GiB
+    pack_ahead: bool = True
+    """Models are packed before anybody asks, as far as budget and machine have room."""
 
 
 class Config(_Section):

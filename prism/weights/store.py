@@ -1,7 +1,7 @@
 """The host weight store: packed weights of several models in memory files, within a budget.
 
     unknown ──want──> queued ──a packer is free, room is made──> packing ──> held ──> evicted
-       ^                                                            |          └─ the least recently used, and
+       ^  └──pack_ahead──> nobody asks for any, it fits ────────>   |          └─ the least recently used, and
        └───────────── failed: everyone who waits is told why ───────┘             never while a client uses it
 
 Lives in the agent's event loop, which never waits for disk or memory: packing is done by child processes.
@@ -66,7 +66,10 @@ class HostStore:
         self._patience = patience
         self._packers = asyncio.Semaphore(num_packers)  # first come, first served
         self._held: OrderedDict[ModelId, _Held] = OrderedDict()  # least recently used first
-        self._packing: dict[ModelId, asyncio.Task[Bytes]] = {}
+        self._packing: dict[ModelId, asyncio.Task[Bytes | None]] = {}
+        self._ahead: ModelId | None = None  # the one of them that nobody has asked for
+        self._tasks: set[asyncio.Task[Bytes | None]] = set()  # also those that have given way
+        self._is_closed = False
         self._used = 0  # bytes of files held or being packed
         self._unreserved = 0  # those of them whose pages a packer has yet to take
         self._returned = asyncio.Condition()
@@ -78,8 +81,9 @@ class HostStore:
 
     async def close(self) -> None:
         """Stop packing and lending, and give the memory back (what clients have mapped stays theirs)."""
+        self._is_closed = True
         await self._server.close()
-        tasks = list(self._packing.values())
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -101,37 +105,82 @@ class HostStore:
         Raises `CheckpointError` or `HostMemoryError`, as does every other call that waits for the same
         attempt; the next call tries again. Being cancelled leaves the packing to itself.
         """
-        if model not in self._held:
-            if model not in self._packing:
-                self._packing[model] = asyncio.create_task(self._pack(model))
-                self._packing[model].add_done_callback(lambda task: self._packed(model, task))
-            return await self._join(self._packing[model])
-        self._held.move_to_end(model)
-        return Bytes(self._held[model].manifest.total_bytes)
+        if self._ahead == model:
+            self._ahead = None
+        if model in self._held:
+            self._held.move_to_end(model)
+            return Bytes(self._held[model].manifest.total_bytes)
+        packing = self._packing.get(model)
+        if packing is None or packing.done():
+            self._give_way()
+            packing = self._start_packing(model)
+        return await self._join(packing)
 
-    async def _join(self, packing: asyncio.Task[Bytes]) -> Bytes:
+    async def pack_ahead(self, model: ModelId) -> bool:
+        """Pack a model that nobody has asked for, if it fits without evicting any; whether it is held now.
+
+        Whoever asks goes first: it waits for them, and when they come meanwhile its packer is ended and
+        started again later. Raises what `want` raises.
+        """
+        while not self._is_closed:
+            if packing := [task for task in self._packing.values() if not task.done()]:
+                await asyncio.wait(packing)
+                continue
+            if model in self._held:
+                return True
+            self._ahead = model
+            task = self._start_packing(model)
+            await asyncio.wait([task])
+            if not task.cancelled():
+                return task.result() is not None
+        return False
+
+    async def _join(self, packing: asyncio.Task[Bytes | None]) -> Bytes:
         try:
-            return await asyncio.shield(packing)
+            size = await asyncio.shield(packing)
         except asyncio.CancelledError:
             if packing.cancelled():  # not who waits was cancelled, but the store is closing
                 raise HostMemoryError("the weight store is closed") from None
             raise
+        assert size is not None, "only what nobody has asked for is left undone"
+        return size
 
     # --- packing -----------------------------------------------------------------------------------
 
-    def _packed(self, model: ModelId, task: asyncio.Task[Bytes]) -> None:
-        del self._packing[model]
+    def _start_packing(self, model: ModelId) -> asyncio.Task[Bytes | None]:
+        task = self._packing[model] = asyncio.create_task(self._pack(model))
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self._packed(model, task))
+        return task
+
+    def _give_way(self) -> None:
+        """Somebody asks: a packer that works ahead ends, so that neither it nor its memory is waited for."""
+        if self._ahead is not None:
+            self._packing.pop(self._ahead).cancel()
+            self._ahead = None
+
+    def _packed(self, model: ModelId, task: asyncio.Task[Bytes | None]) -> None:
+        self._tasks.discard(task)
+        if self._packing.get(model) is task:
+            del self._packing[model]
+            if self._ahead == model:
+                self._ahead = None
         if not task.cancelled():
             task.exception()  # everyone who waited may be gone: that is no reason for a warning
 
-    async def _pack(self, model: ModelId) -> Bytes:
+    async def _pack(self, model: ModelId) -> Bytes | None:
+        """Bytes of the weights; None if nobody has asked for them and they do not fit."""
         source = self._sources.get(model)
         if source is None:
             raise CheckpointError("no such model is configured", file=str(model))
         async with self._packers:
             layout = await asyncio.to_thread(plan_source, source)
             size = file_bytes(layout.total_bytes)
-            await self._make_room(model, size)
+            if self._ahead != model:
+                await self._make_room(model, size)
+            elif not self._fits_ahead(size):
+                self._ahead = None
+                return None
             self._used += size
             fd = -1
             try:
@@ -145,6 +194,8 @@ class HostStore:
                 raise
         manifest = Manifest(model=model, total_bytes=layout.total_bytes, fingerprint=layout.fingerprint)
         self._held[model] = _Held(manifest, fd, size)
+        if self._ahead == model:  # what nobody has used yet is evicted first, the least likely one before all
+            self._held.move_to_end(model, last=False)
         await self._notify()
         return layout.total_bytes
 
@@ -188,6 +239,10 @@ class HostStore:
     def _room(self) -> int:
         """Bytes that can be taken as things are."""
         return min(self._budget - self._used, available_memory() - self._unreserved)
+
+    def _fits_ahead(self, size: Bytes) -> bool:
+        """Whether there is ample room: what nobody asked for leaves the machine half of what it has left."""
+        return size <= min(self._budget - self._used, (available_memory() - self._unreserved) // 2)
 
     def _reachable(self) -> int:
         """Bytes that could be taken if all that nobody uses were evicted."""

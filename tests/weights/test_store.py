@@ -232,6 +232,123 @@ async def test_a_full_machine_is_an_error_before_it_is_a_killed_process(
         await host_store.want(B)
 
 
+# --- ahead -----------------------------------------------------------------------------------------
+
+
+async def packing_of(host_store: HostStore, model: ModelId) -> None:
+    """Until a packer runs for the model."""
+    while model not in host_store._packing or not host_store._used:
+        await asyncio.sleep(0)
+
+
+@in_loop
+async def test_what_is_packed_ahead_is_there_when_wanted(tmp_path: Path, sources: list[WeightSource]) -> None:
+    async with running(tmp_path, sources) as host_store:
+        assert await host_store.pack_ahead(A)
+        assert host_store.holds(A)
+        assert await host_store.pack_ahead(A)
+        (await fetched(tmp_path, A)).close()
+
+
+@in_loop
+async def test_packing_ahead_evicts_nothing(tmp_path: Path, sources: list[WeightSource]) -> None:
+    async with running(tmp_path, sources, budget=2 * size_of(sources[0])) as host_store:
+        assert await host_store.pack_ahead(A)
+        assert await host_store.pack_ahead(B)
+        assert not await host_store.pack_ahead(C)
+        assert host_store.holds(A) and host_store.holds(B)
+
+
+@in_loop
+async def test_packing_ahead_leaves_the_machine_half_of_its_memory(
+    tmp_path: Path, sources: list[WeightSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, sources) as host_store:
+        size = size_of(sources[0])
+        monkeypatch.setattr(store, "available_memory", lambda: 2 * size - 2)
+        assert not await host_store.pack_ahead(A)
+        await host_store.want(A)
+        monkeypatch.setattr(store, "available_memory", lambda: 2 * size)
+        assert await host_store.pack_ahead(B)
+
+
+@in_loop
+async def test_what_nobody_has_used_is_evicted_first_the_likeliest_last(
+    tmp_path: Path, sources: list[WeightSource]
+) -> None:
+    sources.append(dummy_source(tmp_path, "d"))
+    async with running(tmp_path, sources, budget=3 * size_of(sources[0])) as host_store:
+        await host_store.want(A)
+        assert await host_store.pack_ahead(B) and await host_store.pack_ahead(C)
+        await host_store.want(ModelId("d"))
+        assert [host_store.holds(model) for model in (A, B, C)] == [True, True, False]
+
+
+@in_loop
+async def test_who_asks_goes_before_what_is_packed_ahead(tmp_path: Path, sources: list[WeightSource]) -> None:
+    """The budget holds one model: the packer that works ahead must end, or B waits for it and its memory."""
+    starts = []
+
+    def watch(model: ModelId, done: Bytes, total: Bytes) -> None:
+        if done == 0:
+            starts.append(model)
+
+    budget = size_of(sources[0])
+    async with running(tmp_path, sources, budget, on_progress=watch, patience=Seconds(0)) as host_store:
+        ahead = asyncio.create_task(host_store.pack_ahead(A))
+        await packing_of(host_store, A)
+        await host_store.want(B)
+        assert not await ahead
+        assert starts[-1] == B and host_store.holds(B)
+
+
+@in_loop
+async def test_a_pack_that_gave_way_is_done_afterwards(tmp_path: Path, sources: list[WeightSource]) -> None:
+    async with running(tmp_path, sources) as host_store:
+        ahead = asyncio.create_task(host_store.pack_ahead(A))
+        await packing_of(host_store, A)
+        await asyncio.gather(host_store.want(B), host_store.want(C))
+        assert await ahead
+        assert all(host_store.holds(model) for model in (A, B, C))
+
+
+@in_loop
+async def test_a_pack_that_is_asked_for_meanwhile_goes_on(
+    tmp_path: Path, sources: list[WeightSource]
+) -> None:
+    starts = []
+
+    def watch(model: ModelId, done: Bytes, total: Bytes) -> None:
+        if done == 0:
+            starts.append(model)
+
+    async with running(tmp_path, sources, on_progress=watch) as host_store:
+        ahead = asyncio.create_task(host_store.pack_ahead(A))
+        await packing_of(host_store, A)
+        await asyncio.gather(host_store.want(A), host_store.want(B))
+        assert await ahead
+        assert starts == [A, B]
+
+
+@in_loop
+async def test_a_model_that_cannot_be_packed_ahead_is_tried_again_when_wanted(tmp_path: Path) -> None:
+    directory = write_config(tmp_path / "a")
+    async with running(tmp_path, [checkpoint_source(directory, "a")]) as host_store:
+        with pytest.raises(CheckpointError):
+            await host_store.pack_ahead(A)
+        assert host_store.used_bytes == 0
+        checkpoints.save(checkpoints.make_model("llama"), directory)
+        await host_store.want(A)
+
+
+@in_loop
+async def test_closing_ends_packing_ahead(tmp_path: Path, sources: list[WeightSource]) -> None:
+    async with running(tmp_path, sources) as host_store:
+        ahead = asyncio.create_task(host_store.pack_ahead(A))
+        await packing_of(host_store, A)
+    assert not await ahead
+
+
 # --- failures --------------------------------------------------------------------------------------
 
 
