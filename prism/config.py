@@ -154,6 +154,8 @@ class HostMemoryConfig(_Section):
     budget: Size = 16 * GiB
     pack_ahead: bool = True
     """Models are packed before anybody asks, as far as budget and machine have room."""
+    registered: Size | None = None
+    """Most of it that each GPU's worker registers with CUDA, for fast loads; None is all, 0 nothing."""
 
 
 class Config(_Section):

@@ -1,6 +1,6 @@
 """The agent: parent of all processes of one machine, owner of packed weights, authority on who is alive.
 
-start: bind ports -> run directory -> weight store -> children -> packing ahead, once workers have their memory
+start: bind ports -> run directory -> weight store -> children -> packing ahead, once workers have memory
 a child says Hello: it is told who is up      a child is Ready: everybody is told
 a child ends: everybody is told, and it is started again after a back-off
 SIGTERM: gateways finish their streams, then the rest is stopped; status 0
@@ -29,6 +29,7 @@ from prism.messages import (
     Role,
     Stop,
     WeightsFailed,
+    WeightsHeld,
     WeightsProgress,
     WeightsReady,
     WeightsWanted,
@@ -141,6 +142,9 @@ class Agent:
         for other in self._children:
             if other.ready_since is not None and other is not child:
                 transport.asend(self._router, _up(other), sender)
+        if _is_worker(child):
+            for model, size in self._store.held().items():
+                transport.asend(self._router, WeightsHeld(model=model, total_bytes=size), sender)
 
     def _child_ready(self, sender: str, ready: Ready) -> None:
         """Its Hello may still be on its way."""
@@ -154,7 +158,7 @@ class Agent:
             self._packs_ahead = False
             self._start(self._pack_ahead())
 
-    def _tell_everybody(self, message: ProcessUp | ProcessEnded | WeightsProgress, but: str = "") -> None:
+    def _tell_everybody(self, message: ProcessUp | ProcessEnded, but: str = "") -> None:
         for peer in self._peers:
             if peer != but:
                 transport.asend(self._router, message, peer)
@@ -165,10 +169,13 @@ class Agent:
         """Pack a model and tell whoever asked for it."""
         answer: WeightsReady | WeightsFailed
         try:
-            if not self._store.holds(ModelId(model)):
+            was_held = self._store.holds(ModelId(model))
+            if not was_held:
                 log.info("packing %s", model)
             size = await self._store.want(ModelId(model))
             answer = WeightsReady(model=model, total_bytes=size)
+            if not was_held:
+                self._tell_workers(WeightsHeld(model=model, total_bytes=size))
         except Exception as error:  # whoever asked waits for an answer, whatever went wrong
             bug = None if isinstance(error, PrismError) else error
             log.error("packing %s failed: %s", model, error, exc_info=bug)
@@ -179,22 +186,26 @@ class Agent:
     async def _pack_ahead(self) -> None:
         """Pack what nobody has asked for yet, once; those first that are loaded at start."""
         for config in sorted(self._config.models, key=lambda m: not (m.pinned or m.preload)):
+            model = ModelId(config.name)
             try:
-                if await self._store.pack_ahead(ModelId(config.name)):
-                    log.info("%s is packed", config.name)
-                else:
-                    log.info("%s is not packed ahead: host memory has no room to spare", config.name)
+                size = await self._store.pack_ahead(model)
             except Exception as error:  # it concerns this model alone, and nobody waits for it
                 bug = None if isinstance(error, PrismError) else error
-                log.warning(
-                    "packing %s ahead failed; a request tries again: %s", config.name, error, exc_info=bug
-                )
+                log.warning("packing %s ahead failed; a request tries again: %s", model, error, exc_info=bug)
+                continue
+            if size is None:
+                log.info("%s is not packed ahead: host memory has no room to spare", model)
+            else:
+                log.info("%s is packed", model)
+                self._tell_workers(WeightsHeld(model=model, total_bytes=size))
 
     def _packing(self, model: ModelId, done: Bytes, total: Bytes) -> None:
+        self._tell_workers(WeightsProgress(model=model, done_bytes=done, total_bytes=total))
+
+    def _tell_workers(self, message: WeightsProgress | WeightsHeld) -> None:
         for peer, child in self._peers.items():
             if _is_worker(child):
-                progress = WeightsProgress(model=model, done_bytes=done, total_bytes=total)
-                transport.asend(self._router, progress, peer)
+                transport.asend(self._router, message, peer)
 
     # --- life and death -----------------------------------------------------------------------------
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from fcntl import F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SHRINK, fcntl
 from pathlib import Path
 
@@ -26,20 +24,11 @@ from prism.weights.packer import plan_source
 from prism.weights.packing import run_packer
 from prism.weights.protocol import Manifest, PackJob, WeightSource, file_bytes
 from prism.weights.server import LendingServer
+from prism.weights.shelf import Recall, Shelf
 
 ProgressCallback = Callable[[ModelId, Bytes, Bytes], None]
 """Model, bytes in place, bytes in all."""
 _PATIENCE = Seconds(30.0)
-
-
-@dataclass(slots=True)
-class _Held:
-    """A packed model."""
-
-    manifest: Manifest
-    fd: int
-    size: Bytes
-    num_leases: int = 0
 
 
 def _ignore(model: ModelId, done: Bytes, total: Bytes) -> None:
@@ -60,18 +49,15 @@ class HostStore:
         patience: Seconds = _PATIENCE,
     ) -> None:
         """`patience` bounds how long a model waits for others' memory to come out of use."""
-        self._budget = budget
+        self._shelf = Shelf(budget)
         self._sources = {source.model: source for source in sources}
         self._on_progress = on_progress
         self._patience = patience
         self._packers = asyncio.Semaphore(num_packers)  # first come, first served
-        self._held: OrderedDict[ModelId, _Held] = OrderedDict()  # least recently used first
         self._packing: dict[ModelId, asyncio.Task[Bytes | None]] = {}
         self._ahead: ModelId | None = None  # the one of them that nobody has asked for
         self._tasks: set[asyncio.Task[Bytes | None]] = set()  # also those that have given way
         self._is_closed = False
-        self._used = 0  # bytes of files held or being packed
-        self._unreserved = 0  # those of them whose pages a packer has yet to take
         self._returned = asyncio.Condition()
         self._server = LendingServer(socket_path, self)
 
@@ -87,17 +73,21 @@ class HostStore:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for model in list(self._held):
-            self._drop(model)
+        for model in self._shelf.models():
+            self._shelf.drop(model)
 
     @property
     def used_bytes(self) -> Bytes:
         """Memory of everything held or being packed."""
-        return Bytes(self._used)
+        return Bytes(self._shelf.used)
 
     def holds(self, model: ModelId) -> bool:
         """Whether the model can be fetched now."""
-        return model in self._held
+        return model in self._shelf
+
+    def held(self) -> dict[ModelId, Bytes]:
+        """All models that can be fetched now, with the bytes of their weights."""
+        return self._shelf.models()
 
     async def want(self, model: ModelId) -> Bytes:
         """Have the model packed; returns the bytes of its weights.
@@ -107,33 +97,32 @@ class HostStore:
         """
         if self._ahead == model:
             self._ahead = None
-        if model in self._held:
-            self._held.move_to_end(model)
-            return Bytes(self._held[model].manifest.total_bytes)
+        if model in self._shelf:
+            return self._shelf.touch(model)
         packing = self._packing.get(model)
         if packing is None or packing.done():
             self._give_way()
             packing = self._start_packing(model)
         return await self._join(packing)
 
-    async def pack_ahead(self, model: ModelId) -> bool:
-        """Pack a model that nobody has asked for, if it fits without evicting any; whether it is held now.
+    async def pack_ahead(self, model: ModelId) -> Bytes | None:
+        """Pack a model that nobody has asked for; the bytes of its weights, or None if it does not fit.
 
-        Whoever asks goes first: it waits for them, and when they come meanwhile its packer is ended and
-        started again later. Raises what `want` raises.
+        It evicts nothing. Whoever asks goes first: it waits for them, and when they come meanwhile its packer
+        is ended and started again later. Raises what `want` raises.
         """
         while not self._is_closed:
             if packing := [task for task in self._packing.values() if not task.done()]:
                 await asyncio.wait(packing)
                 continue
-            if model in self._held:
-                return True
+            if model in self._shelf:
+                return self.held()[model]
             self._ahead = model
             task = self._start_packing(model)
             await asyncio.wait([task])
             if not task.cancelled():
-                return task.result() is not None
-        return False
+                return task.result()
+        return None
 
     async def _join(self, packing: asyncio.Task[Bytes | None]) -> Bytes:
         try:
@@ -178,104 +167,73 @@ class HostStore:
             size = file_bytes(layout.total_bytes)
             if self._ahead != model:
                 await self._make_room(model, size)
-            elif not self._fits_ahead(size):
+            elif size > self._shelf.ample_room():
                 self._ahead = None
                 return None
-            self._used += size
+            self._shelf.used += size
             fd = -1
             try:
                 fd = _sealed_file(size)
                 await self._run_packer(source, fd, layout)
             except BaseException:
-                self._used -= size
+                self._shelf.used -= size
                 if fd >= 0:
                     os.close(fd)
                 await self._notify()
                 raise
         manifest = Manifest(model=model, total_bytes=layout.total_bytes, fingerprint=layout.fingerprint)
-        self._held[model] = _Held(manifest, fd, size)
-        if self._ahead == model:  # what nobody has used yet is evicted first, the least likely one before all
-            self._held.move_to_end(model, last=False)
+        self._shelf.put(manifest, fd, size, is_used=self._ahead != model)
         await self._notify()
         return layout.total_bytes
 
     async def _run_packer(self, source: WeightSource, fd: int, layout: Layout) -> None:
         """Run the packer's process, counting the pages that it has yet to take."""
         waiting = file_bytes(layout.total_bytes)
-        self._unreserved += waiting
+        self._shelf.unreserved += waiting
 
         def on_progress(done: Bytes) -> None:
             nonlocal waiting
-            self._unreserved, waiting = self._unreserved - waiting, Bytes(0)
+            self._shelf.unreserved, waiting = self._shelf.unreserved - waiting, Bytes(0)
             self._on_progress(source.model, done, layout.total_bytes)
 
         try:
             job = PackJob(source=source, fd=fd, total_bytes=layout.total_bytes)
             await run_packer(job, on_progress)
         finally:
-            self._unreserved -= waiting
+            self._shelf.unreserved -= waiting
 
     # --- room --------------------------------------------------------------------------------------
 
     async def _make_room(self, model: ModelId, size: Bytes) -> None:
         """Evict until `size` bytes fit budget and machine, waiting for a while if all else is in use."""
-        if size > self._budget:
-            raise HostMemoryError(f"{model}: {size} bytes of weights pass the budget of {self._budget}")
+        shelf = self._shelf
+        if size > shelf.budget:
+            raise HostMemoryError(f"{model}: {size} bytes of weights pass the budget of {shelf.budget}")
+
+        def is_over() -> bool:
+            """Nothing is evicted before enough can be."""
+            return shelf.evict_for(size) if shelf.reachable() >= size else not shelf.is_in_use()
+
         try:
             async with asyncio.timeout(self._patience), self._returned:
-                await self._returned.wait_for(lambda: self._reachable() >= size or not self._is_in_use())
+                await self._returned.wait_for(is_over)
         except TimeoutError:
             pass
-        if self._reachable() < size:
+        if shelf.room() < size:
             raise HostMemoryError(
-                f"{model}: {size} bytes of weights wanted; {self._used} of {self._budget} are taken, and the "
-                f"machine has {available_memory() - self._unreserved} left"
+                f"{model}: {size} bytes of weights wanted; {shelf.used} of {shelf.budget} are taken, and the "
+                f"machine has {available_memory() - shelf.unreserved} left"
             )
-        for idle in self._idle():
-            if size <= self._room():
-                break
-            self._drop(idle)
-
-    def _room(self) -> int:
-        """Bytes that can be taken as things are."""
-        return min(self._budget - self._used, available_memory() - self._unreserved)
-
-    def _fits_ahead(self, size: Bytes) -> bool:
-        """Whether there is ample room: what nobody asked for leaves the machine half of what it has left."""
-        return size <= min(self._budget - self._used, (available_memory() - self._unreserved) // 2)
-
-    def _reachable(self) -> int:
-        """Bytes that could be taken if all that nobody uses were evicted."""
-        return self._room() + sum(self._held[model].size for model in self._idle())
-
-    def _idle(self) -> list[ModelId]:
-        """Held models that nobody uses, least recently used first."""
-        return [model for model, held in self._held.items() if not held.num_leases]
-
-    def _is_in_use(self) -> bool:
-        """Whether anything may come out of use: packed models that are lent, or others being packed."""
-        return self._used > sum(self._held[model].size for model in self._idle())
-
-    def _drop(self, model: ModelId) -> None:
-        held = self._held.pop(model)
-        os.close(held.fd)
-        self._used -= held.size
 
     # --- lending (called by the server) ------------------------------------------------------------
 
-    def lend(self, model: ModelId) -> tuple[Manifest, int] | None:
-        """Manifest and descriptor of a model, which is not evicted until `take_back`; None if not held."""
-        held = self._held.get(model)
-        if held is None:
-            return None
-        held.num_leases += 1
-        self._held.move_to_end(model)
-        return held.manifest, held.fd
+    def lend(self, model: ModelId, recall: Recall | None) -> tuple[Manifest, int] | None:
+        """See `Lender.lend`."""
+        return self._shelf.lend(model, recall)
 
-    async def take_back(self, model: ModelId) -> None:
-        """A client has done with the model."""
-        if (held := self._held.get(model)) is not None:
-            held.num_leases -= 1
+    async def take_back(self, model: ModelId, recall: Recall | None) -> None:
+        """See `Lender.take_back`."""
+        self._shelf.take_back(model, recall)
         await self._notify()
 
     async def _notify(self) -> None:

@@ -44,4 +44,4 @@ def open_cuda(config: DeviceConfig) -> Device:
         if kernels(spec) is fused:
             build_kernels(device, spec.head_dim, torch_dtype(spec.dtype))
 
-    return Device(driver, pool, device, f"cuda:{config.index}", kernels, synchronize, prepare)
+    return Device(driver, pool, device, f"cuda:{config.index}", kernels, synchronize, prepare, driver)

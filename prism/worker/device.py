@@ -18,6 +18,7 @@ from prism.memory.slabs import LaneOwner
 from prism.memory.tensors import tensor_at, torch_dtype
 from prism.modelspec import ModelSpec
 from prism.types import Address, Bytes, LaneId, Stamp
+from prism.weights.registrations import Pinner
 from prism.weights.views import view_weights
 from prism.worker.models import Profile
 
@@ -47,11 +48,13 @@ class Device:
         kernels: Callable[[ModelSpec], Kernels],
         synchronize: Callable[[], None],
         prepare: Callable[[ModelSpec], None],
+        pinner: Pinner | None = None,
     ) -> None:
         """What kinds of devices differ in.
 
         `kernels` gives a model's kernels; `synchronize` returns once all queued work has run; `prepare`,
-        which runs beside the loop, has the kernels of a model built and loaded.
+        which runs beside the loop, has the kernels of a model built and loaded; `pinner` registers host
+        memory where copies are faster from there.
         """
         self.driver = driver
         self.pool = pool
@@ -60,6 +63,7 @@ class Device:
         self.kernels_for = kernels
         self.lane = Lane(LaneId(0))
         self.prepare = prepare
+        self.pinner = pinner
         self._synchronize = synchronize
 
     @property

@@ -27,14 +27,15 @@ from prism.messages import (
     SetLimits,
     Submit,
 )
-from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelState, RequestId, WorkerId
+from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelId, ModelState, RequestId, WorkerId
+from prism.weights.registrations import Registrations
 from prism.worker import admission, turns
 from prism.worker.commands import carry_out
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
 from prism.worker.entry import check_submit
 from prism.worker.loading import Fetch, JobEvent, Jobs, Loaded, Unloaded
-from prism.worker.models import Model, limit_slabs, slabs_up
+from prism.worker.models import Model, likely_order, limit_slabs, slabs_up
 from prism.worker.outbox import Outbox
 from prism.worker.rate import CompletionRate
 from prism.worker.reclaimer import Reclaimer
@@ -63,6 +64,7 @@ class Worker:
         clock: Callable[[], float],
         name: WorkerId,
         incarnation: Incarnation,
+        registrations: Registrations | None = None,
     ) -> None:
         self.name = name
         self.incarnation = incarnation
@@ -73,6 +75,7 @@ class Worker:
         self.max_batch_size = device_config.max_batch_size
         self.models = {m.name: _new_model(m, device.slab_bytes) for m in config.models}
         self.requests = Requests()
+        self.registrations = registrations
         self._outbox = outbox
         self._clock = clock
         self._needs_admission = False
@@ -126,6 +129,12 @@ class Worker:
         """The agent holds a model's packed weights."""
         self.residency.packed(self.models[model])
 
+    def on_held(self, model: str, size: Bytes) -> None:
+        """The agent holds a model's packed weights, whoever asked for them."""
+        device = self.models[model].config.device
+        if self.registrations is not None and device in (None, index_of(self.name)):
+            self.registrations.announce(ModelId(model), size)
+
     def on_packing_failed(self, model: str, reason: str) -> None:
         """The checkpoint is unusable."""
         self.residency.fail(self.models[model], Unavailable(reason))
@@ -137,6 +146,8 @@ class Worker:
         match event:
             case Loaded():
                 self.residency.loaded(model, event)
+                if self.registrations is not None:
+                    self.registrations.prefer(likely_order(self.models.values()))
                 if model.state is ModelState.FAILED:
                     self.model_failed(model)
             case Unloaded():
@@ -372,6 +383,11 @@ class Worker:
         if model.profile is None:
             return None
         return min(model.profile.spec.max_position, kv_capacity_tokens(self, model))
+
+
+def index_of(worker: str) -> int:
+    """Place of a worker's device in the configuration."""
+    return int(worker.removeprefix("worker-"))
 
 
 def _new_model(config: ModelConfig, slab_bytes: Bytes) -> Model:

@@ -36,17 +36,20 @@ from prism.messages import (
     Stop,
     Submit,
     WeightsFailed,
+    WeightsHeld,
     WeightsProgress,
     WeightsReady,
     WeightsWanted,
 )
 from prism.metrics import Metrics
 from prism.transport import Envelope
-from prism.types import GatewayId, Incarnation, WorkerId
-from prism.weights.client import fetch
+from prism.types import Bytes, GatewayId, Incarnation, ModelId, WorkerId
+from prism.weights.client import PackedWeights, fetch
+from prism.weights.registrations import Registrations, RegistrationThread
+from prism.worker.device import Device
 from prism.worker.gauges import Gauges
 from prism.worker.loading import JobEvent
-from prism.worker.loop import Worker
+from prism.worker.loop import Worker, index_of
 from prism.worker.open_device import open_device
 from prism.worker.reports import make_report
 
@@ -168,6 +171,8 @@ class Process:
         match envelope.message:
             case WeightsReady(model=model):
                 self._worker.on_packed(model)
+            case WeightsHeld(model=model, total_bytes=size):
+                self._worker.on_held(model, Bytes(size))
             case WeightsFailed(model=model, reason=reason):
                 self._worker.on_packing_failed(model, reason)
             case WeightsProgress(model=model, done_bytes=done, total_bytes=total):
@@ -229,6 +234,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
         log.error("%s: the device cannot be opened: %s", name, error)
         return 1
     jobs = ThreadJobs()
+    registrations = new_registrations(run_dir / "store.sock", device, config)
     worker = Worker(
         config,
         device_config,
@@ -239,6 +245,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
         clock=SystemClock().now,
         name=WorkerId(name),
         incarnation=Incarnation(incarnation),
+        registrations=registrations,
     )
     metrics = Metrics()
     if incarnation > 1:
@@ -247,10 +254,27 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     signal.signal(signal.SIGTERM, process.stop)
     address = sockets.address
     sockets.to_agent(Ready(role=Role.WORKER, name=name, incarnation=incarnation, address=address))
+    registering = None if registrations is None else RegistrationThread(registrations)
     process.run()
+    if registering is not None:
+        registering.close()
     return 0
+
+
+def new_registrations(store: Path, device: Device, config: Config) -> Registrations | None:
+    """None if the device gains nothing by them, or if the configuration wants none."""
+    budget = config.host_memory.registered
+    budget = config.host_memory.budget if budget is None else budget
+    if device.pinner is None or budget == 0:
+        return None
+
+    def borrow(model: ModelId, *, writable: bool) -> PackedWeights:
+        return fetch(store, model, writable=writable, cached=True)
+
+    likely = sorted(config.models, key=lambda model: not (model.pinned or model.preload))
+    return Registrations(device.pinner, borrow, Bytes(budget), [ModelId(model.name) for model in likely])
 
 
 def device_of(config: Config, name: str) -> DeviceConfig:
     """The device that a worker of this name serves."""
-    return config.devices[int(name.removeprefix("worker-"))]
+    return config.devices[index_of(name)]

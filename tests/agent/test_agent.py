@@ -17,8 +17,8 @@ from prism.agent.rundir import RunDir
 from prism.config import Config
 from prism.demo.catalog import demo_model_path
 from prism.errors import CheckpointError
-from prism.messages import Hello, ProcessEnded, ProcessUp, Ready, Role
-from prism.types import ModelId
+from prism.messages import Hello, ProcessEnded, ProcessUp, Ready, Role, WeightsHeld
+from prism.types import Bytes, ModelId
 
 pytestmark = pytest.mark.anyio
 
@@ -148,11 +148,14 @@ class RecordingStore:
     def __init__(self) -> None:
         self.ahead: list[str] = []
 
-    async def pack_ahead(self, model: ModelId) -> bool:
+    def held(self) -> dict[ModelId, Bytes]:
+        return {ModelId("first"): Bytes(7)} if self.ahead else {}
+
+    async def pack_ahead(self, model: ModelId) -> Bytes:
         self.ahead.append(model)
         if model == "bad":
             raise CheckpointError("holds nothing", file="bad")
-        return True
+        return Bytes(7)
 
 
 async def test_models_are_packed_ahead_when_all_workers_have_their_memory(
@@ -187,4 +190,19 @@ async def test_packing_ahead_can_be_switched_off(tmp_path: Path) -> None:
     listening.process("worker-0")
     listening.agent._child_ready("worker-0.1", ready(Role.WORKER, "worker-0"))
     assert not listening.agent._tasks
+    listening.close()
+
+
+async def test_workers_are_told_what_is_held(tmp_path: Path) -> None:
+    """Those that are there when it is packed, and those that come later."""
+    config = Config.model_validate({"models": [{"name": "first", "path": "."}]})
+    listening = Listening(tmp_path, config)
+    listening.agent._store = RecordingStore()  # type: ignore[assignment]
+    held = WeightsHeld(model="first", total_bytes=7)
+    for incarnation in (1, 2):
+        worker = listening.process("worker-0")
+        transport.asend(worker, Hello(role=Role.WORKER, name="worker-0", incarnation=incarnation))
+        transport.asend(worker, ready(Role.WORKER, "worker-0", incarnation))
+        assert await hears(worker) == held
+        listening.child("worker-0").has_ended = True
     listening.close()

@@ -19,7 +19,7 @@ import pytest
 
 from prism.errors import CheckpointError, HostMemoryError
 from prism.types import Bytes, MiB, ModelId, Seconds
-from prism.weights import packing, server, store
+from prism.weights import packing, server, shelf
 from prism.weights.client import PackedWeights, fetch, pack_here
 from prism.weights.packer import plan_source
 from prism.weights.protocol import Fetch, PackJob, WeightSource, file_bytes
@@ -224,7 +224,7 @@ async def test_a_full_machine_is_an_error_before_it_is_a_killed_process(
     async with running(tmp_path, sources) as host_store:
         await host_store.want(A)
         size = size_of(sources[1])
-        monkeypatch.setattr(store, "available_memory", lambda: size - size_of(sources[0]) - 1)
+        monkeypatch.setattr(shelf, "available_memory", lambda: size - size_of(sources[0]) - 1)
         with pytest.raises(HostMemoryError, match=r"b: .* the machine has"):
             await host_store.want(B)
         assert host_store.holds(A)
@@ -232,12 +232,72 @@ async def test_a_full_machine_is_an_error_before_it_is_a_killed_process(
         await host_store.want(B)
 
 
+# --- cached loans ----------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_cached_loan_is_recalled_when_its_memory_is_wanted(
+    tmp_path: Path, sources: list[WeightSource]
+) -> None:
+    async with running(tmp_path, sources, budget=size_of(sources[0])) as host_store:
+        await host_store.want(A)
+        lent = await fetched(tmp_path, A, cached=True)
+        assert lent.lease_fd is not None and not lent.is_recalled()
+        wanted = asyncio.create_task(host_store.want(B))
+        while not lent.is_recalled():
+            await asyncio.sleep(0)
+        assert lent.is_recalled() and not wanted.done() and host_store.holds(A)
+        lent.close()
+        await wanted
+        assert host_store.holds(B) and not host_store.holds(A)
+
+
+@in_loop
+async def test_only_as_many_loans_are_recalled_as_the_memory_takes(
+    tmp_path: Path, sources: list[WeightSource]
+) -> None:
+    async with running(tmp_path, sources, budget=2 * size_of(sources[0])) as host_store:
+        await host_store.want(A)
+        await host_store.want(B)
+        lent = [await fetched(tmp_path, model, cached=True) for model in (B, A)]  # which is no use of them
+        wanted = asyncio.create_task(host_store.want(C))
+        while not lent[1].is_recalled():
+            await asyncio.sleep(0)
+        lent[1].close()
+        await wanted
+        assert not lent[0].is_recalled() and host_store.holds(B)
+        lent[0].close()
+
+
+@in_loop
+async def test_a_cached_loan_of_weights_that_a_load_uses_is_not_recalled(
+    tmp_path: Path, sources: list[WeightSource]
+) -> None:
+    budget = size_of(sources[0])
+    async with running(tmp_path, sources, budget=budget, patience=Seconds(0.01)) as host_store:
+        await host_store.want(A)
+        with await fetched(tmp_path, A, cached=True) as cached, await fetched(tmp_path, A):
+            with pytest.raises(HostMemoryError, match="b: "):
+                await host_store.want(B)
+            assert not cached.is_recalled()
+
+
+@in_loop
+async def test_a_store_that_ends_recalls_its_loans(tmp_path: Path, sources: list[WeightSource]) -> None:
+    async with running(tmp_path, sources) as host_store:
+        await host_store.want(A)
+        lent = await fetched(tmp_path, A, cached=True)
+        assert not lent.is_recalled()
+    assert lent.is_recalled()
+    lent.close()
+
+
 # --- ahead -----------------------------------------------------------------------------------------
 
 
 async def packing_of(host_store: HostStore, model: ModelId) -> None:
     """Until a packer runs for the model."""
-    while model not in host_store._packing or not host_store._used:
+    while model not in host_store._packing or not host_store.used_bytes:
         await asyncio.sleep(0)
 
 
@@ -255,7 +315,7 @@ async def test_packing_ahead_evicts_nothing(tmp_path: Path, sources: list[Weight
     async with running(tmp_path, sources, budget=2 * size_of(sources[0])) as host_store:
         assert await host_store.pack_ahead(A)
         assert await host_store.pack_ahead(B)
-        assert not await host_store.pack_ahead(C)
+        assert None is await host_store.pack_ahead(C)
         assert host_store.holds(A) and host_store.holds(B)
 
 
@@ -265,10 +325,10 @@ async def test_packing_ahead_leaves_the_machine_half_of_its_memory(
 ) -> None:
     async with running(tmp_path, sources) as host_store:
         size = size_of(sources[0])
-        monkeypatch.setattr(store, "available_memory", lambda: 2 * size - 2)
-        assert not await host_store.pack_ahead(A)
+        monkeypatch.setattr(shelf, "available_memory", lambda: 2 * size - 2)
+        assert None is await host_store.pack_ahead(A)
         await host_store.want(A)
-        monkeypatch.setattr(store, "available_memory", lambda: 2 * size)
+        monkeypatch.setattr(shelf, "available_memory", lambda: 2 * size)
         assert await host_store.pack_ahead(B)
 
 
@@ -298,7 +358,7 @@ async def test_who_asks_goes_before_what_is_packed_ahead(tmp_path: Path, sources
         ahead = asyncio.create_task(host_store.pack_ahead(A))
         await packing_of(host_store, A)
         await host_store.want(B)
-        assert not await ahead
+        assert None is await ahead
         assert starts[-1] == B and host_store.holds(B)
 
 
@@ -346,7 +406,7 @@ async def test_closing_ends_packing_ahead(tmp_path: Path, sources: list[WeightSo
     async with running(tmp_path, sources) as host_store:
         ahead = asyncio.create_task(host_store.pack_ahead(A))
         await packing_of(host_store, A)
-    assert not await ahead
+    assert None is await ahead
 
 
 # --- failures --------------------------------------------------------------------------------------
