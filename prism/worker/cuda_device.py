@@ -14,6 +14,7 @@ from prism.memory.slabs import LaneOwner
 from prism.memory.tensors import tensor_at, torch_dtype
 from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType, GiB, LaneId
+from prism.weights.copiers import CudaCopier
 from prism.worker.device import Device
 
 TORCH_RESERVE = 4 * GiB
@@ -44,4 +45,5 @@ def open_cuda(config: DeviceConfig) -> Device:
         if kernels(spec) is fused:
             build_kernels(device, spec.head_dim, torch_dtype(spec.dtype))
 
-    return Device(driver, pool, device, f"cuda:{config.index}", kernels, synchronize, prepare, driver)
+    name, copier = f"cuda:{config.index}", CudaCopier(device)
+    return Device(driver, pool, device, name, kernels, synchronize, prepare, copier, driver)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from prism.memory.slabs import LaneOwner
 from prism.memory.tensors import tensor_at, torch_dtype
 from prism.modelspec import ModelSpec
 from prism.types import Address, Bytes, LaneId, Stamp
+from prism.weights.copiers import Copier
 from prism.weights.registrations import Pinner
 from prism.weights.views import view_weights
 from prism.worker.models import Profile
@@ -48,13 +50,14 @@ class Device:
         kernels: Callable[[ModelSpec], Kernels],
         synchronize: Callable[[], None],
         prepare: Callable[[ModelSpec], None],
+        copier: Copier,
         pinner: Pinner | None = None,
     ) -> None:
         """What kinds of devices differ in.
 
         `kernels` gives a model's kernels; `synchronize` returns once all queued work has run; `prepare`,
-        which runs beside the loop, has the kernels of a model built and loaded; `pinner` registers host
-        memory where copies are faster from there.
+        which runs beside the loop, has the kernels of a model built and loaded; `copier` brings weights in;
+        `pinner` registers host memory where copies are faster from there.
         """
         self.driver = driver
         self.pool = pool
@@ -63,8 +66,10 @@ class Device:
         self.kernels_for = kernels
         self.lane = Lane(LaneId(0))
         self.prepare = prepare
+        self.copier = copier
         self.pinner = pinner
         self._synchronize = synchronize
+        self._side_stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
     def slab_bytes(self) -> Bytes:
@@ -96,9 +101,9 @@ class Device:
         )
         return KvView(pages)
 
-    def arena_bytes(self, arena: Arena, size: Bytes) -> Tensor:
-        """The arena's first `size` bytes as `[size]` uint8."""
-        return tensor_at(arena.base, (size,), torch.uint8, None, self.device)
+    def beside_steps(self) -> AbstractContextManager[object]:
+        """What a load's thread queues in this context neither waits for the lane's steps nor delays them."""
+        return nullcontext() if self._side_stream is None else torch.cuda.stream(self._side_stream)
 
     def weight_tensors(self, profile: Profile, arena: Arena) -> dict[str, Tensor]:
         """Views of all weights by name; nothing is touched."""

@@ -28,7 +28,9 @@ from prism.messages import (
     Submit,
 )
 from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelId, ModelState, RequestId, WorkerId
+from prism.weights.link import Link
 from prism.weights.registrations import Registrations
+from prism.weights.transfers import NEVER
 from prism.worker import admission, turns
 from prism.worker.commands import carry_out
 from prism.worker.delivery import Delivery
@@ -61,6 +63,7 @@ class Worker:
         outbox: Outbox,
         jobs: Jobs,
         fetch: Fetch,
+        link: Link,
         clock: Callable[[], float],
         name: WorkerId,
         incarnation: Incarnation,
@@ -82,7 +85,9 @@ class Worker:
         self._rate = CompletionRate()
         self._delivery = Delivery(outbox, incarnation)
         self._patience = max(LEAST_PATIENCE, self.limits.min_residency)
-        self.residency = Residency(device, jobs, outbox, fetch, clock, self.max_batch_size)
+        self.residency = Residency(
+            device, jobs, outbox, fetch, link, registrations, clock, self.max_batch_size
+        )
         self.residency.worker_id = name
         self.reclaimer = Reclaimer(device, self.models, self.requests, self.evict, self.limits.min_residency)
 
@@ -191,6 +196,7 @@ class Worker:
 
     def _move_models(self, now: float) -> None:
         """Bring in what is wanted; those with the oldest requests first."""
+        self.residency.unmap_arenas()
         wanted = [m for m in self.models.values() if m.is_wanted or self.requests.of_model(m.name)]
         for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
             before = model.state
@@ -200,6 +206,10 @@ class Worker:
                 self._needs_admission = True
                 if model.state is ModelState.FAILED:
                     self.model_failed(model)
+        for model in self.models.values():
+            if model.load is not None:
+                tickets = self.requests.of_model(model.name)
+                model.load.deadline = min((t.next_deadline for t in tickets), default=NEVER)
 
     def _admit(self, now: float) -> None:
         for ticket in self.requests:

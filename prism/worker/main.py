@@ -45,6 +45,7 @@ from prism.metrics import Metrics
 from prism.transport import Envelope
 from prism.types import Bytes, GatewayId, Incarnation, ModelId, WorkerId
 from prism.weights.client import PackedWeights, fetch
+from prism.weights.link import ThreadLink
 from prism.weights.registrations import Registrations, RegistrationThread
 from prism.worker.device import Device
 from prism.worker.gauges import Gauges
@@ -235,6 +236,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
         return 1
     jobs = ThreadJobs()
     registrations = new_registrations(run_dir / "store.sock", device, config)
+    link = ThreadLink(device.copier)
     worker = Worker(
         config,
         device_config,
@@ -242,6 +244,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
         outbox=sockets,
         jobs=jobs,
         fetch=partial(fetch, run_dir / "store.sock"),
+        link=link,
         clock=SystemClock().now,
         name=WorkerId(name),
         incarnation=Incarnation(incarnation),
@@ -256,6 +259,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     sockets.to_agent(Ready(role=Role.WORKER, name=name, incarnation=incarnation, address=address))
     registering = None if registrations is None else RegistrationThread(registrations)
     process.run()
+    link.close()
     if registering is not None:
         registering.close()
     return 0

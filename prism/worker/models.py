@@ -71,6 +71,8 @@ class Model:
     profile: Profile | None = None
     arena: Arena | None = None
     weight_slabs: tuple[SlabId, ...] = ()
+    arena_slabs: tuple[SlabId, ...] = ()
+    """What its arena shows, or may show. After an eviction for a while: then they may be others' already."""
     kv: KvSpace | None = None
     engine: Engine | None = None
     load: Load | None = None

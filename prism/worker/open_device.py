@@ -11,6 +11,7 @@ from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
 from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType
+from prism.weights.copiers import HostCopier
 from prism.worker.device import Device
 
 
@@ -43,4 +44,4 @@ def cpu_device(driver: Driver, pool: SlabPool, name: str) -> Device:
         if spec.dtype is DType.BF16:
             kernels.cpu_linear.tune()
 
-    return Device(driver, pool, device, name, lambda _: kernels, lambda: None, prepare)
+    return Device(driver, pool, device, name, lambda _: kernels, lambda: None, prepare, HostCopier())

@@ -24,7 +24,10 @@ from prism.messages import (
 )
 from prism.types import Bytes, GatewayId, Incarnation, MiB, ModelId, SamplingParams, Slo, WorkerId
 from prism.weights.client import PackedWeights, pack_here
+from prism.weights.copiers import Copier
+from prism.weights.link import Traffic
 from prism.weights.protocol import WeightSource
+from prism.weights.transfers import Transfer
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker
 from prism.worker.open_device import cpu_device
@@ -41,6 +44,20 @@ class QueuedJobs:
 
     def start(self, work: Callable[[], JobEvent]) -> None:
         self.queue.append(work)
+
+
+class InlineLink:
+    """A link without a thread: who waits for a transfer does the copying."""
+
+    def __init__(self, copier: Copier) -> None:
+        self.traffic = Traffic(copier)
+
+    def start(self, transfer: Transfer) -> None:
+        self.traffic.add(transfer)
+
+    def wait(self, transfer: Transfer) -> None:
+        while not transfer.has_ended.is_set():
+            assert self.traffic.step() or transfer.has_ended.is_set()
 
 
 class RecordingOutbox:
@@ -111,6 +128,7 @@ class LocalWorker:
             outbox=self.outbox,
             jobs=self.jobs,
             fetch=self.fetch,
+            link=InlineLink(self.device.copier),
             clock=lambda: self.now,
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
