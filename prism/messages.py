@@ -188,7 +188,7 @@ class WeightsReady(Message, frozen=True, kw_only=True):
 
 
 class WeightsHeld(Message, frozen=True, kw_only=True):
-    """Packed weights are in host memory, whoever asked for them; sent to all workers, also to new ones."""
+    """Packed weights are in host memory: told to all workers when they are packed or asked for."""
 
     model: str
     total_bytes: int

@@ -169,13 +169,11 @@ class Agent:
         """Pack a model and tell whoever asked for it."""
         answer: WeightsReady | WeightsFailed
         try:
-            was_held = self._store.holds(ModelId(model))
-            if not was_held:
+            if not self._store.holds(ModelId(model)):
                 log.info("packing %s", model)
             size = await self._store.want(ModelId(model))
             answer = WeightsReady(model=model, total_bytes=size)
-            if not was_held:
-                self._tell_workers(WeightsHeld(model=model, total_bytes=size))
+            self._tell_workers(WeightsHeld(model=model, total_bytes=size))
         except Exception as error:  # whoever asked waits for an answer, whatever went wrong
             bug = None if isinstance(error, PrismError) else error
             log.error("packing %s failed: %s", model, error, exc_info=bug)

@@ -380,6 +380,7 @@ class Worker:
         """Conservation: every slab and every block has exactly one state and one owner."""
         self.device.pool.check()
         for model in self.models.values():
+            assert model.weight_slabs in ((), model.arena_slabs), f"{model.name}: slabs that no arena shows"
             if model.kv is not None:
                 model.kv.check()
                 assert set(model.kv.slabs) == set(self.device.pool.owned(KvOwner(model.name))), model.name

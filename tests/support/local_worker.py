@@ -27,6 +27,7 @@ from prism.weights.client import PackedWeights, pack_here
 from prism.weights.copiers import Copier
 from prism.weights.link import Traffic
 from prism.weights.protocol import WeightSource
+from prism.weights.registrations import Registrations
 from prism.weights.transfers import Transfer
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker
@@ -104,6 +105,7 @@ class LocalWorker:
         num_slabs: int,
         driver: Driver | None = None,
         model_options: dict[str, dict[str, Any]] | None = None,
+        registrations: Registrations | None = None,
         **device: Any,
     ) -> None:
         options = model_options or {}
@@ -132,6 +134,7 @@ class LocalWorker:
             clock=lambda: self.now,
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
+            registrations=registrations,
         )
 
     def fetch(self, model: ModelId) -> PackedWeights:

@@ -18,11 +18,12 @@ import msgspec
 import pytest
 
 from prism.errors import CheckpointError, HostMemoryError
-from prism.types import Bytes, MiB, ModelId, Seconds
+from prism.types import Address, Bytes, MiB, ModelId, Seconds
 from prism.weights import packing, server, shelf
 from prism.weights.client import PackedWeights, fetch, pack_here
 from prism.weights.packer import plan_source
 from prism.weights.protocol import Fetch, PackJob, WeightSource, file_bytes
+from prism.weights.registrations import Registrations, RegistrationThread
 from prism.weights.store import HostStore
 from tests.support import checkpoints
 from tests.weights.support import checkpoint_source, dummy_source, write_config
@@ -290,6 +291,40 @@ async def test_a_store_that_ends_recalls_its_loans(tmp_path: Path, sources: list
         assert not lent.is_recalled()
     assert lent.is_recalled()
     lent.close()
+
+
+class Pinner:
+    """Registers on paper."""
+
+    def __init__(self) -> None:
+        self.registered: set[Address] = set()
+
+    def register_host(self, address: Address, size: Bytes, *, read_only: bool = False) -> None:
+        self.registered.add(address)
+
+    def unregister_host(self, address: Address) -> None:
+        self.registered.remove(address)
+
+
+@in_loop
+async def test_registered_weights_make_room_for_others(tmp_path: Path, sources: list[WeightSource]) -> None:
+    """The store recalls what a worker's thread keeps registered, and packs in its place."""
+    async with running(tmp_path, sources, budget=size_of(sources[0])) as host_store:
+        pinner = Pinner()
+
+        def borrow(model: ModelId, *, writable: bool) -> PackedWeights:
+            return fetch(tmp_path / "store", model, writable=writable, cached=True)
+
+        registrations = Registrations(pinner, borrow, Bytes(64 * MiB), [A, B])
+        thread = RegistrationThread(registrations)
+        for model in (A, B):
+            registrations.announce(model, await host_store.want(model))
+            while not registrations.registered_bytes(model):
+                await asyncio.sleep(0)
+        assert host_store.holds(B) and not host_store.holds(A)
+        assert len(pinner.registered) == 1
+        await asyncio.to_thread(thread.close)
+        assert not pinner.registered
 
 
 # --- ahead -----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -231,13 +231,3 @@ def test_the_checksums_buffers_do_not_grow(packed: PackedWeights, gpu: torch.dev
     before = torch.cuda.memory_allocated()
     carry(Transfer(packed, slabs.places), copier)
     assert torch.cuda.max_memory_allocated() - before < MiB
-
-
-def timed(work: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    work()
-    torch.cuda.synchronize()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3

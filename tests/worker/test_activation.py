@@ -9,15 +9,23 @@ from typing import Any
 import pytest
 import torch
 
+from prism.config import Config
+from prism.errors import DriverError
 from prism.memory.failing import FailingDriver
 from prism.memory.host import HostDriver
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.memory.tensors import tensor_at
 from prism.messages import Activate, Evict
-from prism.types import Bytes, ModelId, ModelState
-from prism.weights.transfers import NEVER
+from prism.types import Address, Bytes, ModelId, ModelState
+from prism.weights.client import PackedWeights, pack_here
+from prism.weights.copiers import Piece
+from prism.weights.protocol import WeightSource
+from prism.weights.registrations import Registrations
+from prism.weights.transfers import NEVER, Transfer
 from prism.worker.loading import Load
+from prism.worker.main import new_registrations
 from prism.worker.models import Model, likely_order
+from prism.worker.reports import make_report
 from tests.support.checkpoints import make_model, reference, save
 from tests.support.local_worker import SLAB, InlineLink, LocalWorker
 
@@ -375,3 +383,112 @@ def test_kept_models_are_likeliest_then_those_used_last(start: Any) -> None:
     assert likely_order(local.worker.models.values()) == [B, A]
     model(local, A).pinned = True
     assert likely_order(local.worker.models.values()) == [A, B]
+
+
+# --- registered memory -----------------------------------------------------------------------------
+
+
+class Pinner:
+    """Registers everything, up to a limit."""
+
+    def __init__(self) -> None:
+        self.registered: dict[Address, Bytes] = {}
+        self.limit = 1000
+
+    def register_host(self, address: Address, size: Bytes, *, read_only: bool = False) -> None:
+        if len(self.registered) == self.limit:
+            raise DriverError("cuMemHostRegister", "CUDA_ERROR_OUT_OF_MEMORY")
+        self.registered[address] = size
+
+    def unregister_host(self, address: Address) -> None:
+        del self.registered[address]
+
+
+@pytest.fixture
+def pinner() -> Pinner:
+    return Pinner()
+
+
+@pytest.fixture
+def registrations(pinner: Pinner, paths: dict[str, Path]) -> Iterator[Registrations]:
+    def borrow(name: ModelId, *, writable: bool) -> PackedWeights:
+        return pack_here(WeightSource(model=name, path=str(paths[name])))
+
+    registrations = Registrations(pinner, borrow, Bytes(1 << 30), [ModelId(A), ModelId(B)])
+    yield registrations
+    registrations.close()
+    assert not pinner.registered
+
+
+def test_a_load_copies_from_what_is_registered(
+    start: Any, registrations: Registrations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = start(num_slabs=4, registrations=registrations)
+    with local.fetch(ModelId(A)) as packed:
+        local.worker.on_held(A, packed.total_bytes)
+    while registrations.step():
+        pass
+    seen, take = [], Transfer.take_piece
+
+    def watch(transfer: Transfer, chunk_bytes: Bytes) -> Piece:
+        piece = take(transfer, chunk_bytes)
+        seen.append(piece.is_registered)
+        registrations.prefer(())
+        registrations.step()  # which must not take away what the load copies from
+        return piece
+
+    monkeypatch.setattr(Transfer, "take_piece", watch)
+    for name in (A, B):
+        local.submit(name, name, PROMPT, max_tokens=8)
+        local.run()
+        assert right(local, name, name)
+    assert seen == [True, False]
+
+
+def test_models_of_other_devices_are_not_registered(
+    start: Any, registrations: Registrations, paths: dict[str, Path]
+) -> None:
+    local = start(num_slabs=4, registrations=registrations)
+    config = model(local, A).config
+    model(local, A).config = config.model_copy(update={"device": 1})
+    model(local, B).config = config.model_copy(update={"device": 0, "name": B})
+    for name in (A, B):
+        local.worker.on_held(name, Bytes(1000))
+    while registrations.step():
+        pass
+    assert registrations.registered_bytes(ModelId(A)) == 0
+    assert registrations.registered_bytes(ModelId(B)) == 1000
+
+
+def test_the_report_tells_what_is_registered_and_what_is_not(
+    start: Any, pinner: Pinner, registrations: Registrations
+) -> None:
+    local = start(num_slabs=4, registrations=registrations)
+    pinner.limit = 1
+    for name in (A, B):
+        local.worker.on_held(name, Bytes(1000))
+    while registrations.step():
+        pass
+    report = make_report(local.worker, local.now)
+    assert report.registered_bytes == 1000
+    assert report.registration_error == "qwen3: cuMemHostRegister failed: CUDA_ERROR_OUT_OF_MEMORY"
+    assert [each.registered_bytes for each in report.models] == [1000, 0]
+
+
+def test_without_a_device_that_gains_by_it_nothing_is_registered(start: Any) -> None:
+    local = start(num_slabs=4)
+    local.worker.on_held(A, Bytes(1000))
+    report = make_report(local.worker, local.now)
+    assert report.registered_bytes == 0 and report.registration_error is None
+    assert new_registrations(Path("store.sock"), local.device, local.config) is None
+
+
+def test_what_may_be_registered_is_configured(start: Any, pinner: Pinner) -> None:
+    local = start(num_slabs=4)
+    local.device.pinner = pinner
+    for registered, expected in (("0", None), (None, 16 << 30), ("3GiB", 3 << 30)):
+        config = Config.model_validate(
+            {"models": [{"name": A, "path": "."}], "host_memory": {"registered": registered}}
+        )
+        made = new_registrations(Path("store.sock"), local.device, config)
+        assert (None if made is None else made._budget) == expected
