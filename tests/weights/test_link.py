@@ -71,6 +71,7 @@ class FakeCopy:
         def wait() -> None:
             assert copier.flying.pop(0) == number, "not in order"
             if number == copier.bad_wait:
+                copier.bad_wait = None
                 raise RuntimeError("did not arrive")
 
         return wait
@@ -144,6 +145,19 @@ def test_a_failure_ends_its_transfer_alone(copier: FakeCopier, traffic: Traffic,
     assert all(transfer.has_ended.is_set() for transfer in transfers)
     assert transfers[0].has_arrived and transfers[2].has_arrived
     assert before <= transfers[1].arrived <= before + 2 * MiB
+
+
+def test_what_follows_a_lost_piece_has_not_arrived(copier: FakeCopier, traffic: Traffic) -> None:
+    """All that lies below `arrived` may be read, and the piece behind the lost one is still on its way."""
+    transfer = copier.transfer(1)
+    traffic.add(transfer)
+    run(traffic, 6)
+    before = transfer.arrived
+    assert len(copier.flying) == copier.depth == 2 and before
+    copier.bad_wait = 1
+    run(traffic)
+    assert transfer.arrived == before and not copier.flying
+    assert str(transfer.error) == "did not arrive"
 
 
 def test_nothing_has_ended_while_a_piece_of_it_is_on_its_way(copier: FakeCopier, traffic: Traffic) -> None:

@@ -327,10 +327,16 @@ def test_a_load_that_was_called_off_too_late_ends_all_the_same(start: Any) -> No
     local.worker.on_command(Evict(epoch=1, command_id=2, model=A))
     local.worker.on_job(event)
     assert model(local, A).state is ModelState.COLD and local.device.pool.num_free == 4
-    assert not model(local, A).arena.is_empty  # type: ignore[union-attr]
-    run_job(local)
-    assert model(local, A).arena.is_empty  # type: ignore[union-attr]
     assert [done.error is None for done in local.outbox.done] == [False, True]
+    local.submit("r", A, PROMPT, max_tokens=8)
+    for _ in range(3):  # it is wanted again, but its arena must be empty before it is mapped
+        advance(local)
+        assert not model(local, A).arena.is_empty  # type: ignore[union-attr]
+        assert model(local, A).is_waiting_for_slabs and len(local.jobs.queue) == 1
+    run_job(local)
+    begin_load(local, A)
+    local.run()
+    assert right(local, "r", A)
 
 
 def test_unloading_a_model_that_is_fetched_forgets_it(start: Any) -> None:
