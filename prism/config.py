@@ -105,8 +105,10 @@ class DeviceConfig(_Section):
     """CPU threads for the mathematics; 0 takes all cores."""
     max_batch_tokens: int = Field(default=2048, ge=1)
     """Most tokens of one step, prompts and decodes together."""
-    max_batch_size: int = Field(default=256, ge=1)
+    max_batch_size: int = Field(default=256, ge=1, le=1024)
     """Most sequences of one step."""
+    lanes: int = Field(default=2, ge=1, le=8)
+    """Steps of so many models at a time on a GPU; each lane has workspaces of its own. A CPU has one."""
 
     @model_validator(mode="after")
     def _whole_slabs(self) -> DeviceConfig:

@@ -64,7 +64,7 @@ def prism_logits(directory: Path, prompt: list[int]) -> torch.Tensor:
     slabs = device.pool.take(WeightsOwner(name), profile.weight_slabs)
     arena.map([device.pool.handle(slab) for slab in slabs])
     places = Places(tuple(device.pool.address(slab) for slab in slabs), device.slab_bytes)
-    link = ThreadLink(device.copier)
+    link = ThreadLink(device.backend.copier)
     with pack_here(WeightSource(model=name, path=str(directory))) as packed:
         transfer = Transfer(packed, places)
         link.start(transfer)

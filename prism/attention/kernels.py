@@ -1,7 +1,7 @@
 """The interface between models and what a device can do fast.
 
-A `Kernels` object belongs to one lane: it owns the scratch memory of its operations. `plan` is called once a
-step, with the step's layout; the plan then serves all layers.
+A `Kernels` object belongs to one lane: it owns the scratch memory of its operations. A backend makes a plan
+once a step; it serves all layers.
 """
 
 from __future__ import annotations
@@ -50,41 +50,62 @@ class AttentionPlan(Protocol):
     """What a backend computed for one batch; only that backend looks inside."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Hidden states between layers: `[tokens, hidden]`, plus what the next norm has still to add to them."""
+
+    residual: Tensor
+    delta: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Stream:
+        """Some tokens only."""
+        return Stream(self.residual[index], None if self.delta is None else self.delta[index])
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Weights `[dim]` of the norms of query and key heads."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+
+
 class Kernels(Protocol):
-    """Operations that a model's layers are made of. Shapes: tokens of all sequences are concatenated."""
+    """Operations that a model's layers are made of. Shapes: tokens of all sequences are concatenated.
+
+    Cut where backends can fuse: what stands before or behind a product of matrices belongs to it. A stream
+    that was passed in is used up.
+    """
 
     device: torch.device
 
-    def plan(self, batch: BatchLayout, kv: KvView, num_heads: int) -> AttentionPlan:
-        """Prepare attention for one batch over one model's KV."""
-        ...
+    def attention(
+        self, plan: AttentionPlan, layer: int, qkv: Tensor, norms: HeadNorms | None, cos_sin: Tensor
+    ) -> Tensor:
+        """Norm and rotate heads, store keys and values, attend causally.
 
-    def attention(self, plan: AttentionPlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v, `[tokens, kv_heads, dim]`, then attend causally with q `[tokens, heads, dim]`.
-
-        Returns `[tokens, heads, dim]`.
+        `qkv [tokens, heads + 2 kv_heads, dim]`; `cos_sin [positions, dim]` fp32 holds cosines, then sines.
+        Returns `[tokens, heads * dim]`.
         """
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x [tokens, in]` times `weight [out, in]` transposed."""
+    def norm_linear(
+        self,
+        stream: Stream,
+        norm: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Stream]:
+        """The stream's RMS norm times `weight [out, in]` transposed, into `out` if that is given."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root mean square norm over the last dimension."""
+    def norm_gate_up(self, stream: Stream, norm: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Stream]:
+        """silu(first half) times second half of the norm times `weight [2 out, in]` transposed."""
         ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual); both arguments may be overwritten."""
-        ...
-
-    def rope(self, heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
-        """Rotate `heads [tokens, heads, dim]`, which may be overwritten.
-
-        `cos_sin [positions, dim]` holds cosines, then sines, in fp32.
-        """
-        ...
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(first half) times second half of the last dimension."""
+    def add_linear(self, stream: Stream, x: Tensor, weight: Tensor, bias: Tensor | None) -> Stream:
+        """The stream plus `x [tokens, in]` times `weight [out, in]` transposed."""
         ...

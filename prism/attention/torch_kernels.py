@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prism.attention.cpu_linear import CpuLinear
-from prism.attention.kernels import AttentionPlan, BatchLayout, KvView
+from prism.attention.kernels import AttentionPlan, BatchLayout, HeadNorms, KvView, Stream
 from prism.attention.slots import token_slots
 
 
@@ -42,11 +42,12 @@ class TorchPlan:
     """One batch over one KV view."""
 
     kv: KvView
+    num_heads: int
+    positions: Tensor  # [tokens]
     blocks: Tensor  # [tokens] block of each new token
     offsets: Tensor  # [tokens] place in the block
     decodes: _Decodes | None
     prompts: tuple[_Prompt, ...]
-    is_grouped: bool  # fewer KV heads than query heads
 
 
 class TorchKernels:
@@ -68,6 +69,8 @@ class TorchKernels:
         blocks, offsets = token_slots(batch, kv.tokens_per_block)
         return TorchPlan(
             kv=kv,
+            num_heads=num_heads,
+            positions=self._index(_positions(batch)),
             blocks=self._index(blocks),
             offsets=self._index(offsets),
             decodes=self._plan_decodes(batch, single, starts, kv) if single else None,
@@ -76,7 +79,6 @@ class TorchKernels:
                 for i, length in enumerate(batch.query_lens)
                 if length > 1
             ),
-            is_grouped=kv.pages.shape[4] != num_heads,
         )
 
     def _index(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
@@ -104,12 +106,21 @@ class TorchKernels:
         table = self._index(batch.tables[i][:num_blocks])
         return _Prompt(slice(start, start + query), table, context, mask)
 
-    def attention(self, plan: AttentionPlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k and v to their slots, then attend."""
+    def attention(
+        self, plan: AttentionPlan, layer: int, qkv: Tensor, norms: HeadNorms | None, cos_sin: Tensor
+    ) -> Tensor:
+        """See `Kernels.attention`."""
         assert isinstance(plan, TorchPlan)
         pages = plan.kv.pages[:, layer]  # [unit, 2, token, kv_head, dim]
+        heads, kv_heads = plan.num_heads, pages.shape[3]
+        v = qkv[:, heads + kv_heads :]
+        rotated = self._rope(_norm_heads(qkv[:, : heads + kv_heads], heads, norms), plan.positions, cos_sin)
+        q, k = rotated[:, :heads], rotated[:, heads:]
         pages[plan.blocks, 0, plan.offsets] = k
         pages[plan.blocks, 1, plan.offsets] = v
+        return self._attend(plan, pages, q).flatten(1)
+
+    def _attend(self, plan: TorchPlan, pages: Tensor, q: Tensor) -> Tensor:
         if plan.decodes is not None and not plan.prompts:
             return _attend_decodes(plan.decodes, pages, q)
         out = torch.empty_like(q)
@@ -119,22 +130,31 @@ class TorchKernels:
             out[prompt.rows] = _attend_prompt(plan, prompt, pages, q)
         return out
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """On a CPU, in the form that was found to be the fastest there."""
-        return self.cpu_linear(x, weight, bias)
+    def norm_linear(
+        self,
+        stream: Stream,
+        norm: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Stream]:
+        """See `Kernels.norm_linear`."""
+        x, stream = _norm_stream(stream, norm, eps)
+        result = self.cpu_linear(x, weight, bias)
+        return (result if out is None else out.copy_(result)), stream
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """In fp32, rounded before the weight is applied, as the reference models do."""
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, x.shape[-1:], weight, eps)
-        return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight
+    def norm_gate_up(self, stream: Stream, norm: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Stream]:
+        """See `Kernels.norm_gate_up`."""
+        x, stream = _norm_stream(stream, norm, eps)
+        gate, up = self.cpu_linear(x, weight).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up), stream
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Add, then norm."""
-        residual = residual + x
-        return self.rms_norm(residual, weight, eps), residual
+    def add_linear(self, stream: Stream, x: Tensor, weight: Tensor, bias: Tensor | None) -> Stream:
+        """See `Kernels.add_linear`."""
+        return Stream(stream.residual, self.cpu_linear(x, weight, bias))
 
-    def rope(self, heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    def _rope(self, heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
         """Rotation of the two halves of each head, in fp32."""
         cos, sin = self._angles(positions, cos_sin)
         first, second = heads.float().chunk(2, dim=-1)
@@ -149,10 +169,30 @@ class TorchKernels:
             known = self._rotation = (positions, cos_sin, cos, sin)
         return known[2], known[3]
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """Two halves of one matrix product."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In fp32, rounded before the weight is applied, as the reference models do."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight
+
+
+def _norm_stream(stream: Stream, norm: Tensor, eps: float) -> tuple[Tensor, Stream]:
+    residual = stream.residual if stream.delta is None else stream.residual + stream.delta
+    return rms_norm(residual, norm, eps), Stream(residual)
+
+
+def _norm_heads(qk: Tensor, num_heads: int, norms: HeadNorms | None) -> Tensor:
+    if norms is None:
+        return qk
+    q = rms_norm(qk[:, :num_heads], norms.query, norms.eps)
+    k = rms_norm(qk[:, num_heads:], norms.key, norms.eps)
+    return torch.cat((q, k), dim=1)
+
+
+def _positions(batch: BatchLayout) -> list[int]:
+    lens = zip(batch.query_lens, batch.context_lens, strict=True)
+    return [position for query, context in lens for position in range(context - query, context)]
 
 
 def _attend_decodes(decodes: _Decodes, pages: Tensor, q: Tensor) -> Tensor:
@@ -178,6 +218,6 @@ def _attend_prompt(plan: TorchPlan, prompt: _Prompt, pages: Tensor, q: Tensor) -
         v.unsqueeze(0),
         attn_mask=prompt.mask,
         is_causal=prompt.mask is None,
-        enable_gqa=plan.is_grouped,
+        enable_gqa=plan.num_heads != pages.shape[3],
     )
     return out.squeeze(0).transpose(0, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from prism.engine.kv_blocks import KvSpace
 from prism.engine.runner import InFlight, Runner
 from prism.engine.sampler import Sampled
-from prism.engine.scheduler import Scheduler, Step
+from prism.engine.scheduler import Scheduler, Slots, Step
 from prism.engine.sequence import Sequence
 from prism.messages import ResumedChoice, TokenLogprob
 from prism.types import FinishReason, RequestId, SamplingParams
@@ -39,11 +39,15 @@ class Drawn:
 class Engine:
     """Sequences, blocks and runner of one model."""
 
-    def __init__(self, kv: KvSpace, runner: Runner, *, max_len: int, max_batch_size: int) -> None:
+    def __init__(
+        self, kv: KvSpace, runner: Runner, slots: Slots, *, max_len: int, max_batch_size: int
+    ) -> None:
         self.kv = kv
         self.runner = runner
         self.max_len = max_len
-        self.scheduler = Scheduler(kv, max_batch_size)
+        self.num_queued = 0
+        """Steps that have been run and not committed."""
+        self.scheduler = Scheduler(kv, max_batch_size, slots)
 
     @property
     def is_idle(self) -> bool:
@@ -52,7 +56,7 @@ class Engine:
 
     def attach(self, kv: KvSpace) -> None:
         """Start afresh on other blocks; only while idle (the model's memory has left and returned)."""
-        assert self.is_idle
+        assert self.is_idle and not self.num_queued
         self.kv = kv
         self.scheduler.kv = kv
 
@@ -88,6 +92,7 @@ class Engine:
 
     def suspend(self) -> dict[RequestId, list[ResumedChoice]]:
         """Drop all sequences; returns what each unfinished choice had produced, so that it can go on."""
+        assert not self.num_queued, "tokens on their way would be lost"
         suspended: dict[RequestId, list[ResumedChoice]] = {}
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self.scheduler.remove(sequence)
@@ -114,16 +119,21 @@ class Engine:
 
     def run(self, step: Step) -> InFlight:
         """Queue a step on the device."""
+        self.num_queued += 1
         return self.runner.run(step)
 
     def commit(self, flight: InFlight) -> list[Drawn]:
-        """Account for a step that has run; sequences that ended are gone afterwards."""
+        """Account for the oldest queued step, which has run; sequences that ended are gone afterwards."""
+        self.num_queued -= 1
         for chunk in flight.step.chunks:
             chunk.sequence.is_started = True
+        drawn = []
+        for sequence, draw in zip(flight.sampled, flight.draws(), strict=True):
+            sequence.num_pending -= 1
+            if not sequence.is_ended:
+                drawn.append(self._take(sequence, draw))
         self.scheduler.computed(flight.step)
-        return [
-            self._take(sequence, draw) for sequence, draw in zip(flight.sampled, flight.draws, strict=True)
-        ]
+        return drawn
 
     def _take(self, sequence: Sequence, draw: Sampled) -> Drawn:
         index = sequence.num_output

@@ -1,66 +1,60 @@
-"""Runs one engine's steps on the device: builds inputs, calls the model, draws tokens."""
+"""What an engine asks of a device: run a step, and tell later what it drew."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-
-from prism.attention.kernels import BatchLayout, Kernels, KvView
-from prism.engine.sampler import Sampled, sample
+from prism.attention.kernels import KvView
+from prism.engine.sampler import Sampled
 from prism.engine.scheduler import Step
 from prism.engine.sequence import Sequence
-from prism.models.decoder import Decoder
+
+
+class InFlight(Protocol):
+    """A step on the device. Steps of one lane run in the order in which they were queued."""
+
+    @property
+    def step(self) -> Step:
+        """What was queued."""
+        ...
+
+    @property
+    def sampled(self) -> tuple[Sequence, ...]:
+        """Sequences for which it draws a token, in the order of `draws`."""
+        ...
+
+    def is_done(self) -> bool:
+        """It has run."""
+        ...
+
+    def draws(self) -> list[Sampled]:
+        """Its tokens; waits until it has run."""
+        ...
+
+
+class Runner(Protocol):
+    """A model bound to its KV and its lane."""
+
+    kv: KvView
+
+    def run(self, step: Step) -> InFlight:
+        """Queue a step: compute its KV and draw its tokens."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class InFlight:
-    """A step on the device and what it drew, in the order of `sampled`."""
+class Done:
+    """A step that had run when it was handed out."""
 
     step: Step
     sampled: tuple[Sequence, ...]
-    draws: list[Sampled]
+    drawn: list[Sampled]
 
+    def is_done(self) -> bool:
+        """Always."""
+        return True
 
-class Runner:
-    """Binds a model to its KV view and its lane's kernels."""
-
-    def __init__(self, model: Decoder, kernels: Kernels, kv: KvView) -> None:
-        self.model = model
-        self.kernels = kernels
-        self.kv = kv
-
-    @torch.inference_mode()
-    def run(self, step: Step) -> InFlight:
-        """Compute a step's KV and draw its tokens."""
-        device = self.kernels.device
-        tokens: list[int] = []
-        positions: list[int] = []
-        last_rows: list[int] = []
-        for sequence, start, length, samples in step.chunks:
-            tokens += sequence.tokens[start : start + length]
-            positions += range(start, start + length)
-            if samples:
-                last_rows.append(len(tokens) - 1)
-        plan = self.kernels.plan(_layout(step), self.kv, self.model.spec.num_heads)
-        hidden = self.model.hidden(
-            self.kernels,
-            plan,
-            torch.tensor(tokens, dtype=torch.int64, device=device),
-            torch.tensor(positions, dtype=torch.int64, device=device),
-        )
-        sampled = tuple(chunk.sequence for chunk in step.chunks if chunk.samples)
-        draws: list[Sampled] = []
-        if sampled:
-            rows = torch.tensor(last_rows, device=device)
-            draws = sample(self.model.logits(self.kernels, hidden[rows]), sampled)
-        return InFlight(step, sampled, draws)
-
-
-def _layout(step: Step) -> BatchLayout:
-    return BatchLayout(
-        query_lens=[chunk.length for chunk in step.chunks],
-        context_lens=[chunk.start + chunk.length for chunk in step.chunks],
-        tables=[chunk.sequence.blocks for chunk in step.chunks],
-        new_blocks=step.new_blocks,
-    )
+    def draws(self) -> list[Sampled]:
+        """See `InFlight.draws`."""
+        return self.drawn

@@ -34,7 +34,7 @@ def sample(logits: Tensor, rows: Seq[Sequence]) -> list[Sampled]:
         _adjust(logits[index], row)
     tokens = torch.argmax(logits, dim=-1)
     for needs_order in (False, True):  # apart, since an inversion depends on the order of the tokens
-        drawn = [i for i, r in enumerate(rows) if r.params.temperature > 0 and _is_cut(r) is needs_order]
+        drawn = [i for i, r in enumerate(rows) if r.params.temperature > 0 and is_cut(r) is needs_order]
         if drawn:
             tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn], needs_order)
     chosen = tokens.tolist()
@@ -59,46 +59,69 @@ def _adjust(logits: Tensor, row: Sequence) -> None:
         tokens = torch.tensor(list(row.counts), device=logits.device)
         counts = torch.tensor(list(row.counts.values()), dtype=torch.float32, device=logits.device)
         logits[tokens] -= params.frequency_penalty * counts + params.presence_penalty
-    if row.num_output < params.min_tokens and params.stop_token_ids:
+    if row.draw_index < params.min_tokens and params.stop_token_ids:
         logits[list(params.stop_token_ids)] = -torch.inf
 
 
-def _is_cut(row: Sequence) -> bool:
+def is_cut(row: Sequence) -> bool:
+    """Whether only the likeliest tokens can be drawn."""
     return bool(row.params.top_k) or row.params.top_p < 1.0
 
 
 def _draw(logits: Tensor, rows: Seq[Sequence], needs_order: bool) -> Tensor:
-    """Tokens `[rows]` by inversion of each row's filtered distribution."""
-    device = logits.device
     params = [row.params for row in rows]
-    temperature = torch.tensor([p.temperature for p in params], device=device).clamp_min(1e-5)
-    probs = torch.softmax(logits / temperature[:, None], dim=-1)
+
+    def on_device(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits.device)
+
+    return draw(
+        logits,
+        temperature=on_device([p.temperature for p in params]),
+        top_k=on_device([p.top_k for p in params], torch.int32),
+        top_p=on_device([p.top_p for p in params]),
+        min_p=on_device([p.min_p for p in params]),
+        uniforms=on_device([uniform(r.params.seed, r.choice, r.draw_index) for r in rows], torch.float64),
+        needs_order=needs_order,
+    )
+
+
+def draw(
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    uniforms: Tensor,
+    needs_order: bool,
+) -> Tensor:
+    """Tokens `[rows]` by inversion of each row's filtered distribution; nothing waits for the device.
+
+    `logits [rows, vocabulary]` fp32, all else `[rows]`; `top_k` 0 keeps all. Rows of one call have all some
+    top_k or top_p (`needs_order`) or none.
+    """
+    probs = torch.softmax(logits / temperature.clamp_min(1e-5)[:, None], dim=-1)
     order = None
     if needs_order:
         probs, order = probs.sort(dim=-1, descending=True, stable=True)
-    if any(p.min_p for p in params):
-        floor = torch.tensor([p.min_p for p in params], device=device)[:, None]
-        probs = probs.masked_fill(probs < floor * probs.amax(dim=-1, keepdim=True), 0.0)
+    probs = probs.masked_fill(probs < min_p[:, None] * probs.amax(dim=-1, keepdim=True), 0.0)
     if order is not None:
-        probs = _filter_sorted(probs, rows)
+        probs = _filter_sorted(probs, top_k, top_p)
     cumulative = probs.double().cumsum(dim=-1)
-    numbers = [uniform(row.params.seed, row.choice, row.num_output) for row in rows]
-    target = torch.tensor(numbers, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
-    places = torch.searchsorted(cumulative, target, right=True)
-    last = (probs > 0).long().mul(torch.arange(probs.shape[-1], device=device)).amax(dim=-1, keepdim=True)
+    places = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    numbers = torch.arange(probs.shape[-1], device=probs.device)
+    last = (probs > 0).long().mul(numbers).amax(dim=-1, keepdim=True)
     places = torch.minimum(places, last)
     return (places if order is None else order.gather(-1, places)).squeeze(-1)
 
 
-def _filter_sorted(probs: Tensor, rows: Seq[Sequence]) -> Tensor:
+def _filter_sorted(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Keep the top_k likeliest, then the fewest that reach top_p; `probs` descends."""
-    device, size = probs.device, probs.shape[-1]
-    top_k = torch.tensor([row.params.top_k or size for row in rows], device=device)[:, None]
-    probs = probs.masked_fill(torch.arange(size, device=device)[None] >= top_k, 0.0)
-    top_p = torch.tensor([row.params.top_p for row in rows], dtype=torch.float64, device=device)[:, None]
+    places = torch.arange(probs.shape[-1], device=probs.device)[None]
+    probs = probs.masked_fill((top_k[:, None] > 0) & (places >= top_k[:, None]), 0.0)
     cumulative = probs.double().cumsum(dim=-1)
     before = cumulative - probs
-    drop = (before >= top_p * cumulative[:, -1:]) & (top_p < 1.0)
+    drop = (before >= top_p.double()[:, None] * cumulative[:, -1:]) & (top_p[:, None] < 1.0)
     drop[:, 0] = False
     return probs.masked_fill(drop, 0.0)
 

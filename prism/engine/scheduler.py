@@ -1,8 +1,10 @@
 """What an engine runs next: which sequences, and how many tokens of each.
 
 Pure: it mutates sequences and blocks and knows neither torch nor time. Decodes and prompt chunks share
-a step. Memory is asked for beforehand by the worker (`blocks_wanted`); what could not be had bounds the
-step, and when even the decodes do not fit, the youngest sequence gives its blocks back and is recomputed.
+a step. A step is made while the ones before it are still queued: it counts their tokens as computed, and
+the tokens that they draw as pending. Memory is asked for beforehand by the worker (`blocks_wanted`); what
+could not be had bounds the step, and when even the decodes do not fit, the youngest sequence gives its blocks
+back and is recomputed.
 """
 
 from __future__ import annotations
@@ -39,12 +41,33 @@ class Step:
         return sum(chunk.length for chunk in self.chunks)
 
 
+class Slots:
+    """Rows of a lane's device tables; row 0 is nobody's."""
+
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count, 0, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Rows that can be taken."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """The lowest free row that was given back last."""
+        return self._free.pop()
+
+    def put(self, slot: int) -> None:
+        """A row's sequence is gone."""
+        self._free.append(slot)
+
+
 class Scheduler:
     """Sequences of one model, oldest first, and their blocks."""
 
-    def __init__(self, kv: KvSpace, max_batch_size: int) -> None:
+    def __init__(self, kv: KvSpace, max_batch_size: int, slots: Slots) -> None:
         self.kv = kv
         self.max_batch_size = max_batch_size
+        self._slots = slots
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []  # admitted and not started, or preempted
         self.num_preemptions = 0
@@ -57,7 +80,11 @@ class Scheduler:
         insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence has ended or is cancelled; its blocks go back."""
+        """A sequence has ended or is cancelled; its blocks go back.
+
+        Queued steps may still read and write them: whoever gets them next is queued behind those.
+        """
+        sequence.is_ended = True
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -81,9 +108,11 @@ class Scheduler:
         num_running = len(self.running)
         for place, sequence in enumerate([*self.running, *self.waiting][: self.max_batch_size]):
             held, computed = len(sequence.blocks), sequence.num_computed
+            if not sequence.can_step:
+                continue
             if place >= num_running:
                 held, computed = self._prefix(sequence)
-            length = min(len(sequence.tokens) - computed, budget)
+            length = min(sequence.num_total - computed, budget)
             if length == 0:
                 break
             budget -= length
@@ -99,7 +128,8 @@ class Scheduler:
     def schedule(self, budget: int) -> Step | None:
         """The next step of at most `budget` tokens, or None when nothing can run.
 
-        1. Running sequences in order: one token each for decodes, a chunk for unfinished prompts.
+        1. Running sequences in order: one token each for decodes, a chunk for unfinished prompts. Those that
+           can only go on when tokens on their way are known sit out.
         2. A running sequence without room takes it from the youngest running one (which may be itself).
         3. Waiting sequences, prefix cache first, as far as budget, batch size and blocks reach.
         """
@@ -108,10 +138,13 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:  # 1; preemption shortens the list from its end
             sequence = self.running[index]
+            if not sequence.can_step:
+                index += 1
+                continue
             length = self._make_room(sequence, min(sequence.num_missing, budget), fresh)  # 2
             if length:
                 budget -= length
-                chunks.append(_chunk(sequence, length))
+                chunks.append(_take(sequence, length))
                 index += 1
         self._start_waiting(budget, chunks, fresh)  # 3
         return Step(tuple(chunks), tuple(fresh)) if chunks else None
@@ -130,6 +163,8 @@ class Scheduler:
     def _extend(self, sequence: Sequence, length: int, fresh: list[BlockId]) -> int:
         """Give the sequence blocks for `length` tokens, or for as many as the free blocks hold."""
         layout = self.kv.layout
+        if sequence.num_computed + length <= len(sequence.blocks) * layout.tokens_per_block:
+            return length
         room = (len(sequence.blocks) + self.kv.num_free) * layout.tokens_per_block
         length = min(length, room - sequence.num_computed)
         if length <= 0:
@@ -143,11 +178,12 @@ class Scheduler:
 
     def _start_waiting(self, budget: int, chunks: list[Chunk], fresh: list[BlockId]) -> None:
         passed: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
+        while self.waiting and budget > 0 and self._has_place():
             sequence = self.waiting.pop(0)
-            if self._must_follow(sequence):
+            if sequence.num_pending or self._must_follow(sequence):
                 passed.append(sequence)
                 continue
+            sequence.slot = self._slots.take()
             self._match_prefix(sequence)
             length = self._extend(sequence, min(sequence.num_missing, budget), fresh)
             if length == 0:
@@ -156,8 +192,16 @@ class Scheduler:
                 break
             insort(self.running, sequence, key=_rank)
             budget -= length
-            chunks.append(_chunk(sequence, length))
+            chunks.append(_take(sequence, length))
         self.waiting[:0] = passed
+
+    def _has_place(self) -> bool:
+        return len(self.running) < self.max_batch_size and self._slots.num_free > 0
+
+    @property
+    def has_work(self) -> bool:
+        """A step could be made now, memory permitting."""
+        return any(s.can_step for s in self.running) or any(not s.num_pending for s in self.waiting)
 
     def _must_follow(self, sequence: Sequence) -> bool:
         """A request's later choices wait until the first one has computed the prompt that they share."""
@@ -179,14 +223,16 @@ class Scheduler:
     # --- afterwards ----------------------------------------------------------------------------------
 
     def computed(self, step: Step) -> None:
-        """The step's KV is written: count it and publish the blocks that are full now."""
+        """The step has run: publish the blocks that are full of known tokens now."""
+        size = self.kv.layout.tokens_per_block
         for chunk in step.chunks:
             sequence = chunk.sequence
-            sequence.num_computed = chunk.start + chunk.length
-            self._publish(sequence)
+            if not sequence.is_ended and (sequence.num_published + 1) * size <= sequence.num_computed:
+                self._publish(sequence)
 
     def _publish(self, sequence: Sequence) -> None:
-        keys = sequence.full_keys(self.kv.layout.tokens_per_block, sequence.num_computed)
+        known = min(sequence.num_computed, len(sequence.tokens))
+        keys = sequence.full_keys(self.kv.layout.tokens_per_block, known)
         for index in range(sequence.num_published, len(keys)):
             self.kv.publish(sequence.blocks[index], keys[index])
         sequence.num_published = len(keys)
@@ -210,18 +256,30 @@ class Scheduler:
         sequence.blocks = []
         sequence.num_computed = 0
         sequence.num_published = 0
+        if sequence.slot is not None:
+            self._slots.put(sequence.slot)
+        sequence.slot = None
+        sequence.num_tabled = 0
+        sequence.is_token_placed = False
 
     def rename_blocks(self, moves: tuple[Move, ...]) -> None:
         """Blocks have moved: rewrite the tables that name them."""
         target = dict(moves)
         for sequence in self.running:
-            sequence.blocks = [target.get(block, block) for block in sequence.blocks]
+            moved = [i for i, block in enumerate(sequence.blocks) if block in target]
+            for index in moved:
+                sequence.blocks[index] = target[sequence.blocks[index]]
+            sequence.num_tabled = min([sequence.num_tabled, *moved[:1]])
 
 
 def _rank(sequence: Sequence) -> tuple[float, str, int]:
     return sequence.rank
 
 
-def _chunk(sequence: Sequence, length: int) -> Chunk:
+def _take(sequence: Sequence, length: int) -> Chunk:
+    """The next `length` tokens of a sequence, counted as computed from now on."""
     start = sequence.num_computed
-    return Chunk(sequence, start, length, start + length == len(sequence.tokens))
+    sequence.num_computed += length
+    samples = sequence.num_computed == sequence.num_total
+    sequence.num_pending += samples
+    return Chunk(sequence, start, length, samples)

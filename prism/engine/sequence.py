@@ -12,8 +12,11 @@ from prism.types import BlockId, FinishReason, RequestId, SamplingParams
 class Sequence:
     """Tokens of a choice and where their KV is.
 
-    tokens   [ prompt ............. | output ........ ]
-    KV       [ num_computed ............ )              the rest has still to be computed
+    tokens   [ prompt ............. | output ........ ]( num_pending )
+    KV       [ num_computed ........................ )
+
+    A step is queued before the tokens of the step before it are known: `num_pending` are drawn by queued
+    steps, and the KV is there once those have run.
     """
 
     request_id: RequestId
@@ -26,6 +29,16 @@ class Sequence:
     max_len: int
     """Context length of the model: the choice ends when `tokens` reaches it."""
     num_computed: int = 0
+    num_pending: int = 0
+    """Tokens that queued steps draw."""
+    is_ended: bool = False
+    """It is gone; what queued steps still draw for it is dropped."""
+    slot: int | None = None
+    """Its row in the lane's device tables while it has blocks."""
+    num_tabled: int = 0
+    """Blocks that the row knows."""
+    is_token_placed: bool = False
+    """The row knows its newest token."""
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
     blocks: list[BlockId] = field(default_factory=list)
@@ -35,6 +48,13 @@ class Sequence:
     is_started: bool = False
     counts: dict[int, int] = field(default_factory=dict)
     """Occurrences of each output token, for penalties."""
+    needs_history: bool = field(init=False)
+    """Its draws need its earlier tokens on the host, or report more than a token."""
+
+    def __post_init__(self) -> None:
+        p = self.params
+        penalties = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
+        self.needs_history = bool(penalties or p.logit_bias or p.min_tokens or p.logprobs is not None)
 
     @property
     def rank(self) -> tuple[float, RequestId, int]:
@@ -47,9 +67,35 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def num_total(self) -> int:
+        """Tokens, those included that are on their way."""
+        return len(self.tokens) + self.num_pending
+
+    @property
     def num_missing(self) -> int:
         """Tokens whose KV must be computed before the next one can be drawn."""
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def draw_index(self) -> int:
+        """Index in the output of the token that the newest queued step draws."""
+        return len(self.tokens) - self.prompt_len + self.num_pending - 1
+
+    @property
+    def can_step(self) -> bool:
+        """Another step makes sense now.
+
+        1. Not if the tokens on their way are the last ones.
+        2. Without tokens on their way, always.
+        3. Else only a decode whose draw needs none of them.
+        """
+        pending = self.num_pending
+        if not pending:  # 2; tokens that are known are not the last ones, or it would have ended
+            return True
+        total = len(self.tokens) + pending
+        if total - self.prompt_len >= self.params.max_tokens or total >= self.max_len:  # 1
+            return False
+        return total - self.num_computed == 1 and not self.needs_history  # 3
 
     @property
     def is_prompt_computed(self) -> bool:

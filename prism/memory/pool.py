@@ -67,9 +67,16 @@ class SlabPool:
         """Memory that the driver has given to this pool."""
         return Bytes((self.num_slabs + len(self._stray)) * self.slab_bytes)
 
-    def take(self, owner: Owner, count: int) -> tuple[SlabId, ...]:
-        """The lowest free slabs become the owner's; raises `OutOfSlabs`, taking none, if they are too few."""
-        return self._accounts.take(owner, count)
+    def num_available(self, lane: LaneId) -> int:
+        """Slabs that work queued on this lane may use."""
+        return self._accounts.num_available(lane)
+
+    def take(self, owner: Owner, count: int, lane: LaneId | None = None) -> tuple[SlabId, ...]:
+        """Slabs become the owner's; raises `OutOfSlabs`, taking none, if they are too few.
+
+        With a lane, slabs that retire there will do, for use by work that is queued on it from now on.
+        """
+        return self._accounts.take(owner, count, lane)
 
     def give_back(self, owner: Owner, slabs: Iterable[SlabId], after: Stamp | None = None) -> None:
         """Slabs leave their owner: free at once, or once the stamped step has completed."""

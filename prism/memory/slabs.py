@@ -86,13 +86,25 @@ class SlabAccounts:
 
     # --- owners come and go ------------------------------------------------------------------------
 
-    def take(self, owner: Owner, count: int) -> tuple[SlabId, ...]:
-        """The lowest free slabs become the owner's; raises `OutOfSlabs`, taking none, if they are too few."""
+    def num_available(self, lane: LaneId) -> int:
+        """Slabs that work queued on this lane may use: free ones, and those retiring behind its own steps."""
+        return len(self._free) + len(self._retiring.get(lane, ()))
+
+    def take(self, owner: Owner, count: int, lane: LaneId | None = None) -> tuple[SlabId, ...]:
+        """The lowest free slabs become the owner's; raises `OutOfSlabs`, taking none, if they are too few.
+
+        With a lane, slabs retiring there will do too: what the owner queues on it runs behind the steps that
+        may still touch them.
+        """
         assert count >= 0
-        if count > len(self._free):
-            raise OutOfSlabs(count, len(self._free))
+        available = len(self._free) if lane is None else self.num_available(lane)
+        if count > available:
+            raise OutOfSlabs(count, available)
         slabs = tuple(self._free[:count])
         del self._free[:count]
+        if lane is not None and len(slabs) < count:
+            retiring = self._retiring[lane]
+            slabs += tuple(heappop(retiring)[1] for _ in range(count - len(slabs)))
         if slabs:
             self._slabs_of.setdefault(owner, set()).update(slabs)
             self._owner_of.update(dict.fromkeys(slabs, owner))

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prism.attention.kernels import AttentionPlan, Kernels
+from prism.attention.kernels import AttentionPlan, HeadNorms, Kernels, Stream
 from prism.modelspec import ModelSpec
 
 
@@ -45,46 +44,35 @@ class Decoder:
     def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor], rotary: Tensor) -> None:
         self.spec = spec
         self.embed = tensors["embed"]
-        self.layers = [LayerWeights.of(tensors, i) for i in range(spec.num_layers)]
+        self.weights = [LayerWeights.of(tensors, i) for i in range(spec.num_layers)]
         self.norm = tensors["norm"]
         self.lm_head = tensors.get("lm_head", self.embed)
         self.rotary = rotary
 
-    def hidden(self, kernels: Kernels, plan: AttentionPlan, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Final hidden states `[tokens, hidden]`, normed."""
-        residual = F.embedding(tokens, self.embed)
+    def embedded(self, tokens: Tensor) -> Stream:
+        """Embeddings of `tokens [tokens]`."""
+        return Stream(F.embedding(tokens, self.embed))
+
+    def layers(
+        self, kernels: Kernels, plan: AttentionPlan, stream: Stream, first: int = 0, last: int | None = None
+    ) -> Stream:
+        """All layers, or those of `[first, last)`, over a step's tokens; stores their KV."""
         eps = self.spec.norm_eps
-        x = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
-        for index, layer in enumerate(self.layers):
-            x = self._attention(kernels, plan, index, layer, x, positions)
-            x, residual = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = kernels.linear(kernels.silu_mul(kernels.linear(x, layer.gate_up)), layer.down)
-            following = self.layers[index + 1].input_norm if index + 1 < len(self.layers) else self.norm
-            x, residual = kernels.add_rms_norm(x, residual, following, eps)
-        return x
+        for index, layer in enumerate(self.weights[first:last], first):
+            qkv, stream = kernels.norm_linear(stream, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
+            heads = self._attention(kernels, plan, index, qkv)
+            stream = kernels.add_linear(stream, heads, layer.o, layer.o_bias)
+            x, stream = kernels.norm_gate_up(stream, layer.post_norm, eps, layer.gate_up)
+            stream = kernels.add_linear(stream, x, layer.down, None)
+        return stream
 
-    def logits(self, kernels: Kernels, hidden: Tensor) -> Tensor:
-        """`[rows, vocabulary]` in fp32."""
-        return kernels.linear(hidden, self.lm_head).float()
+    def logits(self, kernels: Kernels, stream: Stream, out: Tensor | None = None) -> Tensor:
+        """`[rows, vocabulary]` in the model's number format, into `out` if that is given."""
+        return kernels.norm_linear(stream, self.norm, self.spec.norm_eps, self.lm_head, None, out)[0]
 
-    def _attention(
-        self,
-        kernels: Kernels,
-        plan: AttentionPlan,
-        index: int,
-        layer: LayerWeights,
-        x: Tensor,
-        positions: Tensor,
-    ) -> Tensor:
-        heads, kv_heads, dim = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
-        qkv = kernels.linear(x, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
-        v = qkv[:, heads + kv_heads :]
+    def _attention(self, kernels: Kernels, plan: AttentionPlan, index: int, qkv: Tensor) -> Tensor:
+        layer, dim = self.weights[index], self.spec.head_dim
+        norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = kernels.rms_norm(qkv[:, :heads], layer.q_norm, self.spec.norm_eps)
-            k = kernels.rms_norm(qkv[:, heads : heads + kv_heads], layer.k_norm, self.spec.norm_eps)
-            qk = torch.cat((q, k), dim=1)
-        else:
-            qk = qkv[:, : heads + kv_heads]
-        q, k = torch.split(kernels.rope(qk, positions, self.rotary), [heads, kv_heads], dim=1)
-        out = kernels.attention(plan, index, q, k, v)
-        return kernels.linear(out.reshape(-1, heads * dim), layer.o, layer.o_bias)
+            norms = HeadNorms(layer.q_norm, layer.k_norm, self.spec.norm_eps)
+        return kernels.attention(plan, index, qkv.view(len(qkv), -1, dim), norms, self.rotary)

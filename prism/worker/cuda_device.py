@@ -1,49 +1,141 @@
-"""Opens an NVIDIA GPU as a device."""
+"""Opens an NVIDIA GPU as a device: its lanes, their memory, and what binds models to them."""
 
 from __future__ import annotations
 
 import torch
 
-from prism.attention.flashinfer_kernels import HEAD_DIMS, WORKSPACE_BYTES, FlashInferKernels, build_kernels
-from prism.attention.kernels import Kernels
+from prism.attention.gpu.kernels import HEAD_DIMS
+from prism.attention.gpu.warmup import load_kernels
+from prism.attention.kernels import KvView
 from prism.attention.torch_kernels import TorchKernels
 from prism.config import DeviceConfig
+from prism.engine.gpu.graphs import Graphs
+from prism.engine.gpu.lane import GpuLane, LaneShape, workspace_bytes
+from prism.engine.gpu.runner import GpuRunner
+from prism.engine.kv_blocks import Move
+from prism.engine.kv_layout import BLOCK_TOKENS, plan_kv_layout
+from prism.engine.runner import Done, Runner
+from prism.engine.scheduler import Step
+from prism.engine.torch_runner import TorchRunner
+from prism.errors import DriverError
 from prism.memory.cuda import CudaDriver
 from prism.memory.pool import SlabPool
 from prism.memory.slabs import LaneOwner
 from prism.memory.tensors import tensor_at, torch_dtype
+from prism.models.decoder import Decoder
 from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType, GiB, LaneId
-from prism.weights.copiers import CudaCopier
+from prism.weights.copiers import Copier, CudaCopier
+from prism.weights.registrations import Pinner
 from prism.worker.device import Device
+from prism.worker.needs import ModelNeeds
 
 TORCH_RESERVE = 4 * GiB
 """What torch's own allocator may take beside the pool, for the intermediate results of a step."""
+SLOTS_PER_BATCH = 4
+"""Sequences of one lane that may hold blocks, in full batches: several models share it."""
 
 
-def open_cuda(config: DeviceConfig) -> Device:
-    """A GPU with its pool; the lane's workspace lies in the pool's first slabs. Raises `DriverError`."""
+def open_cuda(config: DeviceConfig, needs: ModelNeeds) -> Device:
+    """A GPU with its pool; the lanes' workspaces lie in the pool's first slabs. Raises `DriverError`."""
     device = torch.device("cuda", config.index)
-    torch.cuda.set_device(device)
     driver = CudaDriver(config.index)
+    torch.cuda.set_device(device)
     torch.cuda.set_per_process_memory_fraction(TORCH_RESERVE / driver.memory_info().total, device)
-    pool = SlabPool(driver, Bytes(config.slab), config.memory // config.slab)
-    slabs = pool.take(LaneOwner(LaneId(0)), -(-WORKSPACE_BYTES // config.slab))
-    workspace = tensor_at(pool.address(slabs[0]), (WORKSPACE_BYTES,), torch.uint8, None, device)
-    fused, plain = FlashInferKernels(device, workspace), TorchKernels(device)
+    shape = LaneShape(
+        max_sequences=SLOTS_PER_BATCH * config.max_batch_size,
+        max_blocks=-(-needs.max_context // BLOCK_TOKENS.start),
+        max_batch=config.max_batch_size,
+        max_vocab=needs.max_vocab,
+    )
+    slabs = -(-workspace_bytes(shape) // config.slab)
+    num_slabs = config.memory // config.slab
+    if num_slabs < config.lanes * slabs + 2:
+        wanted = f"{config.lanes} lanes take {config.lanes * slabs} slabs and models at least 2"
+        raise DriverError("memory", f"devices[].memory holds {num_slabs} slabs; {wanted}")
+    pool = SlabPool(driver, Bytes(config.slab), num_slabs)
+    lanes = [_open_lane(pool, device, LaneId(i), shape, slabs) for i in range(config.lanes)]
+    backend = GpuBackend(device, lanes, Bytes(config.slab), driver)
+    return Device(driver, pool, device, f"cuda:{config.index}", backend)
 
-    def kernels(spec: ModelSpec) -> Kernels:
-        """FlashInfer has no attention in fp32 nor for unusual heads; those run, more slowly, in torch."""
-        is_fused = spec.dtype is not DType.F32 and spec.head_dim in HEAD_DIMS
-        return fused if is_fused else plain
 
-    def synchronize() -> None:
-        torch.cuda.current_stream(device).synchronize()
+def _open_lane(pool: SlabPool, device: torch.device, lane: LaneId, shape: LaneShape, slabs: int) -> GpuLane:
+    """Workspaces are taken first, so their slabs lie side by side."""
+    taken = pool.take(LaneOwner(lane), slabs)
+    assert taken == tuple(range(taken[0], taken[0] + slabs))
+    memory = tensor_at(pool.address(taken[0]), (workspace_bytes(shape),), torch.uint8, None, device)
+    return GpuLane(device, memory, shape)
 
-    def prepare(spec: ModelSpec) -> None:
-        """Compiles on the first use of a machine, which takes a minute; later a matter of milliseconds."""
-        if kernels(spec) is fused:
-            build_kernels(device, spec.head_dim, torch_dtype(spec.dtype))
 
-    name, copier = f"cuda:{config.index}", CudaCopier(device)
-    return Device(driver, pool, device, name, kernels, synchronize, prepare, copier, driver)
+class Event:
+    """Work queued on the current stream until now."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def is_done(self) -> bool:
+        """It has run."""
+        done: bool = self._event.query()  # type: ignore[no-untyped-call]
+        return done
+
+
+class PlainRunner:
+    """Steps in torch operations on a lane's stream, for what the GPU kernels are not made for; they wait."""
+
+    def __init__(self, model: Decoder, kv: KvView, lane: GpuLane) -> None:
+        self.kv = kv
+        self._runner = TorchRunner(model, TorchKernels(lane.device), kv)
+        self._lane = lane
+
+    def run(self, step: Step) -> Done:
+        """See `Runner.run`."""
+        with torch.cuda.stream(self._lane.stream):
+            done = self._runner.run(step)
+            self._lane.stream.synchronize()
+        return done
+
+
+class GpuBackend:
+    """See `Backend`."""
+
+    def __init__(self, device: torch.device, lanes: list[GpuLane], slab_bytes: Bytes, pinner: Pinner) -> None:
+        self.copier: Copier = CudaCopier(device)
+        self.pinner: Pinner | None = pinner
+        self._slab_bytes = slab_bytes
+        self.num_lanes = len(lanes)
+        self.max_sequences = lanes[0].shape.max_sequences
+        self._device = device
+        self._lanes = lanes
+        self._graphs = [Graphs(lane.stream, lane.pool) for lane in lanes]
+
+    def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
+        """See `Backend.runner`."""
+        if not is_fused(model.spec):
+            return PlainRunner(model, kv, self._lanes[lane])
+        return GpuRunner(model, kv, self._lanes[lane], self._graphs[lane])
+
+    @torch.inference_mode()
+    def copy_blocks(self, kv: KvView, moves: tuple[Move, ...], lane: LaneId) -> Event:
+        """See `Backend.copy_blocks`."""
+        with torch.cuda.stream(self._lanes[lane].stream):
+            places = torch.tensor(moves, dtype=torch.int64).t().contiguous().pin_memory()
+            sources, targets = places.to(self._device, non_blocking=True)
+            kv.pages.index_copy_(0, targets, kv.pages.index_select(0, sources))
+            return Event()
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """See `Backend.prepare`. Compiles on the first use of a machine; later a matter of milliseconds."""
+        layout = plan_kv_layout(spec, self._slab_bytes)
+        if is_fused(spec) and layout is not None:
+            load_kernels(self._device, spec, torch_dtype(spec.dtype), layout.tokens_per_block)
+
+    def forget(self, runner: Runner) -> None:
+        """See `Backend.forget`."""
+        for graphs in self._graphs:
+            graphs.forget(id(runner))
+
+
+def is_fused(spec: ModelSpec) -> bool:
+    """Whether the GPU kernels serve the model: not fp32, and no unusual heads."""
+    return spec.dtype is not DType.F32 and spec.head_dim in HEAD_DIMS

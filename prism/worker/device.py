@@ -1,75 +1,90 @@
-"""A device: its driver, its pool of slabs and its lane's kernels."""
+"""A device: its driver, its pool of slabs and its lanes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from prism.attention.kernels import Kernels, KvView
+from prism.attention.kernels import KvView
 from prism.engine.kv_blocks import Move
 from prism.engine.kv_layout import KvLayout
+from prism.engine.runner import Runner
 from prism.memory.arena import Arena
 from prism.memory.driver import Driver
 from prism.memory.pool import SlabPool
 from prism.memory.slabs import LaneOwner
 from prism.memory.tensors import tensor_at, torch_dtype
+from prism.models.decoder import Decoder
 from prism.modelspec import ModelSpec
-from prism.types import Address, Bytes, LaneId, Stamp
+from prism.types import Address, Bytes, LaneId, ModelId
 from prism.weights.copiers import Copier
 from prism.weights.registrations import Pinner
 from prism.weights.views import view_weights
+from prism.worker.lanes import Lane, Work
 from prism.worker.models import Profile
 
 
-@dataclass(slots=True)
-class Lane:
-    """Counts the steps that were queued on the device and those that have run."""
+class Backend(Protocol):
+    """What kinds of devices differ in."""
 
-    lane_id: LaneId
-    num_queued: int = 0
-    num_completed: int = 0
+    num_lanes: int
+    max_sequences: int
+    """Sequences that can hold blocks at a time on one lane."""
+    copier: Copier
+    """Brings weights in."""
+    pinner: Pinner | None
+    """Registers host memory, where copies are faster from there."""
 
-    def stamp(self) -> Stamp:
-        """Names the last step that has been queued."""
-        return Stamp(self.lane_id, self.num_queued)
+    def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
+        """Binds a model to a lane."""
+        ...
+
+    def copy_blocks(self, kv: KvView, moves: tuple[Move, ...], lane: LaneId) -> Work:
+        """Copy blocks within a model's KV, behind the lane's queued steps."""
+        ...
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """Have what the model's steps need built and loaded. Runs beside the loop."""
+        ...
+
+    def forget(self, runner: Runner) -> None:
+        """A model is gone for good, and what was kept for its return with it."""
+        ...
 
 
 class Device:
     """Everything of one device that models share."""
 
     def __init__(
-        self,
-        driver: Driver,
-        pool: SlabPool,
-        device: torch.device,
-        name: str,
-        kernels: Callable[[ModelSpec], Kernels],
-        synchronize: Callable[[], None],
-        prepare: Callable[[ModelSpec], None],
-        copier: Copier,
-        pinner: Pinner | None = None,
+        self, driver: Driver, pool: SlabPool, device: torch.device, name: str, backend: Backend
     ) -> None:
-        """What kinds of devices differ in.
-
-        `kernels` gives a model's kernels; `synchronize` returns once all queued work has run; `prepare`,
-        which runs beside the loop, has the kernels of a model built and loaded; `copier` brings weights in;
-        `pinner` registers host memory where copies are faster from there.
-        """
         self.driver = driver
         self.pool = pool
         self.device = device
         self.name = name
-        self.kernels_for = kernels
-        self.lane = Lane(LaneId(0))
-        self.prepare = prepare
-        self.copier = copier
-        self.pinner = pinner
-        self._synchronize = synchronize
         self._side_stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.backend = backend
+        self.lanes = tuple(Lane(LaneId(i), backend.max_sequences) for i in range(backend.num_lanes))
+
+    def bind(self) -> Lane:
+        """The lane with the fewest models gets one more."""
+        lane = min(self.lanes, key=lambda lane: (lane.num_models, lane.lane_id))
+        lane.num_models += 1
+        return lane
+
+    def move_blocks(self, model: ModelId, kv: KvView, moves: tuple[Move, ...], lane: Lane) -> None:
+        """Queue copies of blocks within a model's KV."""
+        if moves:
+            lane.queue(model, self.backend.copy_blocks(kv, moves, lane.lane_id))
+
+    def settle(self, lane: Lane) -> None:
+        """Take note of copies that have run, as far as no step stands before them."""
+        while lane.flights and lane.flights[0].step is None and lane.flights[0].work.is_done():
+            lane.num_completed = lane.flights.popleft().number
+        self.pool.completed(lane.lane_id, lane.num_completed)
 
     @property
     def slab_bytes(self) -> Bytes:
@@ -78,8 +93,9 @@ class Device:
 
     @property
     def num_slabs(self) -> int:
-        """Slabs that models can have: all but the lane's workspace."""
-        return self.pool.num_slabs - len(self.pool.owned(LaneOwner(self.lane.lane_id)))
+        """Slabs that models can have: all but the lanes' workspaces."""
+        held = sum(len(self.pool.owned(LaneOwner(lane.lane_id))) for lane in self.lanes)
+        return self.pool.num_slabs - held
 
     def new_arena(self, size: Bytes) -> Arena:
         """Addresses for one model's weights; no memory yet."""
@@ -120,28 +136,10 @@ class Device:
             self.device,
         )
 
-    @torch.inference_mode()
-    def copy_blocks(self, view: KvView, moves: tuple[Move, ...]) -> None:
-        """Copy blocks within a model's KV, behind the steps that are queued."""
-        if moves:
-            device = self.device
-            sources = torch.tensor([move.source for move in moves], device=device)
-            targets = torch.tensor([move.target for move in moves], device=device)
-            view.pages.index_copy_(0, targets, view.pages.index_select(0, sources))
-
-    def begin_step(self) -> None:
-        """A step (or a copy) is about to be queued."""
-        self.lane.num_queued += 1
-
-    def end_step(self) -> None:
-        """Wait for all queued steps: what they could touch may change its owner."""
-        self._synchronize()
-        self.lane.num_completed = self.lane.num_queued
-        self.pool.completed(self.lane.lane_id, self.lane.num_completed)
-
     def close(self) -> None:
         """Give all memory back."""
-        for slab in self.pool.owned(LaneOwner(self.lane.lane_id)):
-            self.pool.give_back(LaneOwner(self.lane.lane_id), (slab,))
+        for lane in self.lanes:
+            owner = LaneOwner(lane.lane_id)
+            self.pool.give_back(owner, self.pool.owned(owner))
         self.pool.close()
         self.driver.close()

@@ -2,9 +2,11 @@
 
 One method for each event that can come in (`on_*`), and `advance`, which does the next piece of work:
 
-    move models in and out -> admit -> choose a turn -> schedule, run, commit -> deliver
+    commit what has run -> move models in and out -> admit -> choose a turn on each lane -> schedule, run
 
-Nothing here waits. Slow work (loading, unloading) runs beside the loop and comes back as an event.
+A lane has at most two steps queued: the next one is made and queued while the present one runs, so what is on
+the device is a value between two rounds of the loop. Nothing here waits but for a model's own steps before it
+is evicted. Slow work (loading, unloading) runs beside the loop and comes back as an event.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from prism.worker.commands import carry_out
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
 from prism.worker.entry import check_submit
+from prism.worker.lanes import Flight, Lane
 from prism.worker.loading import Fetch, JobEvent, Jobs, Loaded, Unloaded
 from prism.worker.models import Model, likely_order, limit_slabs, slabs_up
 from prism.worker.outbox import Outbox
@@ -47,6 +50,8 @@ from prism.worker.views import admission_snapshot, kv_capacity_tokens, turn_snap
 
 log = logging.getLogger(__name__)
 
+MAX_QUEUED = 2
+"""Steps on a lane: one that runs, and one that keeps the device busy meanwhile."""
 LEAST_PATIENCE = 0.05
 """Who lacks memory looks again after `min_residency`, when busy models may be evicted, but no sooner."""
 
@@ -176,9 +181,16 @@ class Worker:
     def advance(self) -> bool:
         """Do what can be done now; whether there is more to do at once."""
         now = self._clock()
+        self._collect()
         self._move_models(now)
         self._admit(now)
-        return self._step(now)
+        stepped = [self._step(lane, now) for lane in self.device.lanes]
+        return any(stepped)
+
+    @property
+    def is_device_busy(self) -> bool:
+        """Work is queued whose end will not be told: it has to be looked for."""
+        return any(lane.flights for lane in self.device.lanes)
 
     def next_timer(self) -> float | None:
         """The time at which `advance` must be called even if nothing comes in."""
@@ -261,8 +273,11 @@ class Worker:
             )
         )
 
-    def _step(self, now: float) -> bool:
-        turn = turns.decide(turn_snapshot(self, now), now)
+    def _step(self, lane: Lane, now: float) -> bool:
+        """Queue one more step on a lane; whether anything came of it."""
+        if lane.num_steps >= MAX_QUEUED:
+            return False
+        turn = turns.decide(turn_snapshot(self, lane, now), now)
         if turn is None:
             return False
         model = self.models[turn.model]
@@ -276,11 +291,31 @@ class Worker:
             model.stalled_until = now + self._patience
             return True
         self._announce(model, {RequestId(chunk.sequence.request_id) for chunk in step.chunks})
-        self.device.begin_step()
         flight = engine.run(step)
-        self.device.end_step()
-        self._account(model, engine.commit(flight))
+        lane.queue(model.name, flight, flight)
+        self._collect()
         return True
+
+    def _collect(self) -> None:
+        """Commit, in order, what has run on any lane."""
+        for lane in self.device.lanes:
+            for flight in lane.finished():
+                self._commit(flight)
+            if self.device.pool.completed(lane.lane_id, lane.num_completed):
+                self.memory_changed()
+
+    def _commit(self, flight: Flight) -> None:
+        model = self.models[flight.model]
+        if flight.step is not None:
+            assert model.engine is not None
+            self._account(model, model.engine.commit(flight.step))
+
+    def drain(self, model: Model) -> None:
+        """Wait for a model's queued steps and commit them."""
+        while model.engine is not None and model.engine.num_queued:
+            assert model.lane is not None
+            for flight in model.lane.finished():
+                self._commit(flight)
 
     def _announce(self, model: Model, running: set[RequestId]) -> None:
         """Tell gateways what starts, before it could kill this process."""
@@ -336,6 +371,7 @@ class Worker:
 
     def evict(self, model: Model) -> None:
         """Take an active model off the device."""
+        self.drain(model)
         self.residency.evict(model, self.reclaimer, self)
         self.memory_changed()
 

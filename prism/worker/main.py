@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,8 @@ from prism.worker.reports import make_report
 
 log = logging.getLogger(__name__)
 
+LOOK_SECONDS = 20e-6
+"""Between two looks at a busy device when there is nothing else to do; other threads run meanwhile."""
 REPORT_SECONDS = 0.5
 CHECK_SECONDS = 10.0
 """The books are checked when the loop goes idle, but not more often: it takes a while with many blocks."""
@@ -144,6 +147,9 @@ class Process:
         while not self._is_stopping:
             self._take_events(0.0 if has_work else self._idle_seconds())
             has_work = self._worker.advance()
+            if not has_work and self._worker.is_device_busy:
+                time.sleep(LOOK_SECONDS)
+                has_work = True
             if not has_work:
                 self._check()
             self._report()
@@ -230,13 +236,13 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     sockets = Sockets(run_dir, name, incarnation)
     sockets.to_agent(Hello(role=Role.WORKER, name=name, incarnation=incarnation))
     try:
-        device = open_device(device_config)
+        device = open_device(device_config, config.models)
     except DriverError as error:
         log.error("%s: the device cannot be opened: %s", name, error)
         return 1
     jobs = ThreadJobs()
     registrations = new_registrations(run_dir / "store.sock", device, config)
-    link = ThreadLink(device.copier)
+    link = ThreadLink(device.backend.copier)
     worker = Worker(
         config,
         device_config,
@@ -269,14 +275,15 @@ def new_registrations(store: Path, device: Device, config: Config) -> Registrati
     """None if the device gains nothing by them, or if the configuration wants none."""
     budget = config.host_memory.registered
     budget = config.host_memory.budget if budget is None else budget
-    if device.pinner is None or budget == 0:
+    pinner = device.backend.pinner
+    if pinner is None or budget == 0:
         return None
 
     def borrow(model: ModelId, *, writable: bool) -> PackedWeights:
         return fetch(store, model, writable=writable, cached=True)
 
     likely = sorted(config.models, key=lambda model: not (model.pinned or model.preload))
-    return Registrations(device.pinner, borrow, Bytes(budget), [ModelId(model.name) for model in likely])
+    return Registrations(pinner, borrow, Bytes(budget), [ModelId(model.name) for model in likely])
 
 
 def device_of(config: Config, name: str) -> DeviceConfig:

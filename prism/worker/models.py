@@ -14,6 +14,7 @@ from prism.memory.arena import Arena
 from prism.modelspec import ModelSpec, read_spec
 from prism.types import Bytes, ModelId, ModelState, SlabId
 from prism.weights.layout import Layout, plan_layout
+from prism.worker.lanes import Lane
 from prism.worker.loading import Load
 
 
@@ -75,6 +76,8 @@ class Model:
     """What its arena shows, or may show. After an eviction for a while: then they may be others' already."""
     kv: KvSpace | None = None
     engine: Engine | None = None
+    lane: Lane | None = None
+    """Where its steps run, once it has been active."""
     load: Load | None = None
     packed_share: float = 0.0
     """How much of its weights has been packed."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from prism.attention.torch_kernels import TorchKernels
-from prism.config import DeviceConfig
-from prism.memory.driver import Driver
+from prism.config import DeviceConfig, ModelConfig
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
-from prism.modelspec import ModelSpec
-from prism.types import Bytes, DType
-from prism.weights.copiers import HostCopier
+from prism.types import Bytes
+from prism.worker.cpu_device import cpu_device
 from prism.worker.device import Device
+from prism.worker.needs import needs_of
 
 
-def open_device(config: DeviceConfig) -> Device:
-    """Opens a device and creates its pool. Raises `DriverError`."""
+def open_device(config: DeviceConfig, models: Sequence[ModelConfig]) -> Device:
+    """Opens a device for these models and creates its pool. Raises `DriverError`."""
     if config.threads:
         torch.set_num_threads(config.threads)
     match config.kind:
@@ -25,7 +25,7 @@ def open_device(config: DeviceConfig) -> Device:
         case "cuda":
             from prism.worker.cuda_device import open_cuda
 
-            return open_cuda(config)
+            return open_cuda(config, needs_of(models))
 
 
 def _open_cpu(config: DeviceConfig) -> Device:
@@ -33,15 +33,3 @@ def _open_cpu(config: DeviceConfig) -> Device:
     driver = HostDriver(Bytes(num_slabs * config.slab))
     pool = SlabPool(driver, Bytes(config.slab), num_slabs)
     return cpu_device(driver, pool, f"cpu:{config.index}")
-
-
-def cpu_device(driver: Driver, pool: SlabPool, name: str) -> Device:
-    """A CPU over a given driver. Its steps have run when they return."""
-    device = torch.device("cpu")
-    kernels = TorchKernels(device)
-
-    def prepare(spec: ModelSpec) -> None:
-        if spec.dtype is DType.BF16:
-            kernels.cpu_linear.tune()
-
-    return Device(driver, pool, device, name, lambda _: kernels, lambda: None, prepare, HostCopier())

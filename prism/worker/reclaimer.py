@@ -50,12 +50,14 @@ class Reclaimer:
         """Take free slabs that no older need is waiting for, within the model's limit."""
         kv = model.kv
         assert kv is not None
+        assert model.lane is not None
+        lane = model.lane.lane_id
         room = count if model.kv_limit is None else model.kv_limit - kv.num_slabs
-        spare = self._pool.num_free - self._reserved(model, arrival)
+        spare = self._pool.num_available(lane) - self._reserved(model, arrival)
         count = min(count, room, spare)
         if count <= 0:
             return False
-        for slab in self._pool.take(KvOwner(model.name), count):
+        for slab in self._pool.take(KvOwner(model.name), count, lane):
             kv.add_slab(slab)
         return True
 
@@ -106,25 +108,23 @@ class Reclaimer:
 
     def _release_slab(self, victim: Model) -> bool:
         """Gather one slab of a model's KV and give it back."""
-        assert victim.kv is not None and victim.engine is not None
+        assert victim.kv is not None and victim.engine is not None and victim.lane is not None
         gathered = victim.kv.gather_slab()
         if gathered is None:
             return False
-        if gathered.moves:
-            self._device.begin_step()
-            self._device.copy_blocks(victim.engine.runner.kv, gathered.moves)
-            victim.engine.scheduler.rename_blocks(gathered.moves)
-            self._device.end_step()
+        view = victim.engine.runner.kv
+        self._device.move_blocks(victim.name, view, gathered.moves, victim.lane)
+        victim.engine.scheduler.rename_blocks(gathered.moves)
         self._give_back(victim, [gathered.slab])
         return True
 
     def _give_back(self, model: Model, slabs: Iterable[SlabId]) -> None:
-        assert model.kv is not None
+        """Free once everything that is queued on the model's lane has run."""
+        assert model.kv is not None and model.lane is not None
         for slab in slabs:
             model.kv.remove_slab(slab)
-            self._pool.give_back(KvOwner(model.name), (slab,), self._device.lane.stamp())
-        lane = self._device.lane
-        self._pool.completed(lane.lane_id, lane.num_completed)
+            self._pool.give_back(KvOwner(model.name), (slab,), model.lane.stamp())
+        self._device.settle(model.lane)
 
     def trim(self, model: Model) -> None:
         """Give slabs back that the model may not or need not keep.

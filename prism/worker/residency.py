@@ -19,8 +19,8 @@ from typing import Protocol
 
 from prism.engine.engine import Engine
 from prism.engine.kv_blocks import KvSpace
-from prism.engine.runner import Runner
 from prism.errors import NotHeld, PrismError
+from prism.memory.arena import Arena
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.messages import CommandDone, ResumedChoice, WeightsWanted
 from prism.models.decoder import Decoder
@@ -31,7 +31,7 @@ from prism.weights.registrations import Registrations
 from prism.weights.transfers import Places
 from prism.worker.device import Device
 from prism.worker.loading import Fetch, Jobs, Load, LoadCancelled, Loaded, LoadPlan, Unloaded, unload
-from prism.worker.models import Model, read_profile
+from prism.worker.models import Model, Profile, read_profile
 from prism.worker.outbox import Outbox
 from prism.worker.reclaimer import Reclaimer, slabs_to_activate
 
@@ -71,7 +71,7 @@ class Residency:
         self._fetch = fetch
         self._link = link
         self._registrations = registrations
-        self._leaving: list[tuple[Stamp, Model]] = []
+        self._leaving: list[tuple[Stamp | None, Model]] = []
         self._clock = clock
         self._max_batch_size = max_batch_size
         self.worker_id = ""
@@ -147,7 +147,7 @@ class Residency:
             arena=arena,
             handles=tuple(pool.handle(slab) for slab in model.weight_slabs),
             places=Places(tuple(pool.address(slab) for slab in model.weight_slabs), pool.slab_bytes),
-            prepare=lambda: device.prepare(spec),
+            prepare=lambda: device.backend.prepare(spec),
             fill=fill_rotary,
         )
         model.arena_slabs = model.weight_slabs
@@ -173,16 +173,7 @@ class Residency:
         profile, arena, kv = model.profile, model.arena, model.kv
         assert profile is not None and arena is not None and kv is not None
         if model.engine is None:
-            decoder = Decoder(
-                profile.spec,
-                self._device.weight_tensors(profile, arena),
-                self._device.rotary_tensor(profile, arena),
-            )
-            kernels = self._device.kernels_for(profile.spec)
-            runner = Runner(decoder, kernels, self._device.kv_view(profile.spec, profile.kv))
-            model.engine = Engine(
-                kv, runner, max_len=profile.spec.max_position, max_batch_size=self._max_batch_size
-            )
+            model.engine = self._new_engine(model, profile, arena, kv)
         model.engine.attach(kv)
         now = self._clock()
         model.state = ModelState.ACTIVE
@@ -195,6 +186,14 @@ class Residency:
             "model %s active after %.3f s (copy %.3f s)", model.name, now - model.load_started, event.seconds
         )
         self._answer(model.load_commands, None)
+
+    def _new_engine(self, model: Model, profile: Profile, arena: Arena, kv: KvSpace) -> Engine:
+        """Bound to a lane for ever, and to the arena's addresses."""
+        device, spec = self._device, profile.spec
+        lane = model.lane = device.bind()
+        decoder = Decoder(spec, device.weight_tensors(profile, arena), device.rotary_tensor(profile, arena))
+        runner = device.backend.runner(decoder, device.kv_view(spec, profile.kv), lane.lane_id)
+        return Engine(kv, runner, lane.slots, max_len=spec.max_position, max_batch_size=self._max_batch_size)
 
     def _load_failed(self, model: Model, error: Exception) -> None:
         self._release(model)
@@ -243,18 +242,26 @@ class Residency:
         self._release(model)
         self._empty_arena(model)
 
+    def _last_reader(self, model: Model) -> Stamp | None:
+        """The last queued step that may read the model's weights; None if all have run."""
+        if model.lane is None:
+            return None
+        steps = [f.number for f in model.lane.flights if f.model == model.name and f.step is not None]
+        return Stamp(model.lane.lane_id, steps[-1]) if steps else None
+
     def _empty_arena(self, model: Model) -> None:
         """Have the arena unmapped beside the loop, once no queued step reads it any more."""
-        self._leaving.append((self._device.lane.stamp(), model))
+        self._leaving.append((self._last_reader(model), model))
         self.unmap_arenas()
 
     def unmap_arenas(self) -> None:
         """Start with those arenas whose last readers have completed."""
-        completed = self._device.lane.num_completed
-        ready = [model for stamp, model in self._leaving if stamp.step <= completed]
-        self._leaving = [(stamp, model) for stamp, model in self._leaving if stamp.step > completed]
-        for model in ready:
-            self._start_unload(model)
+        leaving, self._leaving = self._leaving, []
+        for last, model in leaving:
+            if last is None or last.step <= self._device.lanes[last.lane].num_completed:
+                self._start_unload(model)
+            else:
+                self._leaving.append((last, model))
 
     def _start_unload(self, model: Model) -> None:
         arena = model.arena
@@ -282,7 +289,7 @@ class Residency:
 
     def _release(self, model: Model) -> None:
         """Give back the slabs of a model, for when no queued step can touch them any more."""
-        pool, after = self._device.pool, self._device.lane.stamp()
+        pool, after = self._device.pool, self._last_reader(model)
         if model.weight_slabs:
             pool.give_back(WeightsOwner(model.name), model.weight_slabs, after)
             model.weight_slabs = ()
@@ -291,8 +298,6 @@ class Residency:
             if owned:
                 pool.give_back(KvOwner(model.name), owned, after)
             model.kv = None
-        lane = self._device.lane
-        pool.completed(lane.lane_id, lane.num_completed)
 
     def _answer(self, commands: list[int], error: str | None) -> None:
         for command in commands:

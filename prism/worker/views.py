@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prism.types import ModelId
+from prism.worker.lanes import Lane
 from prism.worker.models import Model
 from prism.worker.requests import Ticket
 from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, Runnable, TurnSnapshot, WaitingRequest
@@ -71,14 +72,18 @@ def obtainable_slabs(worker: Worker, model: Model) -> int:
     return slabs
 
 
-def turn_snapshot(worker: Worker, now: float) -> TurnSnapshot:
-    """Models that could run the next step."""
+def turn_snapshot(worker: Worker, lane: Lane, now: float) -> TurnSnapshot:
+    """Models that could run the lane's next step. A queued step counts as one token more for all."""
     runnable = []
     for model in worker.models.values():
         engine = model.engine
-        if not model.is_active or engine is None or engine.is_idle or now < model.stalled_until:
+        if model.lane is not lane or not model.is_active or engine is None or now < model.stalled_until:
             continue
-        deadlines = [t.next_deadline for t in worker.requests.of_model(model.name) if t.is_running]
+        if not engine.scheduler.has_work:
+            continue
+        queued = engine.num_queued
+        tickets = [t for t in worker.requests.of_model(model.name) if t.is_running]
+        deadlines = [t.next_deadline + queued * t.submit.slo.tpot for t in tickets]
         decodes = sum(s.num_missing == 1 for s in engine.scheduler.running)
         runnable.append(
             Runnable(

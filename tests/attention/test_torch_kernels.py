@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from prism.attention.kernels import BatchLayout, KvView
+from prism.attention.kernels import BatchLayout, HeadNorms, KvView, Stream
 from prism.attention.torch_kernels import TorchKernels
 from prism.types import BlockId
 
 LAYERS, TOKENS, KV_HEADS, DIM = 2, 4, 2, 8
+UNROTATED = torch.cat((torch.ones(64, DIM // 2), torch.zeros(64, DIM // 2)), dim=-1)
 
 
 def garbage_view(num_blocks: int) -> KvView:
@@ -60,9 +61,9 @@ def test_mixed_steps_equal_the_plain_loop(heads: int) -> None:
         batch = BatchLayout(query_lens, context_lens, tables, tuple(fresh))
         plan = kernels.plan(batch, view, heads)
         total = sum(query_lens)
-        q = torch.randn(total, heads, DIM, generator=generator)
-        k, v = (torch.randn(total, KV_HEADS, DIM, generator=generator) for _ in range(2))
-        out = kernels.attention(plan, 1, q, k, v).split(query_lens)
+        qkv = torch.randn(total, heads + 2 * KV_HEADS, DIM, generator=generator)
+        q, k, v = qkv.split([heads, KV_HEADS, KV_HEADS], dim=1)
+        out = kernels.attention(plan, 1, qkv, None, UNROTATED).view(total, heads, DIM).split(query_lens)
         for i, (qs, ks, vs) in enumerate(
             zip(q.split(query_lens), k.split(query_lens), v.split(query_lens), strict=True)
         ):
@@ -70,29 +71,54 @@ def test_mixed_steps_equal_the_plain_loop(heads: int) -> None:
             torch.testing.assert_close(out[i], plain_attention(qs, keys[i], values[i]))
 
 
+def one_token(position: int, qkv: Tensor, norms: HeadNorms | None, table: Tensor) -> tuple[Tensor, Tensor]:
+    """A token's key and value as they were stored."""
+    kernels, view = TorchKernels(torch.device("cpu")), garbage_view(1)
+    batch = BatchLayout([1], [position + 1], [[BlockId(0)]], (BlockId(0),))
+    kernels.attention(kernels.plan(batch, view, qkv.shape[1] - 2 * KV_HEADS), 1, qkv, norms, table)
+    page = view.pages[0, 1]
+    return page[0, position], page[1, position]
+
+
 def test_rope_rotates_pairs_by_their_position() -> None:
-    kernels = TorchKernels(torch.device("cpu"))
-    angles = torch.tensor([[0.0, 0.0], [0.3, 0.7]])
+    angles = torch.rand(4, DIM // 2, generator=torch.Generator().manual_seed(0))
     table = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    heads = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(1))
-    rotated = kernels.rope(heads, torch.tensor([1]), table)
-    for pair, angle in enumerate((0.3, 0.7)):
-        complex_in = torch.complex(heads[0, :, pair], heads[0, :, pair + 2])
-        expected = complex_in * torch.polar(torch.tensor(1.0), torch.tensor(angle))
-        torch.testing.assert_close(rotated[0, :, pair], expected.real)
-        torch.testing.assert_close(rotated[0, :, pair + 2], expected.imag)
+    qkv = torch.randn(1, 2 + 2 * KV_HEADS, DIM, generator=torch.Generator().manual_seed(1))
+    keys, values = one_token(2, qkv, None, table)
+    torch.testing.assert_close(values, qkv[0, -KV_HEADS:])
+    original = qkv[0, 2 : 2 + KV_HEADS]
+    complex_in = torch.complex(original[:, : DIM // 2], original[:, DIM // 2 :])
+    expected = complex_in * torch.polar(torch.ones(DIM // 2), angles[2])
+    torch.testing.assert_close(keys, torch.cat((expected.real, expected.imag), dim=-1))
+
+
+def test_heads_are_normed_before_they_rotate() -> None:
+    qkv = torch.randn(1, 2 + 2 * KV_HEADS, DIM, generator=torch.Generator().manual_seed(1))
+    norms = HeadNorms(torch.rand(DIM), torch.rand(DIM) + 1, 1e-6)
+    keys, values = one_token(0, qkv, norms, UNROTATED)
+    original = qkv[0, 2 : 2 + KV_HEADS]
+    scale = torch.rsqrt(original.pow(2).mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(keys, original * scale * norms.key)
+    torch.testing.assert_close(values, qkv[0, -KV_HEADS:])
 
 
 def test_norm_and_activation_in_half_precision_round_as_the_reference_models_do() -> None:
     kernels = TorchKernels(torch.device("cpu"))
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
-    weight = torch.rand(16).bfloat16()
-    scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-    torch.testing.assert_close(
-        kernels.rms_norm(x, weight, 1e-6), weight * (x.float() * scale).bfloat16(), rtol=0, atol=0
-    )
-    normed, residual = kernels.add_rms_norm(x, x, weight, 1e-6)
-    torch.testing.assert_close(residual, x + x)
-    torch.testing.assert_close(normed, kernels.rms_norm(x + x, weight, 1e-6))
-    gate, up = x.chunk(2, dim=-1)
-    torch.testing.assert_close(kernels.silu_mul(x), torch.nn.functional.silu(gate) * up)
+    norm, weight = torch.rand(16).bfloat16(), torch.randn(24, 16).bfloat16()
+
+    def normed(x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        return norm * (x.float() * scale).bfloat16()
+
+    def exact(actual: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+    out, stream = kernels.norm_linear(Stream(x), norm, 1e-6, weight, None)
+    exact(out, torch.nn.functional.linear(normed(x), weight))
+    stream = kernels.add_linear(stream, x, weight[:16], None)
+    act, stream = kernels.norm_gate_up(stream, norm, 1e-6, weight)
+    total = x + torch.nn.functional.linear(x, weight[:16])
+    exact(stream.residual, total)
+    gate, up = torch.nn.functional.linear(normed(total), weight).chunk(2, dim=-1)
+    exact(act, torch.nn.functional.silu(gate) * up)

@@ -11,7 +11,8 @@ from prism.attention.torch_kernels import TorchKernels
 from prism.engine.engine import Engine, EngineRequest
 from prism.engine.kv_blocks import KvSpace
 from prism.engine.kv_layout import plan_kv_layout
-from prism.engine.runner import Runner
+from prism.engine.scheduler import Slots
+from prism.engine.torch_runner import TorchRunner
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
 from prism.memory.slabs import KvOwner
@@ -24,7 +25,7 @@ from prism.weights.client import pack_here
 from prism.weights.layout import plan_layout
 from prism.weights.protocol import WeightSource
 from prism.weights.views import view_weights
-from prism.worker.open_device import cpu_device
+from prism.worker.cpu_device import cpu_device
 from tests.support.checkpoints import make_model, prompts, reference, save
 
 SLAB = Bytes(2 * MiB)
@@ -48,8 +49,8 @@ def test_two_engines_alternate_over_one_window(tmp_path: Path) -> None:
         tensors = view_weights(plan_layout(spec), packed[-1].address, torch.device("cpu"))
         decoder = Decoder(spec, tensors, rotary_table(spec.rope, spec.head_dim, spec.max_position))
         view: KvView = device.kv_view(spec, layout)
-        runner = Runner(decoder, TorchKernels(torch.device("cpu")), view)
-        engines[family] = Engine(kv, runner, max_len=spec.max_position, max_batch_size=8)
+        runner = TorchRunner(decoder, TorchKernels(torch.device("cpu")), view)
+        engines[family] = Engine(kv, runner, Slots(8), max_len=spec.max_position, max_batch_size=8)
         for i, prompt in enumerate(prompts(5, 80, seed=seed)):
             request = RequestId(f"{family}{i}")
             params = SamplingParams(max_tokens=32, temperature=0, seed=0)

@@ -26,6 +26,7 @@ def row(output: list[int] | None = None, choice: int = 0, **params: Any) -> Sequ
     )
     for token in output or []:
         sequence.append(token)
+    sequence.num_pending = 1
     return sequence
 
 

@@ -64,7 +64,7 @@ class WorkerThread:
         pool = SlabPool(driver, Bytes(device.slab), device.memory // device.slab)
         self._device = cpu_device(driver, pool, "cpu:0")
         self._jobs = ThreadJobs()
-        self._link = ThreadLink(self._device.copier)
+        self._link = ThreadLink(self._device.backend.copier)
         sockets = Sockets(run_dir, NAME, incarnation)
         self.address, self.incarnation = sockets.address, incarnation
         self._worker = CheckedWorker(

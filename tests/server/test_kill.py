@@ -61,7 +61,11 @@ def num_events(calls: Sequence[Call]) -> int:
 async def test_ten_workers_die_and_no_stream_notices(
     client: httpx.AsyncClient, server: Server, expected: list[Answer]
 ) -> None:
-    """Three die while they start, five soon after the streams go on, two when they have worked for long."""
+    """Three die while they start, five soon after the streams go on, two after a good deal of the work.
+
+    Moments are shares of the work, not times: on a fast machine the streams ended before the tenth kill.
+    """
+    total = sum(answer.num_events for answer in expected)
     rng = random.Random(7)
     calls = [call.start(client, server.url) for call in load.calls()]
     for moment in ("soon", "start", "soon", "late", "soon", "start", "soon", "late", "start", "soon"):
@@ -69,9 +73,9 @@ async def test_ten_workers_die_and_no_stream_notices(
         if moment == "start":
             await asyncio.sleep(rng.uniform(0, 2))
         else:
-            before = num_events(calls)
-            await eventually(lambda before=before: num_events(calls) > before, "the streams go on", 30)
-            await asyncio.sleep(rng.uniform(0, 0.3) if moment == "soon" else 2.1)
+            share = rng.uniform(0, 0.03) if moment == "soon" else 0.15
+            goal = num_events(calls) + total * share
+            await eventually(lambda goal=goal: num_events(calls) > goal, "the streams go on", 60)
         assert not all(call.answer.is_done for call in calls), "the load is too small"
         assert server.kill("worker-0") == pid
         await eventually(lambda pid=pid: server.pid("worker-0") != pid, "it is dead")

@@ -29,9 +29,10 @@ from prism.weights.link import Traffic
 from prism.weights.protocol import WeightSource
 from prism.weights.registrations import Registrations
 from prism.weights.transfers import Transfer
+from prism.worker.cpu_device import cpu_device
+from prism.worker.device import Backend, Device
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker
-from prism.worker.open_device import cpu_device
 
 SLAB = Bytes(2 * MiB)
 GATEWAY = GatewayId("gateway-0.1")
@@ -106,6 +107,7 @@ class LocalWorker:
         driver: Driver | None = None,
         model_options: dict[str, dict[str, Any]] | None = None,
         registrations: Registrations | None = None,
+        backend: Backend | None = None,
         **device: Any,
     ) -> None:
         options = model_options or {}
@@ -122,6 +124,8 @@ class LocalWorker:
         driver = driver or HostDriver(Bytes(num_slabs * SLAB))
         pool = SlabPool(driver, SLAB, num_slabs)
         self.device = cpu_device(driver, pool, "cpu:0")
+        if backend is not None:
+            self.device = Device(driver, pool, self.device.device, "cpu:0", backend)
         self.poison()
         self.worker = Worker(
             self.config,
@@ -130,7 +134,7 @@ class LocalWorker:
             outbox=self.outbox,
             jobs=self.jobs,
             fetch=self.fetch,
-            link=InlineLink(self.device.copier),
+            link=InlineLink(self.device.backend.copier),
             clock=lambda: self.now,
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
@@ -180,6 +184,7 @@ class LocalWorker:
         more = self.worker.advance()
         self.check()
         self.now += 0.001
+        more = more or self.worker.is_device_busy
         return more or bool(self.jobs.queue) or bool(self.outbox.wanted)
 
     def run(self, rounds: int = 5000, until: Callable[[], bool] | None = None) -> None:

@@ -151,22 +151,30 @@ def test_an_unmapping_that_fails_delays_its_own_model_alone(start: Any) -> None:
 
 
 def test_an_arena_stays_while_queued_steps_may_read_it(start: Any) -> None:
-    """Steps complete at once on this device; on others an eviction may come while one is still queued."""
+    """The loop waits for a model's steps before it evicts it; the arena does not rely on that."""
     local = start()
     warm(local, A)
-    pool = local.device.pool
-    free, held = pool.num_free, pool.num_slabs - pool.num_free
-    local.device.begin_step()
-    local.worker.evict(model(local, A))
-    assert not local.jobs.queue and (pool.num_free, pool.num_retiring) == (free, held)
-    advance(local)
-    assert not local.jobs.queue
-    local.device.end_step()
-    assert (pool.num_free, pool.num_retiring) == (2, 0)
-    advance(local)
-    assert len(local.jobs.queue) == 1
+    pool, (lane,), victim = local.device.pool, local.device.lanes, model(local, A)
+    free, num_weights = pool.num_free, len(victim.weight_slabs)
+    for name in (A, B):  # another model's step is none of its readers
+        lane.queue(ModelId(name), Queued(), object())  # type: ignore[arg-type]
+    local.worker.residency.evict(victim, local.worker.reclaimer, local.worker)
+    local.worker.residency.unmap_arenas()
+    assert not local.jobs.queue and (pool.num_free, pool.num_retiring) == (free, num_weights)
+    lane.num_completed = lane.flights.popleft().number
+    pool.completed(lane.lane_id, lane.num_completed)
+    local.worker.residency.unmap_arenas()
+    assert len(local.jobs.queue) == 1 and pool.num_free == free + num_weights
+    lane.num_completed = lane.flights.popleft().number
     run_job(local)
-    assert model(local, A).state is ModelState.COLD
+    assert victim.state is ModelState.COLD
+
+
+class Queued:
+    """A step that does not run."""
+
+    def is_done(self) -> bool:
+        return False
 
 
 # --- what may be read ------------------------------------------------------------------------------
@@ -182,7 +190,7 @@ def test_groups_arrive_in_order_and_can_be_read_in_the_arena(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = start(num_slabs=4)
-    local.device.copier.chunk_bytes = Bytes(1 << 16)
+    local.device.backend.copier.chunk_bytes = Bytes(1 << 16)
     local.submit("r", A, PROMPT, max_tokens=8)
     load = begin_load(local, A)
     profile, arena = model(local, A).profile, model(local, A).arena
@@ -220,7 +228,7 @@ def test_nothing_may_be_read_before_the_arena_is_mapped(start: Any, monkeypatch:
             pass
         seen.append((load.progress, load.groups_arrived))
 
-    monkeypatch.setattr(local.device, "prepare", copy_all)
+    monkeypatch.setattr(local.device.backend, "prepare", copy_all)
     run_job(local)
     assert seen == [(1.0, 0)] and load.groups_arrived > 0
 
@@ -368,7 +376,7 @@ def test_a_failed_copy_gives_slabs_back_at_once(start: Any, monkeypatch: pytest.
     def fail(total: Bytes) -> object:
         raise RuntimeError("no stream")
 
-    monkeypatch.setattr(local.device.copier, "begin", fail)
+    monkeypatch.setattr(local.device.backend.copier, "begin", fail)
     run_job(local)
     assert model(local, A).state is ModelState.FAILED
     assert local.device.pool.num_free == 4
@@ -417,8 +425,8 @@ def pinner() -> Pinner:
 
 @pytest.fixture
 def registrations(pinner: Pinner, paths: dict[str, Path]) -> Iterator[Registrations]:
-    def borrow(name: ModelId, *, writable: bool) -> PackedWeights:
-        return pack_here(WeightSource(model=name, path=str(paths[name])))
+    def borrow(model: ModelId, *, writable: bool) -> PackedWeights:
+        return pack_here(WeightSource(model=model, path=str(paths[model])))
 
     registrations = Registrations(pinner, borrow, Bytes(1 << 30), [ModelId(A), ModelId(B)])
     yield registrations
@@ -491,7 +499,7 @@ def test_without_a_device_that_gains_by_it_nothing_is_registered(start: Any) -> 
 
 def test_what_may_be_registered_is_configured(start: Any, pinner: Pinner) -> None:
     local = start(num_slabs=4)
-    local.device.pinner = pinner
+    local.device.backend.pinner = pinner
     for registered, expected in (("0", None), (None, 16 << 30), ("3GiB", 3 << 30)):
         config = Config.model_validate(
             {"models": [{"name": A, "path": "."}], "host_memory": {"registered": registered}}

@@ -31,6 +31,7 @@ from prism.weights.registrations import REGISTER_BYTES, Registrations, Registrat
 from prism.weights.transfers import Places
 from prism.worker.device import Device
 from prism.worker.loading import Load, Loaded, LoadPlan, unload
+from prism.worker.needs import LEAST
 from tests.weights.support import dummy_source
 
 pytestmark = pytest.mark.gpu
@@ -96,8 +97,8 @@ def registered(
         return mapped(sources[model], files[model], writable=writable)
 
     def new(*names: ModelId) -> Registrations:
-        assert device.pinner is not None
-        made.append(Registrations(device.pinner, borrow, Bytes(64 * GiB), names))
+        assert device.backend.pinner is not None
+        made.append(Registrations(device.backend.pinner, borrow, Bytes(64 * GiB), names))
         for name in names:
             made[-1].announce(name, plan_source(sources[name]).total_bytes)
         return made[-1]
@@ -111,7 +112,7 @@ def registered(
 def device() -> Iterator[Device]:
     from prism.worker.cuda_device import open_cuda
 
-    device = open_cuda(DeviceConfig(kind="cuda", memory=10 * GiB))
+    device = open_cuda(DeviceConfig(kind="cuda", memory=10 * GiB), LEAST)
     yield device
     torch.cuda.synchronize()
     gc.collect()
@@ -120,7 +121,7 @@ def device() -> Iterator[Device]:
 
 @pytest.fixture
 def link(device: Device) -> Iterator[ThreadLink]:
-    link = ThreadLink(device.copier)
+    link = ThreadLink(device.backend.copier)
     yield link
     link.close()
 

@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.support.checkpoints import FAMILIES, make_model, prompts, reference, save
+from tests.support.late import LateBackend
 from tests.support.local_worker import LocalWorker
 
 NUM_TOKENS = 64
@@ -21,13 +22,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrain
     return {family: (model, save(model, folder / family)) for family, model in made.items()}
 
 
-@pytest.fixture
-def start(models: dict[str, tuple[PreTrainedModel, Path]]) -> Iterator[object]:
+@pytest.fixture(params=["at once", "late"])
+def start(
+    models: dict[str, tuple[PreTrainedModel, Path]], request: pytest.FixtureRequest
+) -> Iterator[object]:
+    """Workers whose steps have run when they are queued, and those with steps on their way on two lanes."""
     workers: list[LocalWorker] = []
 
     def make(*families: str, num_slabs: int = 16, **options: object) -> LocalWorker:
         paths = {family: models[family][1] for family in families}
-        workers.append(LocalWorker(paths, num_slabs, **options))  # type: ignore[arg-type]
+        backend = LateBackend() if request.param == "late" else None
+        workers.append(LocalWorker(paths, num_slabs, backend=backend, **options))  # type: ignore[arg-type]
         return workers[-1]
 
     yield make

@@ -1,0 +1,1 @@
+"""Triton kernels of the CUDA backend. Imported by workers of CUDA devices only."""

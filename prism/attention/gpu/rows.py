@@ -1,0 +1,228 @@
+"""What a layer does row by row: norms, rotation of heads, KV stores, activation, a step's inputs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prism.attention.kernels import HeadNorms, Stream
+
+
+@triton.jit
+def _norm_kernel(
+    x, residual, weight, out, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):
+    """out = norm(x [+ residual]) * weight; the sum replaces the residual."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, PADDED)
+    mask = columns < WIDTH
+    value = tl.load(x + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        value += tl.load(residual + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+        rounded = value.to(x.dtype.element_ty)
+        tl.store(residual + row * WIDTH + columns, rounded, mask=mask)
+        value = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
+    factor = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + columns, (value * scale * factor).to(out.dtype.element_ty), mask=mask)
+
+
+def rms_norm(stream: Stream, weight: Tensor, eps: float) -> Tensor:
+    """Norm of a stream `[rows, width]`, contiguous; its residual then has what was still to be added."""
+    residual, delta = stream.residual, stream.delta
+    rows, width = residual.shape
+    out = torch.empty_like(residual)
+    padded = triton.next_power_of_2(width)
+    _norm_kernel[rows,](
+        residual if delta is None else delta,
+        residual,
+        weight,
+        out,
+        eps,
+        WIDTH=width,
+        PADDED=padded,
+        HAS_RESIDUAL=delta is not None,
+        num_warps=min(16, max(1, padded // 512)),
+    )
+    return out
+
+
+@triton.jit
+def _silu_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    gate = tl.load(gate_up + row * (2 * WIDTH) + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(
+        out + row * WIDTH + columns, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=mask
+    )
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(first half) times second half of `[rows, 2 width]`, contiguous."""
+    rows, double = gate_up.shape
+    out = torch.empty(rows, double // 2, dtype=gate_up.dtype, device=gate_up.device)
+    _silu_kernel[rows, triton.cdiv(double // 2, 2048)](
+        gate_up, out, WIDTH=double // 2, BLOCK=2048, num_warps=8
+    )
+    return out
+
+
+@triton.jit
+def _store_kernel(
+    qkv,
+    pages,
+    tables,
+    slots,
+    positions,
+    angles,
+    q_norm,
+    k_norm,
+    eps,
+    table_stride,
+    page_stride,
+    value_offset,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """One head of one token: queries rotate in place, keys on their way to the page, values are copied."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position = tl.load(positions + token)
+    half = tl.arange(0, DIM // 2)
+    source = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * DIM
+    first = tl.load(source + half).to(tl.float32)
+    second = tl.load(source + DIM // 2 + half).to(tl.float32)
+    if HAS_NORM:
+        if head < HEADS + KV_HEADS:
+            scale = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / DIM + eps)
+            weight = k_norm if head >= HEADS else q_norm
+            first = first * scale * tl.load(weight + half).to(tl.float32)
+            second = second * scale * tl.load(weight + DIM // 2 + half).to(tl.float32)
+    if head < HEADS + KV_HEADS:
+        row = tl.maximum(position, 0).to(tl.int64) * DIM
+        cos = tl.load(angles + row + half)
+        sin = tl.load(angles + row + DIM // 2 + half)
+        first, second = first * cos - second * sin, second * cos + first * sin
+    kind = qkv.dtype.element_ty
+    if head < HEADS:
+        tl.store(source + half, first.to(kind))
+        tl.store(source + DIM // 2 + half, second.to(kind))
+    elif position >= 0:
+        slot = tl.load(slots + token).to(tl.int64)
+        page = tl.load(tables + slot * table_stride + position // TOKENS).to(tl.int64)
+        target = pages + page * page_stride + (position % TOKENS) * (KV_HEADS * DIM)
+        if head >= HEADS + KV_HEADS:
+            target += value_offset + (head - HEADS - KV_HEADS) * DIM
+        else:
+            target += (head - HEADS) * DIM
+        tl.store(target + half, first.to(kind))
+        tl.store(target + DIM // 2 + half, second.to(kind))
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    pages: Tensor,
+    tables: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    angles: Tensor,
+    num_heads: int,
+    norms: HeadNorms | None,
+) -> Tensor:
+    """Store a step's keys and values; returns its queries `[tokens, heads, dim]`, a view of `qkv`.
+
+    `qkv [tokens, heads + 2 kv_heads, dim]`, contiguous; `pages [unit, 2, token, kv_head, dim]` one layer's
+    view; `slots`, `positions` `[tokens]` int32, position -1 for padding.
+    """
+    tokens, all_heads, dim = qkv.shape
+    kv_heads = pages.shape[3]
+    _store_kernel[tokens, all_heads](
+        qkv,
+        pages,
+        tables,
+        slots,
+        positions,
+        angles,
+        None if norms is None else norms.query,
+        None if norms is None else norms.key,
+        0.0 if norms is None else norms.eps,
+        tables.stride(0),
+        pages.stride(0),
+        pages.stride(1),
+        HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        DIM=dim,
+        TOKENS=pages.shape[2],
+        HAS_NORM=norms is not None,
+        num_warps=1,
+    )
+    return qkv[:, :num_heads]
+
+
+@triton.jit
+def _inputs_kernel(
+    step,
+    tables,
+    last_tokens,
+    embed,
+    out,
+    positions,
+    slots,
+    table_stride,
+    ROWS,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row of a decode step: note its newest block, look up its newest token's embedding."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(step + row)
+    position = tl.load(step + ROWS + row)
+    if part == 0:
+        tl.store(positions + row, position)
+        tl.store(slots + row, tl.maximum(slot, 0))
+        if position >= 0:
+            block = tl.load(step + 2 * ROWS + row)
+            tl.store(tables + slot.to(tl.int64) * table_stride + position // TOKENS, block)
+    columns = part * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    token = tl.load(last_tokens + tl.maximum(slot, 0)).to(tl.int64)
+    token = tl.where(position >= 0, token, 0)
+    value = tl.load(embed + token * WIDTH + columns, mask=mask)
+    tl.store(out + row.to(tl.int64) * WIDTH + columns, value, mask=mask)
+
+
+def decode_inputs(
+    step: Tensor, tables: Tensor, last_tokens: Tensor, embed: Tensor, tokens_per_block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings `[rows, hidden]`, slots and positions `[rows]` of a decode step.
+
+    `step [3, rows]` int32 holds slots, positions (-1: padding) and the block of each position; the newest
+    token of a slot is in `last_tokens [slots]` int32.
+    """
+    rows, width = step.shape[1], embed.shape[1]
+    out = torch.empty(rows, width, dtype=embed.dtype, device=embed.device)
+    positions = torch.empty(rows, dtype=torch.int32, device=embed.device)
+    slots = torch.empty_like(positions)
+    _inputs_kernel[rows, triton.cdiv(width, 1024)](
+        step,
+        tables,
+        last_tokens,
+        embed,
+        out,
+        positions,
+        slots,
+        tables.stride(0),
+        ROWS=rows,
+        WIDTH=width,
+        TOKENS=tokens_per_block,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    return out, slots, positions

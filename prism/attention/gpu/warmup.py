@@ -1,0 +1,91 @@
+"""Has the kernels of a model's steps compiled and loaded before the first step needs them.
+
+Triton compiles a kernel once a machine (about a second each; afterwards it is in its cache) and loads it once
+a process. What a kernel is compiled for are widths, number formats and flags, not the number of rows, so
+small tensors do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prism.attention.gpu.decode import SCRATCH_BYTES, Split, decode_attention
+from prism.attention.gpu.linear import choose_tile, is_supported, vector_linear
+from prism.attention.gpu.prefill import Chunk, prefill_attention, tiles_of
+from prism.attention.gpu.rows import decode_inputs, rms_norm, rotate_and_store, silu_mul
+from prism.attention.kernels import HeadNorms, Stream
+from prism.modelspec import ModelSpec
+
+SPLITS = (
+    *(Split(parts, 64) for parts in (32, 16)),
+    *(Split(parts, 256) for parts in (8, 4, 2, 1)),
+    Split(8, 1024),
+)
+
+
+def load_kernels(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens_per_block: int) -> None:
+    """Use each kernel once. For any thread; it works on a stream of its own."""
+    stream = torch.cuda.Stream(device)
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        _products(device, spec, dtype)
+        _rows(device, spec, dtype)
+        _attention(device, spec, dtype, tokens_per_block)
+        stream.synchronize()
+
+
+def _products(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None:
+    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
+    all_heads = heads + 2 * spec.num_kv_heads * spec.head_dim
+    for size, width, silu, has_norm, has_bias in (
+        (all_heads, hidden, False, True, spec.attention_bias),
+        (hidden, heads, False, False, spec.output_bias),
+        (spec.intermediate_size, hidden, True, True, False),
+        (hidden, spec.intermediate_size, False, False, False),
+        (spec.vocab_size, hidden, False, True, False),
+    ):
+        if not is_supported(width):
+            continue
+        rows = 16 if size % 16 == 0 else 17  # a kernel is compiled for sizes that 16 divides, or for any
+        x = torch.zeros(1, width, dtype=dtype, device=device)
+        weight = torch.zeros(rows * (1 + silu), width, dtype=dtype, device=device)
+        out = torch.zeros(1, rows, dtype=dtype, device=device)
+        vector_linear(
+            x,
+            weight,
+            out,
+            norm=x[0] if has_norm else None,
+            eps=spec.norm_eps,
+            bias=out[0] if has_bias else None,
+            residual=None if has_norm else out,
+            silu=silu,
+            tile=choose_tile(size, width, silu=silu),
+        )
+
+
+def _rows(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None:
+    x = torch.zeros(2, spec.hidden_size, dtype=dtype, device=device)
+    for delta in (None, x.clone()):
+        rms_norm(Stream(x, delta), x[0], spec.norm_eps)
+    silu_mul(torch.zeros(2, 2 * spec.intermediate_size, dtype=dtype, device=device))
+
+
+def _attention(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens: int) -> None:
+    heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+
+    def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(*shape, dtype=kind, device=device)
+
+    pages = zeros(1, 2, tokens, kv_heads, dim)
+    tables, slots = zeros(2, 8, kind=torch.int32), zeros(1, kind=torch.int32)
+    step = zeros(3, 1, kind=torch.int32)
+    decode_inputs(step, tables, slots, zeros(2, spec.hidden_size), tokens)
+    norms = HeadNorms(zeros(dim), zeros(dim), spec.norm_eps) if spec.qk_norm else None
+    qkv = zeros(1, heads + 2 * kv_heads, dim)
+    angles = zeros(2, dim, kind=torch.float32)
+    q = rotate_and_store(qkv, pages, tables, slots, slots, angles, heads, norms)
+    scratch, out = zeros(SCRATCH_BYTES, kind=torch.uint8), zeros(1, heads, dim)
+    for split in SPLITS:
+        decode_attention(q, pages, tables, slots, slots, scratch, split, out)
+    tiles = torch.tensor(tiles_of([Chunk(0, 1, 1, 0)]), dtype=torch.int32, device=device)
+    prefill_attention(q, pages, tables, tiles, out)

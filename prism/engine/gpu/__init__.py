@@ -1,0 +1,1 @@
+"""Steps of NVIDIA GPUs: lanes, CUDA graphs, draws without waiting."""

@@ -1,0 +1,84 @@
+"""A lane of a GPU: a stream, and all memory that steps on it share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prism.attention.gpu.decode import SCRATCH_BYTES
+from prism.attention.gpu.kernels import GpuKernels
+from prism.types import Bytes
+
+RING = 4
+"""Pinned buffers of a lane: at most two steps are queued, so a buffer has been copied when it returns."""
+STAGING = 1 << 20
+"""Words of 32 bits that a step may bring along."""
+
+
+class LaneShape(NamedTuple):
+    """What a lane is made for."""
+
+    max_sequences: int
+    max_blocks: int
+    """Of one sequence."""
+    max_batch: int
+    max_vocab: int
+
+
+class LaneBytes(NamedTuple):
+    """Sizes of the parts of a lane's memory."""
+
+    tables: int
+    tokens: int
+    logits: int
+    staging: int
+
+    @classmethod
+    def of(cls, shape: LaneShape) -> LaneBytes:
+        """Each part rounded up to 256 bytes."""
+        slots = shape.max_sequences + 1
+        sizes = (slots * shape.max_blocks * 4, slots * 4, shape.max_batch * shape.max_vocab * 2, STAGING * 4)
+        return cls(*(-(-size // 256) * 256 for size in sizes))
+
+
+def workspace_bytes(shape: LaneShape) -> Bytes:
+    """Device memory of one lane."""
+    return Bytes(sum(LaneBytes.of(shape)) + SCRATCH_BYTES)
+
+
+class GpuLane:
+    """See the module's docstring. Row 0 of the tables belongs to padding."""
+
+    def __init__(self, device: torch.device, memory: Tensor, shape: LaneShape) -> None:
+        """`memory` is `workspace_bytes` of uint8."""
+        self.device = device
+        self.shape = shape
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+        sizes = LaneBytes.of(shape)
+        tables, tokens, logits, staging, scratch = torch.split(memory, [*sizes, SCRATCH_BYTES])
+        slots = shape.max_sequences + 1
+        self.tables = tables.view(torch.int32)[: slots * shape.max_blocks].view(slots, shape.max_blocks)
+        self.last_tokens = tokens.view(torch.int32)[:slots]
+        self._logits = logits
+        self.staging = staging.view(torch.int32)
+        with torch.cuda.stream(self.stream):
+            self.last_tokens.zero_()
+            self.tables[0].zero_()
+        self.kernels = GpuKernels(device, self.tables, scratch)
+        self._inputs = [torch.empty(STAGING, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        self._outputs = [
+            torch.empty(shape.max_batch, dtype=torch.int32, pin_memory=True) for _ in range(RING)
+        ]
+        self._turn = 0
+
+    def logits(self, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
+        """`[rows, vocab]` where every step leaves its logits."""
+        return self._logits.view(dtype)[: rows * vocab].view(rows, vocab)
+
+    def next_buffers(self) -> tuple[Tensor, Tensor]:
+        """Pinned words for a step's inputs and for its tokens; called once a step."""
+        self._turn = (self._turn + 1) % RING
+        return self._inputs[self._turn], self._outputs[self._turn]

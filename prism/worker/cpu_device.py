@@ -1,0 +1,74 @@
+"""A CPU as a device: one lane, whose work has run when it is queued."""
+
+from __future__ import annotations
+
+import torch
+
+from prism.attention.kernels import KvView
+from prism.attention.torch_kernels import TorchKernels
+from prism.engine.kv_blocks import Move
+from prism.engine.runner import Runner
+from prism.engine.torch_runner import TorchRunner
+from prism.memory.driver import Driver
+from prism.memory.pool import SlabPool
+from prism.models.decoder import Decoder
+from prism.modelspec import ModelSpec
+from prism.types import DType, LaneId
+from prism.weights.copiers import Copier, HostCopier
+from prism.weights.registrations import Pinner
+from prism.worker.device import Device
+
+MAX_SEQUENCES = 65536
+"""A CPU keeps no tables for its sequences, so this only has to be more than can ever run."""
+
+
+class Copied:
+    """Work that has run."""
+
+    def is_done(self) -> bool:
+        """Always."""
+        return True
+
+
+class TorchBackend:
+    """Plain torch operations."""
+
+    num_lanes = 1
+    max_sequences = MAX_SEQUENCES
+    pinner: Pinner | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self._kernels = TorchKernels(device)
+        self.copier: Copier = HostCopier()
+
+    def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
+        """See `Backend.runner`."""
+        return TorchRunner(model, self._kernels, kv)
+
+    @torch.inference_mode()
+    def copy_blocks(self, kv: KvView, moves: tuple[Move, ...], lane: LaneId) -> Copied:
+        """See `Backend.copy_blocks`."""
+        copy_blocks(kv, moves)
+        return Copied()
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """See `Backend.prepare`."""
+        if spec.dtype is DType.BF16:
+            self._kernels.cpu_linear.tune()
+
+    def forget(self, runner: Runner) -> None:
+        """See `Backend.forget`: nothing is kept."""
+
+
+def copy_blocks(kv: KvView, moves: tuple[Move, ...]) -> None:
+    """Copies whole blocks; no target is a source."""
+    device = kv.pages.device
+    sources = torch.tensor([move.source for move in moves], device=device)
+    targets = torch.tensor([move.target for move in moves], device=device)
+    kv.pages.index_copy_(0, targets, kv.pages.index_select(0, sources))
+
+
+def cpu_device(driver: Driver, pool: SlabPool, name: str) -> Device:
+    """A CPU over a given driver."""
+    device = torch.device("cpu")
+    return Device(driver, pool, device, name, TorchBackend(device))

@@ -1,0 +1,61 @@
+"""Lanes: what runs on a device one after the other, and what of it is still queued."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from prism.engine.runner import InFlight
+from prism.engine.scheduler import Slots
+from prism.types import LaneId, ModelId, Stamp
+
+
+class Work(Protocol):
+    """Something queued on a lane: a step, or a copy of blocks."""
+
+    def is_done(self) -> bool:
+        """It has run."""
+        ...
+
+
+class Flight(NamedTuple):
+    """Queued work; `step` is what to commit, and whose, unless it was a copy."""
+
+    number: int
+    work: Work
+    model: ModelId
+    step: InFlight | None
+
+
+class Lane:
+    """Work that runs one after the other, and its count: queued and completed."""
+
+    def __init__(self, lane_id: LaneId, max_sequences: int) -> None:
+        self.lane_id = lane_id
+        self.slots = Slots(max_sequences)
+        self.num_queued = 0
+        self.num_completed = 0
+        self.num_models = 0
+        self.flights: deque[Flight] = deque()
+
+    def stamp(self) -> Stamp:
+        """Names the last work that has been queued."""
+        return Stamp(self.lane_id, self.num_queued)
+
+    def queue(self, model: ModelId, work: Work, step: InFlight | None = None) -> None:
+        """Count work that is on the device."""
+        self.num_queued += 1
+        self.flights.append(Flight(self.num_queued, work, model, step))
+
+    def finished(self) -> Iterator[Flight]:
+        """Takes out, in order, what has run."""
+        while self.flights and self.flights[0].work.is_done():
+            flight = self.flights.popleft()
+            self.num_completed = flight.number
+            yield flight
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that are queued, copies not counted."""
+        return sum(flight.step is not None for flight in self.flights)
