@@ -10,7 +10,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from prism.types import GiB, MiB, Slo
 
@@ -65,11 +73,12 @@ class ModelMemory(_Section):
     floor: Size = 0
     limit: Size | None = None
 
-    @model_validator(mode="after")
-    def _ordered(self) -> ModelMemory:
-        if self.limit is not None and self.floor > self.limit:
+    @field_validator("limit")
+    @classmethod
+    def _ordered(cls, limit: int | None, info: ValidationInfo) -> int | None:
+        if limit is not None and info.data.get("floor", 0) > limit:
             raise ValueError("floor is larger than limit")
-        return self
+        return limit
 
 
 class ModelConfig(_Section):
@@ -100,7 +109,7 @@ class DeviceConfig(_Section):
     index: int = Field(default=0, ge=0)
     memory: Size = 4 * GiB
     """Physical memory for weights, KV and workspaces of all models together."""
-    slab: Size = 32 * MiB
+    slab: Size = Field(default=32 * MiB, validate_default=True)
     threads: int = Field(default=0, ge=0)
     """CPU threads for the mathematics; 0 takes all cores."""
     max_batch_tokens: int = Field(default=2048, ge=1)
@@ -110,13 +119,14 @@ class DeviceConfig(_Section):
     lanes: int = Field(default=2, ge=1, le=8)
     """Steps of so many models at a time on a GPU; each lane has workspaces of its own. A CPU has one."""
 
-    @model_validator(mode="after")
-    def _whole_slabs(self) -> DeviceConfig:
-        if self.slab == 0 or self.slab & (self.slab - 1) or self.slab < 2 * MiB:
+    @field_validator("slab")
+    @classmethod
+    def _whole_slabs(cls, slab: int, info: ValidationInfo) -> int:
+        if slab == 0 or slab & (slab - 1) or slab < 2 * MiB:
             raise ValueError("slab must be a power of two and at least 2MiB")
-        if self.memory < 2 * self.slab:
+        if info.data.get("memory", 2 * slab) < 2 * slab:
             raise ValueError("memory must hold at least two slabs")
-        return self
+        return slab
 
 
 class ServerConfig(_Section):
@@ -128,7 +138,7 @@ class ServerConfig(_Section):
     admin_port: int = Field(default=8001, ge=0, le=65535)
     """Admin endpoints (`prism ps`, load, unload) are served here and nowhere else."""
     gateways: int = Field(default=1, ge=1, le=64)
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Accepted `Authorization: Bearer` keys; empty accepts everybody."""
     max_body: Size = 16 * MiB
     shutdown_grace: Duration = 30.0
@@ -169,25 +179,34 @@ class Config(_Section):
     limits: LimitsConfig = LimitsConfig()
     host_memory: HostMemoryConfig = HostMemoryConfig()
 
-    @model_validator(mode="after")
-    def _unique_names(self) -> Config:
-        names = [model.name for model in self.models]
+    @field_validator("models")
+    @classmethod
+    def _unique_names(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        names = [model.name for model in models]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"models: names used twice: {', '.join(twice)}")
-        return self
+            raise ValueError(f"names used twice: {', '.join(twice)}")
+        return models
 
-    @model_validator(mode="after")
-    def _unique_gpus(self) -> Config:
-        gpus = [device.index for device in self.devices if device.kind == "cuda"]
+    @field_validator("devices")
+    @classmethod
+    def _unique_gpus(cls, devices: tuple[DeviceConfig, ...]) -> tuple[DeviceConfig, ...]:
+        gpus = [device.index for device in devices if device.kind == "cuda"]
         if twice := sorted({index for index in gpus if gpus.count(index) > 1}):
-            raise ValueError(f"devices: GPUs used twice: {', '.join(map(str, twice))}")
-        return self
+            raise ValueError(f"GPUs used twice: {', '.join(map(str, twice))}")
+        return devices
 
     @model_validator(mode="after")
-    def _known_devices(self) -> Config:
+    def _possible_homes(self) -> Config:
+        problems = []
         for index, model in enumerate(self.models):
             if model.device is not None and model.device >= len(self.devices):
-                raise ValueError(f"models[{index}].device: there are {len(self.devices)} devices")
+                problems.append(f"models[{index}].device: there are {len(self.devices)} devices")
+                continue
+            homes = self.devices if model.device is None else (self.devices[model.device],)
+            if model.memory.floor > max(device.memory for device in homes):
+                problems.append(f"models[{index}].memory.floor: is more than the memory of its device")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     def model(self, name: str) -> ModelConfig | None:

@@ -35,26 +35,37 @@ def load_config(path: Path, environment: Mapping[str, str] | None = None) -> Con
 
 def parse_config(text: str, folder: Path, environment: Mapping[str, str]) -> Config:
     """The configuration in a text; see `load_config`."""
-    try:
-        raw = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"not valid YAML: {error}"]) from None
     problems: list[str] = []
-    raw = _expand(raw, environment, problems, "")
+    try:
+        raw = _expand(yaml.load(text, _StrictLoader), environment, problems, "")
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-13-01 is no date
+        raise ConfigError([f"not valid YAML: {error}"]) from None
+    except RecursionError:
+        raise ConfigError(["not valid YAML: nested too deeply, or in itself"]) from None
     if isinstance(raw, list):
         raw = _from_placement(raw, problems)
     if not isinstance(raw, dict):
-        problems.append("must hold a mapping with `models:`, or a list of placements")
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError([*problems, "must hold a mapping with `models:`, or a list of placements"])
+    raw = _with_paths(raw, folder, problems)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        items = error.errors()
-        broken = {item["loc"][0] for item in items if len(item["loc"]) > 1}
-        # a list whose entries are all wrong is not also too short
-        raise ConfigError([_sentence(i) for i in items if i["loc"] not in {(b,) for b in broken}]) from None
-    return _checked(config, folder)
+        problems += _others(error, {_place(problem) for problem in problems})
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _others(error: ValidationError, known: set[str]) -> list[str]:
+    """What else is wrong. A list whose entries are wrong is not also too short."""
+    items = error.errors()
+    broken = {item["loc"][:1] for item in items if len(item["loc"]) > 1}
+    sentences = [line for item in items if item["loc"] not in broken for line in _sentences(item)]
+    return [sentence for sentence in sentences if _place(sentence) not in known]
+
+
+def _place(problem: str) -> str:
+    return problem.partition(": ")[0]
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -89,28 +100,43 @@ def _expand(value: Any, environment: Mapping[str, str], problems: list[str], pla
     return _ENVIRONMENT.sub(replace, value)
 
 
-def _sentence(error: Any) -> str:
+def _sentences(error: Any) -> list[str]:
+    """One, but of the whole configuration: each line of its error names its field itself."""
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return list(message.splitlines())
     place = ""
     for part in error["loc"]:
         place += f"[{part}]" if isinstance(part, int) else f".{part}"
-    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         message = "unknown field"
-    return f"{place.lstrip('.') or 'configuration'}: {message}"
+    return [f"{place.lstrip('.')}: {message}"]
 
 
-def _checked(config: Config, folder: Path) -> Config:
-    """What needs a look at the disk: model paths, made absolute."""
-    problems = []
-    models = []
-    for index, model in enumerate(config.models):
-        path = (folder / Path(model.path).expanduser()).resolve()
-        if not (path / "config.json").is_file():
-            problems.append(f"models[{index}].path: {path} holds no config.json")
-        models.append(model.model_copy(update={"path": str(path)}))
-    if problems:
-        raise ConfigError(problems)
-    return config.model_copy(update={"models": tuple(models)})
+def _with_paths(raw: dict[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:
+    """The same with absolute model paths. Entries that are no models are left for pydantic to refuse."""
+    models = raw.get("models")
+    if not isinstance(models, list):
+        return raw
+    known = {_place(problem) for problem in problems}
+    resolved = []
+    for index, model in enumerate(models):
+        place = f"models[{index}].path"
+        if isinstance(model, dict) and isinstance(model.get("path"), str) and place not in known:
+            model = model | {"path": _model_path(model["path"], folder, place, problems)}
+        resolved.append(model)
+    return raw | {"models": resolved}
+
+
+def _model_path(path: str, folder: Path, place: str, problems: list[str]) -> str:
+    try:
+        resolved = (folder / Path(path).expanduser()).resolve()
+        if not (resolved / "config.json").is_file():
+            problems.append(f"{place}: {resolved} holds no config.json")
+    except (OSError, ValueError, RuntimeError) as error:  # unreadable; with a null byte; of an unknown user
+        problems.append(f"{place}: {path!r} cannot be read: {error}")
+        return path
+    return str(resolved)
 
 
 # --- the prototype's placement files ---------------------------------------------------------------------
@@ -149,14 +175,19 @@ def _placed_model(
     if entry.get("tokenizer_path") not in (None, entry.get("model_path")):
         problems.append(f"{place}.tokenizer_path: must equal model_path")
     placements = entry.get("init_placements") or []
+    if not isinstance(placements, list):
+        problems.append(f"{place}.init_placements: must be a list")
+        placements = []
     if len(placements) > 1:
         problems.append(f"{place}.init_placements: several instances of a model are not supported yet")
     for number, instance in enumerate(placements[:1]):
-        _place(instance, f"{place}.init_placements[{number}]", model, problems, devices)
+        _place_instance(instance, f"{place}.init_placements[{number}]", model, problems, devices)
     return model
 
 
-def _place(instance: Any, place: str, model: dict[str, Any], problems: list[str], devices: set[int]) -> None:
+def _place_instance(
+    instance: Any, place: str, model: dict[str, Any], problems: list[str], devices: set[int]
+) -> None:
     if not isinstance(instance, dict):
         problems.append(f"{place}: must be an object")
         return

@@ -142,6 +142,14 @@ class ModelNotFound(RequestError):
     code = "model_not_found"
 
 
+class Conflict(RequestError):
+    """What is asked of a model cannot be done in the state that it is in."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class BodyTooLarge(RequestError):
     """The request's body passes the configured limit."""
 

@@ -44,16 +44,71 @@ def test_schema_file_is_current() -> None:
 
 
 def test_every_problem_is_listed_at_once(folder: Path) -> None:
+    """A variable that is not set, a path that is wrong or two equal names used to hide all others."""
     text = """
 models:
   - {name: a, path: a, colour: red, slo: {ttft: 5 parsecs}}
-  - {name: "bad name", path: b}
-devices: [{slab: 3MiB}]
-server: {port: 99999}
+  - {name: "bad name", path: b, memory: {floor: 2, limit: 1}}
+  - {name: c, path: nowhere}
+  - just text
+devices: [{kind: tpu, slab: 3MiB}, {memory: 2MiB}]
+server: {port: 99999, api_keys: ["", "${env.KEY}"]}
+limits: {max_queue: "${env.QUEUE}"}
+colour: red
 """
-    found = problems(text, folder)
-    for field in ("models[0].colour", "models[0].slo.ttft", "models[1].name", "devices[0]", "server.port"):
-        assert any(problem.startswith(field) for problem in found), (field, found)
+    assert sorted(problem.partition(": ")[0] for problem in problems(text, folder)) == [
+        "colour",
+        "devices[0].kind",
+        "devices[0].slab",
+        "devices[1].slab",
+        "limits.max_queue",
+        "models[0].colour",
+        "models[0].slo.ttft",
+        "models[1].memory.limit",
+        "models[1].name",
+        "models[2].path",
+        "models[3]",
+        "server.api_keys[0]",
+        "server.api_keys[1]",
+        "server.port",
+    ]
+
+
+def test_problems_of_whole_lists_are_listed_at_once(folder: Path) -> None:
+    text = """
+models: [{name: a, path: a}, {name: a, path: b}]
+devices: [{kind: cuda}, {kind: cuda}]
+"""
+    assert problems(text, folder) == ["models: names used twice: a", "devices: GPUs used twice: 0"]
+
+
+def test_models_must_fit_the_devices(folder: Path) -> None:
+    """A floor beyond the memory was accepted, and left none to the other models."""
+    text = """
+models:
+  - {name: a, path: a, device: 2}
+  - {name: b, path: b, memory: {floor: 1GiB}}
+  - {name: c, path: b, memory: {floor: 1GiB}, device: 0}
+devices: [{memory: 512MiB}, {memory: 1GiB}]
+"""
+    assert problems(text, folder) == [
+        "models[0].device: there are 2 devices",
+        "models[2].memory.floor: is more than the memory of its device",
+    ]
+
+
+@pytest.mark.parametrize("path", ["'~nobody-of-this-name/x'", '"a\\0b"', "a" * 5000])
+def test_impossible_paths(path: str, folder: Path) -> None:
+    """Each of them was a traceback."""
+    (problem,) = problems(f"models: [{{name: a, path: {path}}}]", folder)
+    assert problem.startswith("models[0].path: ") and "cannot be read" in problem
+
+
+@pytest.mark.parametrize("text", ["models: &a [*a]", "[" * 5000, "models: [{name: 2026-13-01}]"])
+def test_yaml_that_python_cannot_hold(text: str, folder: Path) -> None:
+    """Each of them was a traceback."""
+    (problem,) = problems(text, folder)
+    assert problem.startswith("not valid YAML")
 
 
 def test_environment(folder: Path) -> None:
@@ -115,6 +170,8 @@ def test_placement_json_names_what_is_unsupported(folder: Path) -> None:
         }
     ]
     found = problems(json.dumps(entries), folder)
+    entries[0]["init_placements"] = {"gpu_ids": [0]}
+    assert "[0].init_placements: must be a list" in problems(json.dumps(entries), folder)
     for field in ("[0].tp_size", "[0].shape", "[0].init_placements[0].gpu_ids"):
         assert any(problem.startswith(field) for problem in found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import httpx
 import typer
@@ -21,14 +22,19 @@ def load_model(admin: str, name: str, pin: bool | None) -> None:
     from prism.cli.progress import show_progress
 
     with show_progress(admin, name):
-        _call("POST", admin, f"/admin/models/{name}/load", {"pinned": pin})
+        _call("POST", admin, f"/admin/models/{_quoted(name)}/load", {"pinned": pin})
     typer.echo(f"{name} is active")
 
 
 def unload_model(admin: str, name: str) -> None:
     """Evict a model."""
-    _call("POST", admin, f"/admin/models/{name}/unload")
+    _call("POST", admin, f"/admin/models/{_quoted(name)}/unload")
     typer.echo(f"{name} is unloaded")
+
+
+def _quoted(name: str) -> str:
+    """Whatever the name, it stays within its place in the path: `..` would leave it. Names have slashes."""
+    return quote(name).replace(".", "%2E")
 
 
 def _call(method: str, admin: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

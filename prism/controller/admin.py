@@ -2,7 +2,7 @@
 
 GET  /admin/models                    state and memory of all models (`prism ps`)
 POST /admin/models/{name}/load        {"pinned": bool | null}
-POST /admin/models/{name}/unload
+POST /admin/models/{name}/unload      409 while it has requests
 POST /admin/models/{name}/limits      {"kv_floor_bytes": int, "kv_limit_bytes": int | null}
 GET  /health
 """
@@ -16,6 +16,7 @@ from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException
 
 from prism.controller.service import ControllerService
 from prism.errors import InvalidRequest, ModelNotFound, RequestError
@@ -23,7 +24,16 @@ from prism.types import ModelId
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """Types are not converted, unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class EmptyBody(_Body):
+    """An unload has no options."""
+
+
+NumBytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class LoadBody(_Body):
@@ -35,8 +45,8 @@ class LoadBody(_Body):
 class LimitsBody(_Body):
     """A model's KV limits in bytes."""
 
-    kv_floor_bytes: int = Field(default=0, ge=0)
-    kv_limit_bytes: int | None = Field(default=None, ge=1)
+    kv_floor_bytes: NumBytes = 0
+    kv_limit_bytes: Annotated[NumBytes, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> LimitsBody:
@@ -69,7 +79,7 @@ def build_app(service: ControllerService) -> FastAPI:
         return {"model": model, "state": "active"}
 
     @app.post("/admin/models/{name:path}/unload")
-    async def unload(name: str) -> dict[str, Any]:
+    async def unload(name: str, _: Annotated[EmptyBody | None, Body()] = None) -> dict[str, Any]:
         model = known(name)
         await service.unload(model)
         return {"model": model, "state": "cold"}
@@ -80,17 +90,32 @@ def build_app(service: ControllerService) -> FastAPI:
         await service.set_limits(model, body.kv_floor_bytes, body.kv_limit_bytes)
         return {"model": model, **body.model_dump()}
 
-    @app.exception_handler(RequestError)
-    async def failed(_: Request, error: RequestError) -> JSONResponse:
-        return error_response(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        return error_response(InvalidRequest(first["msg"], param=place or None))
-
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_exception)
     return app
+
+
+async def _on_request_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
+    """The first problem of a body; of one that is no JSON the place is a number of bytes, and no field."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(part for part in first["loc"][1:] if isinstance(part, str))
+    return error_response(InvalidRequest(first["msg"].removeprefix("Value error, "), param=place or None))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """Unknown paths and methods, and bodies that are no text."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
 
 
 def describe(service: ControllerService) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import zmq.asyncio
 
 from prism import transport
 from prism.controller.state import ControllerState
-from prism.errors import EngineFailure, Unavailable
+from prism.errors import Conflict, EngineFailure, InvalidRequest, Unavailable
 from prism.messages import (
     Activate,
     CommandDone,
@@ -132,8 +132,7 @@ class ControllerService:
         self.state.on_worker_ended(worker)
         for number, future in self._commands.items():
             if self._command_workers[number] == worker and not future.done():
-                error = f"{worker} ended before it had done it"
-                future.set_result(CommandDone(command_id=number, worker=worker, error=error))
+                future.set_exception(Unavailable(f"{worker} ended before it had done it", retry_after=1.0))
 
     # --- commands -------------------------------------------------------------------------------------
 
@@ -142,11 +141,17 @@ class ControllerService:
         await self._command(model, Activate(epoch=0, command_id=0, model=model, pinned=pinned))
 
     async def unload(self, model: ModelId) -> None:
-        """Have a model evicted. Raises `Unavailable` or `EngineFailure` (it is in use)."""
-        await self._command(model, Evict(epoch=0, command_id=0, model=model))
+        """Have a model evicted. Raises `Unavailable`, or `Conflict` while it is in use."""
+        try:
+            await self._command(model, Evict(epoch=0, command_id=0, model=model))
+        except EngineFailure as error:
+            raise Conflict(error.message, param="model") from None
 
     async def set_limits(self, model: ModelId, floor: int, limit: int | None) -> None:
-        """Change a model's KV floor and limit, in bytes."""
+        """Change a model's KV floor and limit, in bytes. Raises `InvalidRequest` for what can never be."""
+        report = self.state.reports.get(self.state.homes[model])
+        if report is not None and floor > report.num_slabs * report.slab_bytes:
+            raise InvalidRequest("is more than the memory of the model's device", param="kv_floor_bytes")
         command = SetLimits(epoch=0, command_id=0, model=model, kv_floor_bytes=floor, kv_limit_bytes=limit)
         await self._command(model, command)
 

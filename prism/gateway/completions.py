@@ -187,7 +187,8 @@ class Answer:
         http_id: str = self._http.state.request_id
         observer = Observer(gateway.metrics, request.model, http_id, len(request.prompt), self._arrival)
         choices = range(first_choice, first_choice + request.params.n)
-        stream = Stream(self._mailbox, self._model, observer, choices, self._request.stop)
+        stops, min_tokens = self._request.stop, self._request.min_tokens
+        stream = Stream(self._mailbox, self._model, observer, choices, stops, min_tokens)
         gateway.open(request, stream)
         self._opened.append((request, stream))
 

@@ -19,6 +19,7 @@ from prism import logs
 from prism.clock import SystemClock
 from prism.config import Config
 from prism.gateway.app import create_app
+from prism.gateway.heads import HeadProtocol
 from prism.gateway.links import ProcessLinks
 from prism.gateway.service import Gateway
 from prism.metrics import Metrics
@@ -84,7 +85,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 cast("ASGIApplication", app),
-                http="httptools",
+                http=HeadProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,

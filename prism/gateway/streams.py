@@ -53,10 +53,11 @@ class Stream:
         observer: Observer,
         choices: range,
         stops: tuple[str, ...],
+        min_tokens: int,
     ) -> None:
         self._mailbox = mailbox
         self._observer = observer
-        self._choices = [ChoiceText(model, choice, stops) for choice in choices]
+        self._choices = [ChoiceText(model, choice, stops, min_tokens) for choice in choices]
         self.cached_tokens = 0
         self._is_started = False
 

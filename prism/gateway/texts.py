@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from prism.gateway.detokenizer import StopFilter
+from prism.gateway.detokenizer import Released, StopFilter
 from prism.gateway.requests import Accepted
 from prism.gateway.tokenizers import TextModel
 from prism.messages import TokenLogprob
@@ -34,8 +34,9 @@ class Piece:
 class ChoiceText:
     """Text of one choice. Log-probabilities are shown with the text they belong to, never behind a stop."""
 
-    def __init__(self, model: TextModel, choice: int, stops: tuple[str, ...]) -> None:
+    def __init__(self, model: TextModel, choice: int, stops: tuple[str, ...], min_tokens: int) -> None:
         self.choice = choice
+        self._min_tokens = min_tokens
         self.num_tokens = 0
         """Tokens that count for usage."""
         self._detokenizer = model.detokenizer()
@@ -51,22 +52,23 @@ class ChoiceText:
             self.num_tokens += 1
             if accepted.logprobs is not None:
                 self._entries.append(TokenEntry(token, accepted.logprobs[index], self._num_decoded))
-            released = self._filter.push(self._decoded(self._detokenizer.push(token)))
+            released = self._released(self._detokenizer.push(token))
             text += released.text
             if released.stopped:
                 return self._piece(text, FinishReason.STOP, is_cut=True)
         if accepted.finish is None:
             return self._piece(text, None) if text else None
         self.num_tokens += accepted.stop_token is not None
-        released = self._filter.push(self._decoded(self._detokenizer.finish()))
+        released = self._released(self._detokenizer.finish())
         text += released.text
         if released.stopped:
             return self._piece(text, FinishReason.STOP, is_cut=True)
         return self._piece(text + self._filter.finish(), accepted.finish)
 
-    def _decoded(self, piece: str) -> str:
+    def _released(self, piece: str) -> Released:
+        """Stop strings are looked for behind the first `min_tokens` tokens, as vLLM does."""
         self._num_decoded += len(piece)
-        return piece
+        return self._filter.push(piece) if self.num_tokens > self._min_tokens else Released(piece, False)
 
     def _piece(self, text: str, finish: FinishReason | None, is_cut: bool = False) -> Piece:
         self._num_shown += len(text)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -45,7 +46,8 @@ def refusing() -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = json.dumps({"error": {"message": "model 'x' does not exist"}}).encode()
+            name = unquote(self.path.removeprefix("/admin/models/").rpartition("/")[0])
+            body = json.dumps({"error": {"message": f"model {name!r} does not exist"}}).encode()
             self.send_response(404)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
@@ -119,6 +121,12 @@ def test_an_address_that_is_not_prisms(run: Run, refusing: str) -> None:
 def test_what_the_server_refuses_is_told(run: Run, refusing: str, verb: str) -> None:
     result = run(verb, "x", "--admin", refusing)
     assert (result.status, result.out, result.err) == (1, "", "error: model 'x' does not exist\n")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../b", "org/x", "a?b", "a#b", "ä b"])
+def test_any_name_reaches_the_server(run: Run, refusing: str, name: str) -> None:
+    """`..` became a part of the path, and the answer was only `status 404`."""
+    assert run("load", name, "--admin", refusing).err == f"error: model {name!r} does not exist\n"
 
 
 def test_the_address_may_come_from_the_environment(

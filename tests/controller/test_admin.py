@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from prism.controller.admin import LimitsBody, build_app
 from prism.controller.state import ControllerState
-from prism.errors import EngineFailure, RequestError, Unavailable
+from prism.errors import Conflict, EngineFailure, RequestError, Unavailable
 from prism.types import ModelId, ModelState, WorkerId
 from tests.controller.reports import model_report, report
 
@@ -116,6 +116,12 @@ async def test_commands_are_passed_on(client: httpx.AsyncClient, service: FakeSe
         ("a/limits", {"kv_limit_bytes": "much"}, 400, "kv_limit_bytes"),
         ("a/limits", {"kv_floor_bytes": 2, "kv_limit_bytes": 1}, 400, None),
         ("a/limits", None, 400, None),
+        ("a/limits", {"kv_limit_bytes": True}, 400, "kv_limit_bytes"),
+        ("a/limits", {"kv_limit_bytes": "4096"}, 400, "kv_limit_bytes"),
+        ("a/limits", {"kv_floor_bytes": 10**26}, 400, "kv_floor_bytes"),
+        ("a/load", {"pinned": 1}, 400, "pinned"),
+        ("a/unload", {"now": True}, 400, "now"),
+        ("a/frob", None, 404, None),
     ],
 )
 async def test_refusals(
@@ -127,12 +133,24 @@ async def test_refusals(
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("body", [b"{", b'"\xff"', b"", b"[]"])
+async def test_bodies_that_are_no_objects(body: bytes, client: httpx.AsyncClient) -> None:
+    """Some were refused in the framework's own shape, or with a number of bytes as their `param`."""
+    headers = {"content-type": "application/json"}
+    response = await client.post("/admin/models/a/limits", content=body, headers=headers)
+    assert error_of(response) == (400, None)
+
+
+@pytest.mark.anyio
 async def test_errors_of_the_worker_have_their_status(
     client: httpx.AsyncClient, service: FakeService
 ) -> None:
-    service.error = EngineFailure("model a has unfinished requests")
+    service.error = EngineFailure("no such tensor")
+    response = await client.post("/admin/models/a/load")
+    assert error_of(response) == (500, None) and "no such tensor" in response.text
+    service.error = Conflict("model a has unfinished requests", param="model")
     response = await client.post("/admin/models/a/unload")
-    assert error_of(response) == (500, None) and "unfinished" in response.text
+    assert error_of(response) == (409, "model") and "unfinished" in response.text
     service.error = Unavailable("worker-0, where a lives, is not up", retry_after=1.0)
     response = await client.post("/admin/models/a/load")
     assert error_of(response) == (503, None) and response.headers["retry-after"] == "1"

@@ -12,7 +12,7 @@ import zmq.asyncio
 from prism.controller import service as service_module
 from prism.controller.service import ControllerService
 from prism.controller.state import ControllerState
-from prism.errors import EngineFailure, Unavailable
+from prism.errors import Conflict, EngineFailure, InvalidRequest, Unavailable
 from prism.messages import (
     Activate,
     CommandDone,
@@ -143,12 +143,25 @@ async def test_commands_carry_the_epoch_and_return_when_they_are_done(world: Wor
 
 
 async def test_what_a_worker_refuses_is_an_error_with_its_words(world: World) -> None:
+    """That a model is in use was a 500, as if the server were broken."""
     worker = await world.worker()
-    task = asyncio.create_task(world.service.unload(A))
-    worker_says = done(await command(world, worker), "model a has unfinished requests")
-    worker.say(worker_says)
-    with pytest.raises(EngineFailure, match="unfinished requests"):
-        await task
+    for call, kind in ((world.service.unload(A), Conflict), (world.service.load(A), EngineFailure)):
+        task = asyncio.create_task(call)
+        worker.say(done(await command(world, worker), "model a has unfinished requests"))
+        with pytest.raises(kind, match="unfinished requests"):
+            await task
+
+
+async def test_a_floor_beyond_the_device_is_refused(world: World) -> None:
+    """It was accepted, and all other models then had no memory at all."""
+    worker = await world.worker()
+    worker.say(report("worker-0"))
+    await world.until(lambda: world.service.state.reports)
+    with pytest.raises(InvalidRequest, match="more than the memory"):
+        await world.service.set_limits(A, 8 * 2**21 + 1, None)
+    task = asyncio.create_task(world.service.set_limits(A, 8 * 2**21, None))
+    worker.say(done(await command(world, worker)))
+    await task
 
 
 async def test_without_a_worker_a_command_fails_at_once(world: World) -> None:
@@ -168,7 +181,7 @@ async def test_a_worker_that_dies_fails_what_was_asked_of_it(world: World) -> No
         await command(world, worker)
     world.worker_ends()
     for task in tasks:
-        with pytest.raises(EngineFailure, match="worker-0 ended before it had done it"):
+        with pytest.raises(Unavailable, match="worker-0 ended before it had done it"):
             await task
 
 

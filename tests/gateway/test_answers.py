@@ -144,6 +144,16 @@ async def test_a_stop_string_ends_and_cancels_a_choice(config: Config, stream: b
         assert [cancel.choice for cancel in world.links.cancels] == [0]
 
 
+async def test_stop_strings_are_looked_for_behind_min_tokens(config: Config) -> None:
+    """One among the first `min_tokens` tokens ended the answer."""
+    async with running(config, Script("one two two")) as world:
+        response = await world.chat(stop=["two", "e"], min_tokens=7)
+        answer = response.json()
+        assert answer["choices"][0]["message"]["content"] == "one two "
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] == 11
+
+
 async def test_a_stop_string_that_the_last_bytes_complete(config: Config) -> None:
     async with running(config, Script("ab\xff".encode("latin-1").decode("latin-1"))) as world:
         response = await world.chat(stop="b\xff")

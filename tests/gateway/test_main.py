@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 import zmq.asyncio
 
 from prism.config import Config
+from prism.gateway import heads
 from prism.messages import Demand, Ready
 from tests.gateway.fakes import MODEL, Script
 from tests.gateway.processes import Peer, cluster
@@ -61,6 +63,47 @@ async def test_health_tells_when_requests_can_be_served(config: Config, tmp_path
         while response.status_code == 503:
             response = await client.get(url)
         assert response.json()["status"] == "ok"
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+
+
+async def answer_to(port: int, *pieces: bytes) -> bytes:
+    """All that comes until the gateway closes the connection; it is reset if that had not read all."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answer = b""
+    with suppress(ConnectionError):
+        async with asyncio.timeout(10):
+            writer.write(b"".join(pieces))
+            while piece := await reader.read(65536):
+                answer += piece
+    writer.close()
+    return answer
+
+
+@pytest.mark.parametrize("begun", [b"", b"P", HEAD, b"GET /health HTTP/1.1\r\n\r\n" + HEAD])
+async def test_a_head_that_never_ends(
+    begun: bytes, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection stayed for ever."""
+    monkeypatch.setattr(heads, "HEAD_SECONDS", 0.1)
+    async with cluster(config, tmp_path) as prism:
+        answer = await answer_to(prism.port, begun)
+        assert answer.endswith(b"The head of the request did not arrive.")
+        assert answer.count(b"HTTP/1.1 ") == 1 + begun.startswith(b"GET")
+
+
+async def test_a_head_without_bound(config: Config, tmp_path: Path) -> None:
+    """One of 10 MB was taken. The bound concerns no body, and no later request on its connection."""
+    async with cluster(config, tmp_path) as prism:
+        endless = [HEAD, *[b"x-a: " + b"a" * 60_000 + b"\r\n" for _ in range(20)]]
+        refusal = await answer_to(prism.port, *endless)
+        assert refusal.endswith(b"too large.") or not refusal  # a reset may overtake it
+        body = b" " * 1_000_000
+        large = HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
+        last = b"GET /health HTTP/1.1\r\nconnection: close\r\n\r\n"
+        answer = await answer_to(prism.port, large, large, last)
+        assert answer.count(b"is not JSON") == 2 and answer.count(b"HTTP/1.1 503") == 1
 
 
 async def test_stop_ends_the_process_with_code_0(config: Config, tmp_path: Path) -> None:
@@ -142,8 +185,10 @@ async def test_a_request_in_flight_ends_before_the_process(config: Config, tmp_p
 
 CHILD = """
 import sys
+from contextlib import suppress
 from pathlib import Path
 from prism.config import Config
+from prism.gateway import heads
 from prism.gateway.main import run
 code = run(Path(sys.argv[1]), "g0", 1, Config.model_validate_json(sys.argv[2]), int(sys.argv[3]))
 assert "torch" not in sys.modules

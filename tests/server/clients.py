@@ -12,6 +12,8 @@ import httpx
 
 from prism.demo.catalog import GoldenAnswer, golden_answers
 
+PATIENCE = 300.0
+"""Seconds for which a client waits. Nothing takes as long, on whatever machine, unless it hangs."""
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
@@ -119,7 +121,7 @@ class Call:
         return self.answer
 
 
-async def ends(calls: Sequence[Call], seconds: float = 120) -> list[Answer]:
+async def ends(calls: Sequence[Call], seconds: float = PATIENCE) -> list[Answer]:
     """All answers, once they have ended."""
     async with asyncio.timeout(seconds):
         return [await call.end() for call in calls]

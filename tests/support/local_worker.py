@@ -108,24 +108,23 @@ class LocalWorker:
         model_options: dict[str, dict[str, Any]] | None = None,
         registrations: Registrations | None = None,
         backend: Backend | None = None,
-        **device: Any,
+        device: Device | None = None,
+        **settings: Any,
     ) -> None:
         options = model_options or {}
         self.config = Config.model_validate(
             {
                 "models": [{"name": n, "path": str(p)} | options.get(n, {}) for n, p in models.items()],
-                "devices": [{"memory": num_slabs * SLAB, "slab": SLAB} | device],
+                "devices": [{"memory": num_slabs * SLAB, "slab": SLAB} | settings],
             }
         )
         self.paths = models
         self.now = 1000.0
         self.jobs = QueuedJobs()
         self.outbox = RecordingOutbox()
-        driver = driver or HostDriver(Bytes(num_slabs * SLAB))
-        pool = SlabPool(driver, SLAB, num_slabs)
-        self.device = cpu_device(driver, pool, "cpu:0")
-        if backend is not None:
-            self.device = Device(driver, pool, self.device.device, "cpu:0", backend)
+        self.device = device or self._cpu_device(
+            driver or HostDriver(Bytes(num_slabs * SLAB)), num_slabs, backend
+        )
         self.poison()
         self.worker = Worker(
             self.config,
@@ -141,6 +140,12 @@ class LocalWorker:
             registrations=registrations,
         )
 
+    def _cpu_device(self, driver: Driver, num_slabs: int, backend: Backend | None) -> Device:
+        pool = SlabPool(driver, SLAB, num_slabs)
+        if backend is None:
+            return cpu_device(driver, pool, "cpu:0")
+        return Device(driver, pool, torch.device("cpu"), "cpu:0", backend)
+
     def fetch(self, model: ModelId) -> PackedWeights:
         """Packs on the spot."""
         return pack_here(WeightSource(model=model, path=str(self.paths[model])))
@@ -149,7 +154,7 @@ class LocalWorker:
         """Fill free slabs with NaN."""
         for slab in self.device.pool.free_slabs() if slabs is None else slabs:
             address = self.device.pool.address(slab)  # type: ignore[arg-type]
-            tensor_at(address, (SLAB // 4,), torch.float32, None, torch.device("cpu")).fill_(float("nan"))
+            tensor_at(address, (SLAB // 4,), torch.float32, None, self.device.device).fill_(float("nan"))
 
     def submit(
         self, request_id: str, model: str, prompt: list[int], max_tokens: int = 64, **params: Any

@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from prism.attention.gpu.launch import overlap
 
 GROUP = 16
 """Rows of a matrix product: query heads of one KV head are padded to so many."""
@@ -47,8 +50,12 @@ def _part_kernel(
     PART_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`kv` points to one layer's keys in the window's first page."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(positions + row) + 1
     size = tl.maximum(tl.cdiv(tl.cdiv(length, PARTS), BLOCK) * BLOCK, PART_TOKENS)
@@ -109,8 +116,12 @@ def _join_kernel(
     PARTS: tl.constexpr,
     PART_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Weighs the parts by their sums of exponentials (kept as logarithms to base 2)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(positions + row) + 1
     size = tl.maximum(tl.cdiv(tl.cdiv(length, PARTS), BLOCK) * BLOCK, PART_TOKENS)
@@ -198,6 +209,7 @@ def decode_attention(
         PADDED=max(GROUP, triton.next_power_of_2(heads // kv_heads)),
         num_warps=4,
         num_stages=3,
+        **overlap(),
     )
     if split.parts > 1:
         _join_kernel[rows, heads](
@@ -211,4 +223,5 @@ def decode_attention(
             PART_TOKENS=split.tokens,
             BLOCK=BLOCK,
             num_warps=4,
+            **overlap(),
         )

@@ -16,6 +16,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from prism.attention.gpu.launch import overlap
 
 
 class Tile(NamedTuple):
@@ -43,26 +46,37 @@ def _vector_kernel(
     SILU: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Sums of elementwise products, no matrix units."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = (rows < N)[:, None]
-    base = weight + rows.to(tl.int64)[:, None] * K
+    columns = tl.arange(0, COLUMNS)
+    base = weight + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    w = tl.load(base, mask=row_mask, other=0.0, eviction_policy="evict_first")
+    if SILU:
+        second = base + N.to(tl.int64) * K
+        u = tl.load(second, mask=row_mask, other=0.0, eviction_policy="evict_first")
+    if PDL:  # weights are on their way while the kernel before still computes x
+        gdc_launch_dependents()
+        gdc_wait()
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
-    for start in tl.range(0, K, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        places = base + columns[None, :]
-        w = tl.load(places, mask=row_mask, other=0.0, eviction_policy="evict_first")
-        value = tl.load(x + columns).to(tl.float32)
+    for start in tl.static_range(0, K, COLUMNS):
+        value = tl.load(x + start + columns).to(tl.float32)
         if HAS_NORM:
             squares += value * value
-            value *= tl.load(norm + columns).to(tl.float32)
+            value *= tl.load(norm + start + columns).to(tl.float32)
         acc += w.to(tl.float32) * value[None, :]
         if SILU:
-            w = tl.load(places + N.to(tl.int64) * K, mask=row_mask, other=0.0, eviction_policy="evict_first")
-            up += w.to(tl.float32) * value[None, :]
+            up += u.to(tl.float32) * value[None, :]
+        if start + COLUMNS < K:
+            w = tl.load(base + (start + COLUMNS), mask=row_mask, other=0.0, eviction_policy="evict_first")
+            if SILU:
+                u = tl.load(
+                    second + (start + COLUMNS), mask=row_mask, other=0.0, eviction_policy="evict_first"
+                )
     scale = 1.0
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
@@ -112,6 +126,7 @@ def vector_linear(
         COLUMNS=tile.columns,
         num_warps=tile.warps,
         num_stages=1,
+        **overlap(),
     )
     return out
 

@@ -117,5 +117,5 @@ def prefill_attention(q: Tensor, pages: Tensor, tables: Tensor, tiles: Tensor, o
         q, pages, tables, tiles, out, q.stride(0), tables.stride(0), pages.stride(0), pages.stride(1),
         dim**-0.5 * LOG2_E,
         HEADS=heads, KV_HEADS=pages.shape[3], DIM=dim, TOKENS=pages.shape[2],
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=8, num_stages=3,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -6,15 +6,28 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from prism.attention.gpu.launch import overlap
 from prism.attention.kernels import HeadNorms, Stream
 
 
 @triton.jit
 def _norm_kernel(
-    x, residual, weight, out, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+    x,
+    residual,
+    weight,
+    out,
+    eps,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out = norm(x [+ residual]) * weight; the sum replaces the residual."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, PADDED)
     mask = columns < WIDTH
@@ -45,12 +58,16 @@ def rms_norm(stream: Stream, weight: Tensor, eps: float) -> Tensor:
         PADDED=padded,
         HAS_RESIDUAL=delta is not None,
         num_warps=min(16, max(1, padded // 512)),
+        **overlap(),
     )
     return out
 
 
 @triton.jit
-def _silu_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -66,7 +83,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, double = gate_up.shape
     out = torch.empty(rows, double // 2, dtype=gate_up.dtype, device=gate_up.device)
     _silu_kernel[rows, triton.cdiv(double // 2, 2048)](
-        gate_up, out, WIDTH=double // 2, BLOCK=2048, num_warps=8
+        gate_up, out, WIDTH=double // 2, BLOCK=2048, num_warps=8, **overlap()
     )
     return out
 
@@ -90,8 +107,12 @@ def _store_kernel(
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One head of one token: queries rotate in place, keys on their way to the page, values are copied."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + token)
     half = tl.arange(0, DIM // 2)
@@ -161,6 +182,7 @@ def rotate_and_store(
         TOKENS=pages.shape[2],
         HAS_NORM=norms is not None,
         num_warps=1,
+        **overlap(),
     )
     return qkv[:, :num_heads]
 
@@ -179,8 +201,12 @@ def _inputs_kernel(
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row of a decode step: note its newest block, look up its newest token's embedding."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row, part = tl.program_id(0), tl.program_id(1)
     slot = tl.load(step + row)
     position = tl.load(step + ROWS + row)
@@ -224,5 +250,6 @@ def decode_inputs(
         TOKENS=tokens_per_block,
         BLOCK=1024,
         num_warps=4,
+        **overlap(),
     )
     return out, slots, positions

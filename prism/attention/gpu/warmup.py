@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prism.attention.gpu.argmax import PARTS, draw_greedy
 from prism.attention.gpu.decode import SCRATCH_BYTES, Split, decode_attention
 from prism.attention.gpu.linear import choose_tile, is_supported, vector_linear
 from prism.attention.gpu.prefill import Chunk, prefill_attention, tiles_of
@@ -89,3 +90,5 @@ def _attention(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens
         decode_attention(q, pages, tables, slots, slots, scratch, split, out)
     tiles = torch.tensor(tiles_of([Chunk(0, 1, 1, 0)]), dtype=torch.int32, device=device)
     prefill_attention(q, pages, tables, tiles, out)
+    best, place = zeros(1, PARTS, kind=torch.float32), zeros(1, PARTS, kind=torch.int32)
+    draw_greedy(zeros(1, spec.vocab_size), best, place, slots, slots, slots)

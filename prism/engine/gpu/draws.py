@@ -28,8 +28,8 @@ class RandomDraws:
             if places:
                 self._groups.append((cut, staging.ints(places), _numbers(staging, [rows[i] for i in places])))
 
-    def apply(self, words: Tensor, logits: Tensor, tokens: Tensor) -> None:
-        """Overwrite the greedy `tokens [rows]` of these rows; `logits [rows, vocabulary]`."""
+    def apply(self, words: Tensor, logits: Tensor, tokens: Tensor) -> bool:
+        """Overwrite the greedy `tokens [rows]` of these rows, if any; `logits [rows, vocabulary]`."""
         for cut, places, numbers in self._groups:
             index = words[places].long()
             temperature, top_p, min_p = words[numbers.floats].view(torch.float32).view(3, -1)
@@ -43,6 +43,7 @@ class RandomDraws:
                 needs_order=cut,
             )
             tokens.index_copy_(0, index, drawn.to(tokens.dtype))
+        return bool(self._groups)
 
 
 class _Numbers(NamedTuple):
@@ -62,8 +63,3 @@ def _numbers(staging: Staging, rows: Seq[Sequence]) -> _Numbers:
         ),
         staging.ints([p.top_k for p in params]),
     )
-
-
-def greedy(logits: Tensor) -> Tensor:
-    """Most likely tokens, `[rows]` int32, of `logits [rows, vocabulary]`."""
-    return torch.argmax(logits, dim=-1).to(torch.int32)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prism.attention.gpu.argmax import PARTS, draw_greedy
 from prism.attention.gpu.decode import SCRATCH_BYTES
 from prism.attention.gpu.kernels import GpuKernels
 from prism.types import Bytes
@@ -34,12 +35,19 @@ class LaneBytes(NamedTuple):
     tokens: int
     logits: int
     staging: int
+    drawn: int
 
     @classmethod
     def of(cls, shape: LaneShape) -> LaneBytes:
         """Each part rounded up to 256 bytes."""
         slots = shape.max_sequences + 1
-        sizes = (slots * shape.max_blocks * 4, slots * 4, shape.max_batch * shape.max_vocab * 2, STAGING * 4)
+        sizes = (
+            slots * shape.max_blocks * 4,
+            slots * 4,
+            shape.max_batch * shape.max_vocab * 2,
+            STAGING * 4,
+            shape.max_batch * (1 + 2 * PARTS) * 4,
+        )
         return cls(*(-(-size // 256) * 256 for size in sizes))
 
 
@@ -57,13 +65,16 @@ class GpuLane:
         self.shape = shape
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
-        sizes = LaneBytes.of(shape)
-        tables, tokens, logits, staging, scratch = torch.split(memory, [*sizes, SCRATCH_BYTES])
+        parts = LaneBytes.of(shape)
+        tables, tokens, logits, staging, drawn, scratch = torch.split(memory, [*parts, SCRATCH_BYTES])
         slots = shape.max_sequences + 1
         self.tables = tables.view(torch.int32)[: slots * shape.max_blocks].view(slots, shape.max_blocks)
         self.last_tokens = tokens.view(torch.int32)[:slots]
         self._logits = logits
         self.staging = staging.view(torch.int32)
+        sizes = [shape.max_batch, shape.max_batch * PARTS, shape.max_batch * PARTS]
+        self.drawn, best, place = drawn.view(torch.int32)[: sum(sizes)].split(sizes)  # type: ignore[no-untyped-call]
+        self.best, self.place = best.view(torch.float32).view(-1, PARTS), place.view(-1, PARTS)
         with torch.cuda.stream(self.stream):
             self.last_tokens.zero_()
             self.tables[0].zero_()
@@ -77,6 +88,11 @@ class GpuLane:
     def logits(self, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
         """`[rows, vocab]` where every step leaves its logits."""
         return self._logits.view(dtype)[: rows * vocab].view(rows, vocab)
+
+    def draw_greedy(self, logits: Tensor, slots: Tensor) -> None:
+        """Likeliest tokens of `logits [rows, vocabulary]` into `drawn`, and as newest tokens of `slots`."""
+        rows = len(logits)
+        draw_greedy(logits, self.best[:rows], self.place[:rows], slots, self.drawn[:rows], self.last_tokens)
 
     def next_buffers(self) -> tuple[Tensor, Tensor]:
         """Pinned words for a step's inputs and for its tokens; called once a step."""

@@ -18,7 +18,7 @@ from prism.attention.gpu.prefill import Chunk as PromptChunk
 from prism.attention.gpu.prefill import tiles_of
 from prism.attention.gpu.rows import decode_inputs
 from prism.attention.kernels import KvView, Stream
-from prism.engine.gpu.draws import RandomDraws, greedy
+from prism.engine.gpu.draws import RandomDraws
 from prism.engine.gpu.graphs import Graphs, padded_size
 from prism.engine.gpu.lane import GpuLane
 from prism.engine.gpu.staging import Staging
@@ -102,7 +102,7 @@ class GpuRunner:
         staging.ints([*(c.sequence.blocks[c.start // per_block] for c in chunks), *[0] * padding])
 
     def _decode_work(self, size: int, split: Split) -> None:
-        """What a graph holds: from the staged columns to the lane's logits and newest tokens."""
+        """What a graph holds: from the staged columns to the lane's logits and likeliest tokens."""
         lane, model = self._lane, self.model
         columns = lane.staging[: 3 * size].view(3, size)
         hidden, slots, positions = decode_inputs(
@@ -112,6 +112,7 @@ class GpuRunner:
         stream = model.layers(lane.kernels, plan, Stream(hidden))
         logits = lane.logits(size, model.spec.vocab_size, self._dtype)
         model.logits(lane.kernels, stream, logits)
+        lane.draw_greedy(logits, slots)
 
     # --- steps with prompt chunks -------------------------------------------------------------------
 
@@ -137,6 +138,7 @@ class GpuRunner:
         if sampled:
             logits = lane.logits(len(sampled), model.spec.vocab_size, self._dtype)
             model.logits(lane.kernels, stream.rows(words[inputs.last_rows].long()), logits)
+            lane.draw_greedy(logits, words[inputs.last_slots])
         return self._finish(step, sampled, draws, words, tokens, words[inputs.last_slots])
 
     # --- draws --------------------------------------------------------------------------------------
@@ -157,19 +159,18 @@ class GpuRunner:
         tokens: Tensor,
         slots: Tensor,
     ) -> GpuFlight:
-        """Draw, keep the tokens for the next step, and send them to the host."""
+        """Where the likeliest token is not the one, draw; send the tokens to the host."""
         lane = self._lane
-        tokens = tokens[: len(sampled)]
+        tokens, drawn = tokens[: len(sampled)], lane.drawn[: len(sampled)]
         known = None
         if sampled:
             logits = lane.logits(len(sampled), self.model.spec.vocab_size, self._dtype)
             if draws is None:
                 known = sample(logits.float(), sampled)
-                drawn = torch.tensor([d.token for d in known], dtype=torch.int32, device=lane.device)
-            else:
-                drawn = greedy(logits)
-                draws.apply(words, logits, drawn)
-            lane.last_tokens.index_copy_(0, slots.long(), drawn)
+                drawn.copy_(torch.tensor([draw.token for draw in known], dtype=torch.int32))
+                lane.last_tokens.index_copy_(0, slots.long(), drawn)
+            elif draws.apply(words, logits, drawn):
+                lane.last_tokens.index_copy_(0, slots.long(), drawn)
             tokens.copy_(drawn, non_blocking=True)
             for sequence in sampled:
                 sequence.is_token_placed = True

@@ -1,0 +1,142 @@
+"""Engines on this machine's GPU without server or worker: random weights straight on the device."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prism.config import DeviceConfig, ModelConfig
+from prism.engine.engine import Drawn, Engine, EngineRequest
+from prism.engine.kv_blocks import KvSpace
+from prism.memory.slabs import KvOwner, WeightsOwner
+from prism.models.decoder import Decoder
+from prism.models.rotary import rotary_table
+from prism.types import Bytes, GiB, MiB, ModelId, RequestId, SamplingParams
+from prism.worker.cuda_device import open_cuda
+from prism.worker.device import Device
+from prism.worker.lanes import Lane
+from prism.worker.models import read_profile
+from prism.worker.needs import ModelNeeds
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "eos_token_id": 128001,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": LLAMA
+    | {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+        "tie_word_embeddings": False,
+    },
+    "1b": LLAMA
+    | {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "intermediate_size": 8192,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def open_device(memory: Bytes, *, lanes: int = 1, batch: int = 512) -> Device:
+    """A GPU with a pool of `memory`."""
+    config = DeviceConfig(kind="cuda", memory=memory, lanes=lanes, max_batch_size=batch, slab=32 * MiB)
+    return open_cuda(config, ModelNeeds(8192, 128256))
+
+
+class LocalModel:
+    """One engine with random weights and so many GiB of KV."""
+
+    def __init__(
+        self, device: Device, shape: str, name: str, folder: Path, kv_gib: float, batch: int = 512
+    ) -> None:
+        path = folder / name
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(SHAPES[shape]))
+        profile = read_profile(ModelConfig(name=name, path=str(path)), device.slab_bytes)
+        self.profile, self.device = profile, device
+        arena = self.arena = device.new_arena(profile.arena_bytes)
+        slabs = device.pool.take(WeightsOwner(ModelId(name)), profile.weight_slabs)
+        arena.map([device.pool.handle(slab) for slab in slabs])
+        tensors = device.weight_tensors(profile, arena)
+        generator = torch.Generator("cuda").manual_seed(0)
+        for key, tensor in tensors.items():
+            spread = 0.0 if key.endswith("norm") else 0.02
+            tensor.normal_(1.0 if key.endswith("norm") else 0.0, spread, generator=generator)
+        rotary = device.rotary_tensor(profile, arena)
+        rotary.copy_(rotary_table(profile.spec.rope, profile.spec.head_dim, profile.spec.max_position))
+        torch.cuda.synchronize()
+        kv = KvSpace(profile.kv)
+        for slab in device.pool.take(KvOwner(ModelId(name)), int(kv_gib * GiB) // device.slab_bytes):
+            kv.add_slab(slab)
+        self.lane: Lane = device.bind()
+        decoder = Decoder(profile.spec, tensors, rotary)
+        runner = device.backend.runner(decoder, device.kv_view(profile.spec, profile.kv), self.lane.lane_id)
+        self.engine = Engine(kv, runner, self.lane.slots, max_len=8192, max_batch_size=batch)
+        device.backend.prepare(profile.spec)
+
+    def read_bytes(self) -> int:
+        """Weights that a decode step reads: all but the input embedding, unless it is the head as well."""
+        spec = self.profile.spec
+        total = sum(entry.size for entry in self.profile.weights.entries)
+        return total if spec.tied_embeddings else total - spec.vocab_size * spec.hidden_size * 2
+
+    def add(self, name: str, prompt: list[int], max_tokens: int, **params: Any) -> None:
+        """A request."""
+        settings = {"max_tokens": max_tokens, "temperature": 0.0, "seed": 0} | params
+        self.engine.add(EngineRequest(RequestId(name), prompt, SamplingParams(**settings)))
+
+
+def drive(
+    models: list[LocalModel],
+    budget: int = 8192,
+    on_drawn: Callable[[LocalModel, list[Drawn], float], None] | None = None,
+    depth: int = 2,
+) -> dict[str, float]:
+    """Run everything to its end with at most `depth` steps queued for each model; host seconds and steps."""
+    flights: dict[int, deque[Any]] = {id(m): deque() for m in models}
+    stats = {"steps": 0, "host_s": 0.0, "wall_s": 0.0}
+    begin = time.perf_counter()
+    while True:
+        busy = False
+        for model in models:
+            queue = flights[id(model)]
+            while queue and queue[0].is_done():
+                start = time.perf_counter()
+                drawn = model.engine.commit(queue.popleft())
+                now = time.perf_counter()
+                stats["host_s"] += now - start
+                if on_drawn is not None:
+                    on_drawn(model, drawn, now)
+            if len(queue) < depth and model.engine.scheduler.has_work:
+                start = time.perf_counter()
+                engine = model.engine
+                missing = engine.scheduler.blocks_wanted(budget) - engine.kv.num_free
+                engine.kv.drop_cached(max(0, missing))
+                step = engine.schedule(budget)
+                if step is not None:
+                    queue.append(model.engine.run(step))
+                    stats["steps"] += 1
+                stats["host_s"] += time.perf_counter() - start
+            busy = busy or bool(queue) or not model.engine.is_idle
+        if not busy:
+            stats["wall_s"] = time.perf_counter() - begin
+            return stats

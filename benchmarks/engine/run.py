@@ -1,0 +1,165 @@
+"""Prism's engine on one GPU: decode steps, first tokens, offline throughput, models side by side.
+
+Usage: scripts/bench engine [--only decode,ttft,offline,pairs] [--shapes 8b,1b] [--output results.json]
+Weights and prompts are random. A floor is the bytes that a step reads over the bandwidth of a device copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from local import LocalModel, drive, open_device
+
+from prism.types import Bytes, GiB
+
+CONTEXT = 1024
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 128000, (length,), generator=generator).tolist()
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a device copy of 4 GiB."""
+    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    target.copy_(source)
+    start.record()
+    for _ in range(3):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    return 3 * 2 * (4 << 30) / (start.elapsed_time(end) / 1e3)
+
+
+def decode(model: LocalModel, batch: int, bandwidth: float, steps: int = 128) -> dict[str, Any]:
+    """Median milliseconds between tokens at `batch` sequences of about `CONTEXT` tokens."""
+    times: list[float] = []
+    for i in range(batch):
+        model.add(f"d{i}", prompt(i, CONTEXT), steps)
+    stats = drive([model], on_drawn=lambda _m, drawn, now: times.append(now) if len(drawn) == batch else None)
+    gaps = [b - a for a, b in pairwise(times)][16:]
+    context = CONTEXT + steps // 2 + 8
+    read = model.read_bytes() + batch * context * model.profile.spec.kv_bytes_per_token
+    step = statistics.median(gaps)
+    return {
+        "batch": batch,
+        "step_ms": round(step * 1e3, 3),
+        "floor_ms": round(read / bandwidth * 1e3, 3),
+        "x_floor": round(step * bandwidth / read, 3),
+        "p99_ms": round(sorted(gaps)[int(len(gaps) * 0.99)] * 1e3, 3),
+        "host_ms_per_step": round(stats["host_s"] / stats["steps"] * 1e3, 3),
+    }
+
+
+def first_token(model: LocalModel, length: int, runs: int = 5) -> dict[str, Any]:
+    """Milliseconds from `add` to the first token on the host."""
+    times = []
+    for i in range(runs + 2):
+        model.add(f"t{i}", prompt(1000 * length + i, length), 1)
+        times.append(drive([model])["wall_s"])
+    return {"prompt": length, "ttft_ms": round(statistics.median(times[2:]) * 1e3, 2)}
+
+
+def offline(model: LocalModel, count: int = 1000, inputs: int = 512, outputs: int = 256) -> dict[str, Any]:
+    """Output tokens a second of `count` requests that are all there at the start."""
+    for i in range(count):
+        model.add(f"o{i}", prompt(i, inputs), outputs)
+    stats = drive([model])
+    return {
+        "requests": count,
+        "output_tok_s": round(count * outputs / stats["wall_s"], 1),
+        "steps": stats["steps"],
+        "host_ms_per_step": round(stats["host_s"] / stats["steps"] * 1e3, 3),
+        "host_share": round(stats["host_s"] / stats["wall_s"], 3),
+    }
+
+
+def pairs(shape: str, count: int, folder: Path, batch: int = 4) -> dict[str, Any]:
+    """`count` models decoding at once, each on a lane of its own, against the same on one lane."""
+    rates = {}
+    for lanes in (1, count):
+        device = open_device(Bytes(110 * GiB), lanes=lanes, batch=64)
+        models = [LocalModel(device, shape, f"{shape}-{lanes}-{i}", folder, 4, 64) for i in range(count)]
+        for turn in ("warm", "timed"):
+            times: dict[int, list[float]] = {id(m): [] for m in models}
+            for model in models:
+                for i in range(batch):
+                    model.add(f"{turn}{i}", prompt(i, CONTEXT), 192)
+            drive(
+                models,
+                on_drawn=lambda m, d, now, t=times: t[id(m)].append(now) if len(d) == batch else None,
+                depth=2,
+            )
+        gaps = sorted(b - a for t in times.values() for a, b in pairwise(t[20:]))
+        span = max(t[-1] for t in times.values()) - min(t[20] for t in times.values())
+        steps = sum(len(t) - 21 for t in times.values())
+        rates[lanes] = {
+            "tok_s": round(steps * batch / span, 1),
+            "gap_p50_ms": round(gaps[len(gaps) // 2] * 1e3, 2),
+            "gap_p99_ms": round(gaps[int(len(gaps) * 0.99)] * 1e3, 2),
+        }
+        del models
+        device_close(device)
+    return {"models": f"{count} x {shape}", "batch": batch, "one_lane": rates[1], "lanes": rates[count]}
+
+
+def device_close(device: Any) -> None:
+    """Forget the owners, then give the memory back."""
+    for owner in device.pool.owners():
+        device.pool.give_back(owner, device.pool.owned(owner))
+
+
+def main() -> None:
+    """Prints one line a figure, and all of them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="decode,ttft,offline")
+    parser.add_argument("--shapes", default="8b,1b")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    wanted = options.only.split(",")
+    bandwidth = copy_bandwidth()
+    torch.cuda.empty_cache()
+    results: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_tb_s": round(bandwidth / 1e12, 3),
+    }
+
+    def note(name: str, value: dict[str, Any]) -> None:
+        results.setdefault(name, []).append(value)
+        print(name, json.dumps(value), flush=True)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if set(wanted) & {"decode", "ttft", "offline"}:
+            device = open_device(Bytes(110 * GiB))
+            for shape in options.shapes.split(","):
+                model = LocalModel(device, shape, shape, folder, 45 if shape == "8b" else 30)
+                for batch in (1, 8, 64) if "decode" in wanted else ():
+                    decode(model, batch, bandwidth)
+                    note(f"decode_{shape}", decode(model, batch, bandwidth))
+                for length in (512, 4000) if "ttft" in wanted else ():
+                    note(f"ttft_{shape}", first_token(model, length))
+                if "offline" in wanted:
+                    offline(model, 100, 512, 32)
+                    note(f"offline_{shape}", offline(model))
+        if "pairs" in wanted:
+            note("pairs", pairs("8b", 2, folder))
+            note("pairs", pairs("1b", 4, folder))
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

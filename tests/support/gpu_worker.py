@@ -1,0 +1,29 @@
+"""A `LocalWorker` on this machine's GPU, with as few slabs as a test wants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from prism.config import DeviceConfig, ModelConfig
+from prism.types import Bytes, MiB
+from prism.worker.cuda_device import open_cuda
+from prism.worker.needs import needs_of
+from tests.support.local_worker import LocalWorker
+
+SLAB = Bytes(2 * MiB)
+
+
+def gpu_worker(models: dict[str, Path], *, lanes: int, spare_slabs: int = 100) -> LocalWorker:
+    """`spare_slabs` is what the lanes' workspaces leave for models."""
+    needs = needs_of([ModelConfig(name=name, path=str(path)) for name, path in models.items()])
+    settings = {"kind": "cuda", "slab": SLAB, "lanes": lanes, "max_batch_size": 64}
+    probe = open_cuda(DeviceConfig.model_validate(settings | {"memory": 1 << 30}), needs)
+    taken = probe.pool.num_slabs - probe.num_slabs
+    probe.close()
+    device = open_cuda(
+        DeviceConfig.model_validate(settings | {"memory": (taken + spare_slabs) * SLAB}), needs
+    )
+    torch.cuda.synchronize()
+    return LocalWorker(models, spare_slabs, device=device)

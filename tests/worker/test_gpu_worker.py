@@ -1,0 +1,99 @@
+"""A worker on a GPU: graphs, lanes, moving memory; each token is one that transformers might have drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.checkpoints import VOCAB, make_model, prompts, save
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
+    folder = tmp_path_factory.mktemp("models")
+    made = {}
+    for seed, family in enumerate(("llama", "qwen2", "qwen3")):
+        extra = {} if family == "qwen3" else {"head_dim": 64}
+        model = make_model(family, seed=seed, max_position_embeddings=4096, **SHAPE, **extra)
+        if family == "qwen3":
+            model = make_model(family, seed=seed, max_position_embeddings=4096, **SHAPE)
+        made[family] = (model.bfloat16(), save(model.bfloat16(), folder / family))
+    return made
+
+
+@torch.inference_mode()
+def worst_margin(model: Any, prompt: list[int], output: list[int]) -> float:
+    """How far the least likely drawn token was from the likeliest, in standard deviations of the logits."""
+    tokens = torch.tensor([prompt + output], device="cuda")
+    logits = model.float().cuda()(tokens).logits[0, len(prompt) - 1 : -1]
+    drawn = logits.gather(1, tokens[0, len(prompt) :, None]).squeeze(1)
+    return float(((logits.amax(1) - drawn) / logits.std(1)).max())
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_many_requests_of_three_models(models: dict, lanes: int) -> None:
+    from tests.support.gpu_worker import gpu_worker
+
+    local = gpu_worker({name: path for name, (_, path) in models.items()}, lanes=lanes)
+    many = {name: prompts(24, 700, seed=i) for i, name in enumerate(models)}
+    for name, some in many.items():
+        for i, prompt in enumerate(some):
+            local.submit(f"{name}{i}", name, prompt, max_tokens=40 + i)
+    local.run(rounds=10**6)
+    for name, some in many.items():
+        for i, prompt in enumerate(some):
+            output = local.outbox.tokens[f"{name}{i}", 0]
+            assert len(output) == 40 + i and max(output) < VOCAB
+            assert worst_margin(models[name][0], prompt, output) < 0.15, (name, i)
+    local.close()
+
+
+def test_draws_of_all_kinds_depend_on_the_request_alone(models: dict) -> None:
+    """Alone or in a batch of others the text is the same, as far as bf16 sums are: few may differ."""
+    from tests.support.gpu_worker import gpu_worker
+
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.7, "seed": 3},
+        {"temperature": 0.7, "seed": 4, "top_k": 5},
+        {"temperature": 0.7, "seed": 5, "top_p": 0.8, "min_p": 0.02},
+        {"temperature": 0.7, "seed": 6, "frequency_penalty": 0.5, "n": 2},
+        {"temperature": 0.0, "logprobs": 3},
+    ]
+    prompt = prompts(1, 300, seed=5)[0]
+    texts: list[dict] = []
+    for together in (False, True):
+        local = gpu_worker({"llama": models["llama"][1]}, lanes=1)
+        for i, kind in enumerate(kinds):
+            local.submit(str(i), "llama", prompt, max_tokens=12, **kind)
+            if not together:
+                local.run(rounds=10**6)
+        local.run(rounds=10**6)
+        texts.append(local.outbox.tokens)
+        local.close()
+    same = sum(texts[0][key] == texts[1][key] for key in texts[0])
+    assert texts[0].keys() == texts[1].keys() and same >= len(texts[0]) - 2
+
+
+def test_evictions_under_pressure_keep_texts(models: dict) -> None:
+    """Three models on memory for two, again and again: graphs outlive the evictions, nothing leaks."""
+    from tests.support.gpu_worker import gpu_worker
+
+    local = gpu_worker({name: path for name, (_, path) in models.items()}, lanes=2, spare_slabs=22)
+    first: dict = {}
+    for turn in range(4):
+        for name in models:
+            prompt = prompts(1, 200, seed=7)[0]
+            local.submit(f"{name}{turn}", name, prompt, max_tokens=30)
+            local.run(rounds=10**6)
+            text = local.outbox.tokens[f"{name}{turn}", 0]
+            assert first.setdefault(name, text) == text
+    assert sum(model.num_evictions for model in local.worker.models.values()) >= 3
+    local.close()
