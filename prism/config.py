@@ -164,6 +164,10 @@ class HostMemoryConfig(_Section):
     """Packed weights in host memory."""
 
     budget: Size = 16 * GiB
+    pack_ahead: bool = True
+    """Models are packed before anybody asks, as far as budget and machine have room."""
+    registered: Size | None = None
+    """Most of it that each GPU's worker registers with CUDA, for fast loads; None is all, 0 nothing."""
 
 
 class Config(_Section):

@@ -187,6 +187,13 @@ class WeightsReady(Message, frozen=True, kw_only=True):
     total_bytes: int
 
 
+class WeightsHeld(Message, frozen=True, kw_only=True):
+    """Packed weights are in host memory: told to all workers when they are packed or asked for."""
+
+    model: str
+    total_bytes: int
+
+
 class WeightsFailed(Message, frozen=True, kw_only=True):
     """The checkpoint cannot be packed; `reason` names file and tensor."""
 
@@ -218,6 +225,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """Longest context in tokens that the model and its memory limit allow; None while unknown."""
     pinned: bool
     error: str | None = None
+    registered_bytes: int = 0
+    """Packed weights in host memory from which this worker can load at full speed."""
 
 
 class Report(Message, frozen=True, kw_only=True):
@@ -231,6 +240,10 @@ class Report(Message, frozen=True, kw_only=True):
     num_slabs: int
     num_free_slabs: int
     models: list[ModelReport]
+    registered_bytes: int = 0
+    """Host memory that is registered with the device."""
+    registration_error: str | None = None
+    """Why some of it could not be registered: loads are slower."""
 
 
 class Demand(Message, frozen=True, kw_only=True):
@@ -293,7 +306,7 @@ class CommandDone(Message, frozen=True, kw_only=True):
 ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits
 FromWorker = Started | Outputs | Rejected | Report | CommandDone
 ToAgent = Hello | Ready | WeightsWanted
-FromAgent = ProcessUp | ProcessEnded | Stop | WeightsProgress | WeightsReady | WeightsFailed
+FromAgent = ProcessUp | ProcessEnded | Stop | WeightsProgress | WeightsReady | WeightsHeld | WeightsFailed
 ToController = Hello | Demand
 FromController = Routes
 

@@ -16,10 +16,11 @@ from prism.engine.kv_blocks import KvSpace
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.models.decoder import Decoder
 from prism.models.rotary import rotary_table
-from prism.types import Bytes, GiB, ModelId
+from prism.types import GiB, ModelId
 from prism.weights.client import pack_here
-from prism.weights.loader import LoadJob
+from prism.weights.link import ThreadLink
 from prism.weights.protocol import WeightSource
+from prism.weights.transfers import Places, Transfer
 from prism.worker.models import read_profile
 from prism.worker.open_device import open_device
 
@@ -62,9 +63,14 @@ def prism_logits(directory: Path, prompt: list[int]) -> torch.Tensor:
     arena = device.new_arena(profile.arena_bytes)
     slabs = device.pool.take(WeightsOwner(name), profile.weight_slabs)
     arena.map([device.pool.handle(slab) for slab in slabs])
-    target = device.arena_bytes(arena, Bytes(profile.weights.total_bytes))
+    places = Places(tuple(device.pool.address(slab) for slab in slabs), device.slab_bytes)
+    link = ThreadLink(device.backend.copier)
     with pack_here(WeightSource(model=name, path=str(directory))) as packed:
-        LoadJob(packed, target).run()
+        transfer = Transfer(packed, places)
+        link.start(transfer)
+        link.wait(transfer)
+    link.close()
+    assert transfer.error is None, transfer.error
     rotary = device.rotary_tensor(profile, arena)
     rotary.copy_(rotary_table(profile.spec.rope, profile.spec.head_dim, profile.spec.max_position))
     kv = KvSpace(profile.kv)

@@ -1,6 +1,6 @@
 """The agent: parent of all processes of one machine, owner of packed weights, authority on who is alive.
 
-start: bind ports -> run directory -> weight store -> children
+start: bind ports -> run directory -> weight store -> children -> packing ahead, once workers have memory
 a child says Hello: it is told who is up      a child is Ready: everybody is told
 a child ends: everybody is told, and it is started again after a back-off
 SIGTERM: gateways finish their streams, then the rest is stopped; status 0
@@ -29,6 +29,7 @@ from prism.messages import (
     Role,
     Stop,
     WeightsFailed,
+    WeightsHeld,
     WeightsProgress,
     WeightsReady,
     WeightsWanted,
@@ -59,6 +60,7 @@ class Agent:
         ]
         self._stopping = asyncio.Event()
         self._status = 0
+        self._packs_ahead = config.host_memory.pack_ahead
         self._tasks: set[asyncio.Task[None]] = set()
         self._store = HostStore(
             run_dir.store_socket,
@@ -140,6 +142,9 @@ class Agent:
         for other in self._children:
             if other.ready_since is not None and other is not child:
                 transport.asend(self._router, _up(other), sender)
+        if _is_worker(child):
+            for model, size in self._store.held().items():
+                transport.asend(self._router, WeightsHeld(model=model, total_bytes=size), sender)
 
     def _child_ready(self, sender: str, ready: Ready) -> None:
         """Its Hello may still be on its way."""
@@ -149,8 +154,11 @@ class Agent:
         child.became_ready(ready.address)
         log.info("%s is up", child.spec.name)
         self._tell_everybody(_up(child), but=sender)
+        if self._packs_ahead and all(c.ready_since is not None for c in self._children if _is_worker(c)):
+            self._packs_ahead = False
+            self._start(self._pack_ahead())
 
-    def _tell_everybody(self, message: ProcessUp | ProcessEnded | WeightsProgress, but: str = "") -> None:
+    def _tell_everybody(self, message: ProcessUp | ProcessEnded, but: str = "") -> None:
         for peer in self._peers:
             if peer != but:
                 transport.asend(self._router, message, peer)
@@ -165,6 +173,7 @@ class Agent:
                 log.info("packing %s", model)
             size = await self._store.want(ModelId(model))
             answer = WeightsReady(model=model, total_bytes=size)
+            self._tell_workers(WeightsHeld(model=model, total_bytes=size))
         except Exception as error:  # whoever asked waits for an answer, whatever went wrong
             bug = None if isinstance(error, PrismError) else error
             log.error("packing %s failed: %s", model, error, exc_info=bug)
@@ -172,11 +181,29 @@ class Agent:
         if wanted_by is not None and wanted_by in self._peers:
             transport.asend(self._router, answer, wanted_by)
 
+    async def _pack_ahead(self) -> None:
+        """Pack what nobody has asked for yet, once; those first that are loaded at start."""
+        for config in sorted(self._config.models, key=lambda m: not (m.pinned or m.preload)):
+            model = ModelId(config.name)
+            try:
+                size = await self._store.pack_ahead(model)
+            except Exception as error:  # it concerns this model alone, and nobody waits for it
+                bug = None if isinstance(error, PrismError) else error
+                log.warning("packing %s ahead failed; a request tries again: %s", model, error, exc_info=bug)
+                continue
+            if size is None:
+                log.info("%s is not packed ahead: host memory has no room to spare", model)
+            else:
+                log.info("%s is packed", model)
+                self._tell_workers(WeightsHeld(model=model, total_bytes=size))
+
     def _packing(self, model: ModelId, done: Bytes, total: Bytes) -> None:
+        self._tell_workers(WeightsProgress(model=model, done_bytes=done, total_bytes=total))
+
+    def _tell_workers(self, message: WeightsProgress | WeightsHeld) -> None:
         for peer, child in self._peers.items():
-            if child.spec.role is Role.WORKER:
-                progress = WeightsProgress(model=model, done_bytes=done, total_bytes=total)
-                transport.asend(self._router, progress, peer)
+            if _is_worker(child):
+                transport.asend(self._router, message, peer)
 
     # --- life and death -----------------------------------------------------------------------------
 
@@ -227,6 +254,10 @@ def child_specs(config: Config, api_fd: int, admin_fd: int) -> list[ChildSpec]:
         ChildSpec(Role.GATEWAY, f"gateway-{i}", listen_fd=api_fd) for i in range(config.server.gateways)
     ]
     return [*workers, ChildSpec(Role.CONTROLLER, "controller", listen_fd=admin_fd), *gateways]
+
+
+def _is_worker(child: Child) -> bool:
+    return child.spec.role is Role.WORKER
 
 
 def _up(child: Child) -> ProcessUp:

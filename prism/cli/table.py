@@ -29,7 +29,7 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
         free = device["num_free_slabs"] * device["slab_bytes"]
         console.print(
             f"{device['worker']} on {device['device']}: {_size(total)} in slabs of "
-            f"{_size(device['slab_bytes'])}, {_size(free)} free"
+            f"{_size(device['slab_bytes'])}, {_size(free)} free{_registered(device)}"
         )
     table = models_table(answer)
     # as wide as it must be: a narrow terminal wraps a line, but no name and no number is cut
@@ -40,6 +40,13 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
     for entry in answer["models"]:
         if entry["report"] is not None and entry["report"]["error"]:
             console.print(f"{entry['model']}: {entry['report']['error']}")
+
+
+def _registered(device: dict[str, Any]) -> str:
+    """Host memory from which the device loads at full speed, and what went wrong with it."""
+    size, error = device["registered_bytes"], device["registration_error"]
+    text = f", {_size(size)} of host memory registered" if size else ""
+    return text if error is None else f"{text}; not all could be registered: {error}"
 
 
 def models_table(answer: dict[str, Any]) -> Table:

@@ -129,6 +129,8 @@ def describe(service: ControllerService) -> dict[str, Any]:
             "slab_bytes": report.slab_bytes,
             "num_slabs": report.num_slabs,
             "num_free_slabs": report.num_free_slabs,
+            "registered_bytes": report.registered_bytes,
+            "registration_error": report.registration_error,
         }
         for report in state.reports.values()
     ]

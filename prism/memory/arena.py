@@ -1,7 +1,8 @@
 """A range of addresses that never changes, where one model's weights appear while it is active.
 
 CUDA graphs hold addresses, so the range is reserved for as long as the model is known. The physical memory
-comes and goes: slabs of the pool, mapped here a second time.
+comes and goes: slabs of the pool, mapped here a second time. After an eviction a slab may be shown here for a
+while although it is another's already, even in that one's arena; it does no harm, since nobody reads it here.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Arena:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no memory is mapped at all, so that its slabs may be given back."""
+        """Whether no memory is mapped at all: only then it may be mapped again."""
         return self._num_mapped == 0
 
     def map(self, handles: Sequence[Handle]) -> None:

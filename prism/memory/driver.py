@@ -4,7 +4,8 @@
                                           ├── map ──> memory at addresses ── unmap ──> both apart again
     create ─── memory without addresses ──┘
 
-One handle may be mapped at several addresses at once: writes through one are read through the others.
+One handle may be mapped at several addresses at once, in a window and in any number of arenas: writes through
+one are read through the others. It is released when it is mapped nowhere.
 """
 
 from __future__ import annotations

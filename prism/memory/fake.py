@@ -1,5 +1,6 @@
 """A driver without memory that knows exactly what a device would see, late and in another order.
 
+A handle may be mapped in a window and in any number of arenas; it is released when it is mapped nowhere.
 Queued steps run when the test says so. Each granule of physical memory remembers who wrote it last, so a step
 that reads another's bytes, or memory that has been unmapped meanwhile, fails an assertion.
 """

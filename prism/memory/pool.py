@@ -5,6 +5,7 @@ A slab passes from owner to owner by accounting alone (slabs.py); only growing a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -28,6 +29,7 @@ class SlabPool:
         self.slab_bytes = slab_bytes
         self._accounts = SlabAccounts(num_slabs if max_slabs is None else max_slabs)
         self._handles: dict[SlabId, Handle] = {}
+        self._aliases: Counter[SlabId] = Counter()  # arenas in which a slab is mapped, or may be
         self._stray: list[Handle] = []  # unmapped, but the driver refused to release them: tried again later
         self.window_bytes = Bytes(self._accounts.max_slabs * slab_bytes)
         self.window = driver.reserve(self.window_bytes)
@@ -106,6 +108,21 @@ class SlabPool:
         """The slab's physical memory, for mapping it a second time."""
         return self._handles[slab]
 
+    def add_alias(self, slabs: Iterable[SlabId]) -> None:
+        """The slabs are about to be mapped in an arena too, where they may stay longer than with their owner.
+
+        Whatever happens to them meanwhile, their memory is not released to the driver.
+        """
+        self._aliases.update(slabs)
+
+    def remove_alias(self, slabs: Iterable[SlabId]) -> None:
+        """The arena is empty again."""
+        for slab in slabs:
+            assert self._aliases[slab] > 0, f"slab {slab} is mapped in the window alone"
+            self._aliases[slab] -= 1
+            if not self._aliases[slab]:
+                del self._aliases[slab]
+
     # --- memory comes and goes ---------------------------------------------------------------------
 
     def grow(self, count: int) -> None:
@@ -126,10 +143,11 @@ class SlabPool:
     def shrink(self, count: int) -> int:
         """Release up to `count` free slabs to the driver, the highest first; returns how many went.
 
-        Raises `DriverError` when the device refuses; the slabs released before stay released.
+        Those that are still mapped in an arena stay. Raises `DriverError` when the device refuses; the slabs
+        released before stay released.
         """
         self._release_strays()
-        slabs = self.free_slabs()[::-1][:count]
+        slabs = [slab for slab in self.free_slabs()[::-1] if slab not in self._aliases][:count]
         for slab in slabs:
             self._detach(slab)
         return len(slabs)
@@ -169,13 +187,15 @@ class SlabPool:
         assert all(slab in self._handles for slab in self.free_slabs())
         for owner in self.owners():
             assert all(slab in self._handles for slab in self.owned(owner)), owner
+        assert all(slab in self._handles for slab in self._aliases), "an arena shows what was released"
 
     def close(self) -> None:
-        """Give all memory back; every slab has been given back before.
+        """Give all memory back; every slab has been given back before, and every arena unmapped.
 
         Raises `DriverError` when the device refuses; calling again goes on where it stopped.
         """
         assert self.num_free == self.num_slabs, f"slabs are still in use: {self.owners()}"
+        assert not self._aliases, f"arenas still show slabs {sorted(self._aliases)}"
         self.shrink(self.num_slabs)
         self._release_strays()
         if self._stray:

@@ -8,6 +8,9 @@ overwritten bytes, not against an adversary. The last chunk may be short; sizes 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,7 +35,31 @@ def factors() -> NDArray[np.uint64]:
     return np.arange(1, 2 * (CHUNK_BYTES // WORD_BYTES), 2, dtype=np.uint64)
 
 
+class Part(NamedTuple):
+    """Part of a range of bytes that lies within one chunk."""
+
+    chunk: int
+    first_word: int
+    """Its place in the chunk."""
+    begin: int
+    """Its place in the range."""
+    size: int
+
+
+def parts(begin: Bytes, size: Bytes) -> Iterator[Part]:
+    """Cuts `size` bytes at byte `begin` of a buffer at the bounds of chunks. A sum's parts add up to it."""
+    at, end = int(begin), begin + size
+    while at < end:
+        chunk, offset = divmod(at, CHUNK_BYTES)
+        length = min(CHUNK_BYTES - offset, end - at)
+        yield Part(chunk, offset // WORD_BYTES, at - begin, length)
+        at += length
+
+
 def checksum(chunk: NDArray[np.uint8], factors: NDArray[np.uint64]) -> int:
-    """Checksum of at most one chunk, as an unsigned number. Releases the GIL."""
+    """Checksum of at most one chunk, as an unsigned number. Releases the GIL.
+
+    For a part of a chunk, `factors` begin with the one of its first word.
+    """
     words = chunk.view(np.uint64)
     return int(np.dot(words, factors[: len(words)]))

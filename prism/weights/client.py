@@ -51,6 +51,23 @@ class PackedWeights:
         return self._file[self.total_bytes :].view(np.uint64)
 
     @property
+    def lease_fd(self) -> int | None:
+        """Becomes readable when the store recalls a cached loan."""
+        return None if self._lease is None else self._lease.fileno()
+
+    def is_recalled(self) -> bool:
+        """Whether the store wants its memory back, or has gone."""
+        if self._lease is None:
+            return False
+        try:
+            self._lease.recv(_MAX_PACKET, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True  # nothing but a recall is ever said, and at the end of the connection it is readable too
+
+    @property
     def address(self) -> Address:
         """Where the bytes are mapped."""
         return Address(self.data.__array_interface__["data"][0])
@@ -72,19 +89,26 @@ class PackedWeights:
 
 
 def fetch(
-    socket_path: Path, model: ModelId, *, writable: bool = False, timeout: Seconds = _TIMEOUT
+    socket_path: Path,
+    model: ModelId,
+    *,
+    writable: bool = False,
+    cached: bool = False,
+    timeout: Seconds = _TIMEOUT,
 ) -> PackedWeights:
     """Borrow a model's weights from the store; blocks for a round trip.
 
     `writable` maps them for writing, which pinning needs on systems that cannot pin read-only memory; nobody
-    writes all the same. Raises `HostMemoryError` when the store does not hold them or does not answer.
+    writes all the same. A `cached` loan is to be closed when the store recalls it. Raises `HostMemoryError`
+    when the store does not hold them or does not answer.
     """
     lease = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         lease.settimeout(timeout)
         lease.connect(str(socket_path))
-        lease.send(msgspec.json.encode(Fetch(model=model)))
+        lease.send(msgspec.json.encode(Fetch(model=model, cached=cached)))
         packet, fds, _, _ = socket.recv_fds(lease, _MAX_PACKET, 1)
+        lease.setblocking(False)
         return _open(packet, fds, lease, writable=writable)
     except (OSError, msgspec.DecodeError) as error:
         lease.close()

@@ -1,11 +1,11 @@
-"""How a chunk of packed weights gets to a device: a plain copy on hosts, a copy stream on GPUs.
+"""How a piece of packed weights gets to a device: a plain copy on hosts, a copy stream on GPUs.
 
 Both compute the checksums from the bytes that arrived, right behind each copy.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,116 +13,138 @@ import torch
 from numpy.typing import NDArray
 
 from prism.memory.tensors import tensor_at
-from prism.types import Bytes
-from prism.weights.checksum import CHUNK_BYTES, checksum, factors, num_chunks
-from prism.weights.client import PackedWeights
-from prism.weights.torch_checksum import torch_checksums, torch_factors
+from prism.types import Address, Bytes, MiB
+from prism.weights.checksum import checksum, factors, num_chunks, parts
+from prism.weights.torch_checksum import add_torch_checksums, torch_factors
 
-_NUM_BUFFERS = 2
+_HOST_BYTES = Bytes(8 * MiB)
+_CUDA_BYTES = Bytes(32 * MiB)
+"""0.6 ms of a PCIe 5 link: long enough to hide what queueing one costs, short enough to change one's mind."""
+_CUDA_DEPTH = 4
+"""The copy thread may be away for 2 ms, while the loop holds the interpreter, before the link falls idle."""
+
+Wait = Callable[[], None]
+"""Returns once a piece has arrived."""
 
 
-class Copier(Protocol):
-    """Chunks are copied in order; bounds are multiples of the checksums' chunks, but for the last end."""
+class Piece(NamedTuple):
+    """Bytes `begin` to `begin + size` of packed weights, and where they go."""
 
-    def copy(self, begin: Bytes, end: Bytes) -> Bytes:
-        """Copy `[begin, end)`, perhaps only queueing it; returns how many bytes have surely arrived."""
-        ...
+    source: Address
+    is_registered: bool
+    """The source is registered with CUDA."""
+    begin: Bytes
+    size: Bytes
+    target: Address
 
-    def drain(self) -> None:
-        """Wait until nothing is queued."""
+
+class Copy(Protocol):
+    """One buffer's way to the device, piece by piece in order."""
+
+    def copy(self, piece: Piece) -> Wait:
+        """Copy a piece, perhaps only queueing it behind all earlier ones of this copier."""
         ...
 
     def checksums(self) -> NDArray[np.uint64]:
-        """Those of the bytes that arrived, after `drain`."""
+        """Those of what arrived, once all pieces have been waited for."""
+        ...
+
+
+class Copier(Protocol):
+    """A device's way in. One thread uses it, and waits for the oldest piece once `depth` are on their way."""
+
+    depth: int
+    chunk_bytes: Bytes
+    """Largest piece; a power of two."""
+
+    def begin(self, total: Bytes) -> Copy:
+        """A new buffer of so many bytes."""
         ...
 
 
 class HostCopier:
     """Memory to memory; numpy releases the GIL for both the copy and the checksum."""
 
-    def __init__(self, packed: PackedWeights, target: torch.Tensor) -> None:
-        self._source = packed.data
-        self._target = target.numpy()
+    def __init__(self, chunk_bytes: Bytes = _HOST_BYTES) -> None:
+        self.depth = 1
+        self.chunk_bytes = chunk_bytes
         self._factors = factors()
-        self._sums = np.zeros(num_chunks(packed.total_bytes), np.uint64)
 
-    def copy(self, begin: Bytes, end: Bytes) -> Bytes:
-        """See `Copier.copy`; checksum chunk by checksum chunk, while it is in the cache."""
-        for index in range(begin // CHUNK_BYTES, num_chunks(end)):
-            part = slice(index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, end))
-            np.copyto(self._target[part], self._source[part])
-            self._sums[index] = checksum(self._target[part], self._factors)
-        return end
+    def begin(self, total: Bytes) -> Copy:
+        """See `Copier.begin`."""
+        return _HostCopy(self._factors, total)
 
-    def drain(self) -> None:
-        """See `Copier.drain`: nothing is ever queued. The packed weights are not held any longer."""
-        del self._source
+
+class _HostCopy:
+    def __init__(self, factors: NDArray[np.uint64], total: Bytes) -> None:
+        self._factors = factors
+        self._sums = np.zeros(num_chunks(total), np.uint64)
+
+    def copy(self, piece: Piece) -> Wait:
+        """Part by part, so that the checksum finds in the cache what was copied."""
+        source = tensor_at(piece.source, (piece.size,), torch.uint8).numpy()
+        target = tensor_at(piece.target, (piece.size,), torch.uint8).numpy()
+        for part in parts(piece.begin, piece.size):
+            here = slice(part.begin, part.begin + part.size)
+            np.copyto(target[here], source[here])
+            self._sums[part.chunk : part.chunk + 1] += np.uint64(
+                checksum(target[here], self._factors[part.first_word :])
+            )
+        return lambda: None
 
     def checksums(self) -> NDArray[np.uint64]:
-        """See `Copier.checksums`."""
+        """See `Copy.checksums`."""
         return self._sums
 
 
-class _Flight(NamedTuple):
-    """A queued copy that ends at byte `end`."""
-
-    end: Bytes
-    event: torch.cuda.Event
-
-
 class CudaCopier:
-    """At most two chunks in flight on a stream of its own, through pinned buffers unless that is needless."""
+    """One copy stream; what is not registered passes through a ring of pinned buffers."""
 
-    def __init__(
-        self, packed: PackedWeights, target: torch.Tensor, chunk_bytes: Bytes, *, source_is_pinned: bool
-    ) -> None:
-        self._source = tensor_at(packed.address, (packed.total_bytes,), torch.uint8)
-        self._target = target
-        self._stream = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
-        self._flights: deque[_Flight] = deque()
-        self._buffers = None if source_is_pinned else _pinned_buffers(chunk_bytes)
-        self._num_copies = 0
-        with torch.cuda.stream(self._stream):
-            self._factors = torch_factors(target.device)
-            self._sums = torch.zeros(num_chunks(packed.total_bytes), dtype=torch.int64, device=target.device)
+    def __init__(self, device: torch.device, chunk_bytes: Bytes = _CUDA_BYTES) -> None:
+        """Takes `depth` chunks of pinned host memory, and one of device memory for checksums."""
+        self.depth = _CUDA_DEPTH
+        self.chunk_bytes = chunk_bytes
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._ring = [torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(self.depth)]
+        self._num_staged = 0
+        with torch.cuda.stream(self.stream):
+            self.factors = torch_factors(device)
+            self.products = torch.empty(chunk_bytes // 8, dtype=torch.int64, device=device)
 
-    def copy(self, begin: Bytes, end: Bytes) -> Bytes:
-        """See `Copier.copy`."""
-        arrived = self._wait_for_oldest() if len(self._flights) == _NUM_BUFFERS else Bytes(0)
-        source = self._staged(self._source[begin:end])
-        target = self._target[begin:end]
-        sums = self._sums[begin // CHUNK_BYTES : num_chunks(end)]
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            torch_checksums(target, self._factors, sums)
-            event.record(self._stream)
-        self._flights.append(_Flight(end, event))
-        return arrived
+    def begin(self, total: Bytes) -> Copy:
+        """See `Copier.begin`."""
+        return _CudaCopy(self, total)
 
-    def drain(self) -> None:
-        """See `Copier.drain`."""
-        self._stream.synchronize()
-        self._flights.clear()
-
-    def checksums(self) -> NDArray[np.uint64]:
-        """See `Copier.checksums`."""
-        sums: NDArray[np.int64] = self._sums.cpu().numpy()
-        return sums.view(np.uint64)
-
-    def _staged(self, source: torch.Tensor) -> torch.Tensor:
-        """The bytes in pinned memory; the buffer's previous copy has been waited for."""
-        if self._buffers is None:
-            return source
-        buffer = self._buffers[self._num_copies % _NUM_BUFFERS][: source.numel()]
-        self._num_copies += 1
+    def staged(self, source: torch.Tensor) -> torch.Tensor:
+        """The bytes in pinned memory. Fewer than `depth` pieces are on their way, so a buffer is free."""
+        buffer = self._ring[self._num_staged % self.depth][: source.numel()]
+        self._num_staged += 1
         return buffer.copy_(source)
 
-    def _wait_for_oldest(self) -> Bytes:
-        flight = self._flights.popleft()
-        flight.event.synchronize()
-        return flight.end
 
+class _CudaCopy:
+    def __init__(self, copier: CudaCopier, total: Bytes) -> None:
+        self._copier = copier
+        with torch.cuda.stream(copier.stream):
+            self._sums = torch.zeros(num_chunks(total), dtype=torch.int64, device=copier.device)
 
-def _pinned_buffers(size: Bytes) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(_NUM_BUFFERS))
+    def copy(self, piece: Piece) -> Wait:
+        """See `Copy.copy`."""
+        copier = self._copier
+        source = tensor_at(piece.source, (piece.size,), torch.uint8)
+        if not piece.is_registered:
+            source = copier.staged(source)
+        target = tensor_at(piece.target, (piece.size,), torch.uint8, None, copier.device)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(copier.stream):
+            target.copy_(source, non_blocking=True)
+            add_torch_checksums(target, piece.begin, copier.factors, copier.products, self._sums)
+            event.record(copier.stream)
+        return event.synchronize
+
+    def checksums(self) -> NDArray[np.uint64]:
+        """See `Copy.checksums`."""
+        with torch.cuda.stream(self._copier.stream):
+            sums: NDArray[np.int64] = self._sums.cpu().numpy()
+        return sums.view(np.uint64)

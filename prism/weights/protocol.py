@@ -4,8 +4,10 @@
  packer --PackEvent--> store          one line each on standard output
  client --Fetch--> store              one packet on the store's socket
  store --Manifest, NotPacked--> client    one packet; a manifest comes with the memory file's descriptor
+ store --Recall--> client             one packet, perhaps, on the connection of a cached loan
 
-A client keeps its connection open for as long as it uses the memory: the store evicts nothing in use.
+A client keeps its connection open for as long as it uses the memory: the store evicts nothing in use. Who
+keeps weights only because they may be of use says so (`cached`) and closes the connection after `Recall`.
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ class Fetch(_Tagged, frozen=True, kw_only=True):
     """Lend me this model's packed weights."""
 
     model: str
+    cached: bool = False
+    """The store may have them back at any time: it sends `Recall` when it wants the memory."""
 
 
 class Manifest(_Tagged, frozen=True, kw_only=True):
@@ -80,6 +84,12 @@ class Manifest(_Tagged, frozen=True, kw_only=True):
 
 class NotPacked(_Tagged, frozen=True, kw_only=True):
     """The store does not hold these weights (any more): ask for them to be packed again."""
+
+    model: str
+
+
+class Recall(_Tagged, frozen=True, kw_only=True):
+    """The store wants the memory of a cached loan: unmap it and close the connection."""
 
     model: str
 

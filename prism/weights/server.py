@@ -9,6 +9,7 @@ import asyncio
 import os
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +17,7 @@ from typing import Protocol
 import msgspec
 
 from prism.types import ModelId, Seconds
-from prism.weights.protocol import Fetch, Manifest, NotPacked
+from prism.weights.protocol import Fetch, Manifest, NotPacked, Recall
 
 _MAX_PACKET = 4096
 _PATIENCE = Seconds(5.0)
@@ -26,12 +27,15 @@ _PATIENCE = Seconds(5.0)
 class Lender(Protocol):
     """What the server needs of the store."""
 
-    def lend(self, model: ModelId) -> tuple[Manifest, int] | None:
-        """Manifest and descriptor of a model, which stays until `take_back`; None if not held."""
+    def lend(self, model: ModelId, recall: Callable[[], None] | None) -> tuple[Manifest, int] | None:
+        """Manifest and descriptor of a model, which stays until `take_back`; None if not held.
+
+        With a `recall` the loan is a cached one: `recall` is called once if the memory is wanted.
+        """
         ...
 
-    async def take_back(self, model: ModelId) -> None:
-        """A client has done with the model."""
+    async def take_back(self, model: ModelId, recall: Callable[[], None] | None) -> None:
+        """The loan, which was made with the same `recall`, has ended."""
         ...
 
 
@@ -91,8 +95,10 @@ class LendingServer:
             loop = asyncio.get_running_loop()
             async with asyncio.timeout(_PATIENCE):
                 packet = await loop.sock_recv(connection, _MAX_PACKET)
-            model = ModelId(msgspec.json.decode(packet, type=Fetch).model)
-            if (lent := self._lender.lend(model)) is None:
+            wanted = msgspec.json.decode(packet, type=Fetch)
+            model = ModelId(wanted.model)
+            recall = _recall(connection, model) if wanted.cached else None
+            if (lent := self._lender.lend(model, recall)) is None:
                 connection.send(msgspec.json.encode(NotPacked(model=model)))
                 return
             try:
@@ -100,7 +106,17 @@ class LendingServer:
                 socket.send_fds(connection, [msgspec.json.encode(manifest)], [fd])
                 await loop.sock_recv(connection, 1)  # nothing more is said: this returns at the end
             finally:
-                await self._lender.take_back(model)
+                await self._lender.take_back(model, recall)
+
+
+def _recall(connection: socket.socket, model: ModelId) -> Callable[[], None]:
+    """Says `Recall` on the connection; a client that is gone has given everything back."""
+
+    def recall() -> None:
+        with suppress(OSError):
+            connection.send(msgspec.json.encode(Recall(model=model)))
+
+    return recall
 
 
 def _peer_uid(connection: socket.socket) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from prism.types import Bytes
 from prism.weights.checksum import CHUNK_BYTES, WORD_BYTES
 
 _CHUNK_WORDS = CHUNK_BYTES // WORD_BYTES
@@ -14,14 +15,29 @@ def torch_factors(device: torch.device) -> torch.Tensor:
     return torch.arange(1, 2 * _CHUNK_WORDS, 2, dtype=torch.int64, device=device)
 
 
-def torch_checksums(data: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
-    """Checksums of consecutive chunks: [bytes] uint8 -> `out` [chunks] int64 (the same 64 bits, as signed).
+def add_torch_checksums(
+    data: torch.Tensor, begin: Bytes, factors: torch.Tensor, products: torch.Tensor, sums: torch.Tensor
+) -> None:
+    """Add what `data` [bytes] uint8, found at byte `begin`, gives to the checksums in `sums` [chunks] int64.
 
-    On a GPU it is queued on the current stream and takes a temporary buffer as large as `data`.
+    They are the same 64 bits, as signed numbers. `products` [at least bytes / 8] int64 is written. On a GPU
+    all of it is queued on the current stream.
     """
     words = data.view(torch.int64)
-    whole = len(words) // _CHUNK_WORDS
-    chunks = words[: whole * _CHUNK_WORDS].view(whole, _CHUNK_WORDS)
-    torch.sum(chunks * factors, dim=1, out=out[:whole])
-    if rest := words[whole * _CHUNK_WORDS :].numel():
-        out[whole] = (words[-rest:] * factors[:rest]).sum()
+    products = products[: len(words)]
+    index, first = divmod(begin // WORD_BYTES, _CHUNK_WORDS)
+    head = min(len(words), -first % _CHUNK_WORDS)
+    if head:
+        torch.mul(words[:head], factors[first : first + head], out=products[:head])
+        sums[index] += products[:head].sum()
+        index += 1
+    whole = (len(words) - head) // _CHUNK_WORDS
+    if whole:
+        chunks = slice(head, head + whole * _CHUNK_WORDS)
+        by_chunk = products[chunks].view(whole, _CHUNK_WORDS)
+        torch.mul(words[chunks].view(whole, _CHUNK_WORDS), factors, out=by_chunk)
+        sums[index : index + whole] += by_chunk.sum(dim=1)
+        index += whole
+    if rest := len(words) - head - whole * _CHUNK_WORDS:
+        torch.mul(words[-rest:], factors[:rest], out=products[-rest:])
+        sums[index] += products[-rest:].sum()

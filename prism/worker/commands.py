@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, assert_never
 
 from prism.messages import Activate, Evict, SetLimits
-from prism.types import ModelState
 from prism.worker.models import Model, limit_slabs, slabs_up
 
 if TYPE_CHECKING:
@@ -45,14 +44,18 @@ def _evict(worker: Worker, model: Model, command: Evict) -> None:
     if worker.requests.of_model(model.name):
         worker.command_done(command, f"model {model.name} has unfinished requests")
         return
+    model.is_wanted = False
     if model.is_active:
         model.evict_commands.append(command.command_id)
         worker.evict(model)
-    elif model.state in (ModelState.COLD, ModelState.FAILED):
-        model.is_wanted = False
-        worker.command_done(command, None)
+    elif model.load is not None:
+        model.evict_commands.append(command.command_id)
+        worker.residency.cancel_load(model)
+    elif model.is_evicting:
+        model.evict_commands.append(command.command_id)
     else:
-        worker.command_done(command, f"model {model.name} is {model.state}; try again")
+        worker.residency.forget(model)
+        worker.command_done(command, None)
 
 
 def _set_limits(worker: Worker, model: Model, command: SetLimits) -> None:

@@ -14,6 +14,8 @@ from prism.memory.pool import SlabPool
 from prism.models.decoder import Decoder
 from prism.modelspec import ModelSpec
 from prism.types import DType, LaneId
+from prism.weights.copiers import Copier, HostCopier
+from prism.weights.registrations import Pinner
 from prism.worker.device import Device
 
 MAX_SEQUENCES = 65536
@@ -33,9 +35,11 @@ class TorchBackend:
 
     num_lanes = 1
     max_sequences = MAX_SEQUENCES
+    pinner: Pinner | None = None
 
     def __init__(self, device: torch.device) -> None:
         self._kernels = TorchKernels(device)
+        self.copier: Copier = HostCopier()
 
     def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
         """See `Backend.runner`."""

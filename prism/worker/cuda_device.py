@@ -25,6 +25,8 @@ from prism.memory.tensors import tensor_at, torch_dtype
 from prism.models.decoder import Decoder
 from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType, GiB, LaneId
+from prism.weights.copiers import Copier, CudaCopier
+from prism.weights.registrations import Pinner
 from prism.worker.device import Device
 from prism.worker.needs import ModelNeeds
 
@@ -53,7 +55,8 @@ def open_cuda(config: DeviceConfig, needs: ModelNeeds) -> Device:
         raise DriverError("memory", f"devices[].memory holds {num_slabs} slabs; {wanted}")
     pool = SlabPool(driver, Bytes(config.slab), num_slabs)
     lanes = [_open_lane(pool, device, LaneId(i), shape, slabs) for i in range(config.lanes)]
-    return Device(driver, pool, device, f"cuda:{config.index}", GpuBackend(device, lanes, Bytes(config.slab)))
+    backend = GpuBackend(device, lanes, Bytes(config.slab), driver)
+    return Device(driver, pool, device, f"cuda:{config.index}", backend)
 
 
 def _open_lane(pool: SlabPool, device: torch.device, lane: LaneId, shape: LaneShape, slabs: int) -> GpuLane:
@@ -96,7 +99,9 @@ class PlainRunner:
 class GpuBackend:
     """See `Backend`."""
 
-    def __init__(self, device: torch.device, lanes: list[GpuLane], slab_bytes: Bytes) -> None:
+    def __init__(self, device: torch.device, lanes: list[GpuLane], slab_bytes: Bytes, pinner: Pinner) -> None:
+        self.copier: Copier = CudaCopier(device)
+        self.pinner: Pinner | None = pinner
         self._slab_bytes = slab_bytes
         self.num_lanes = len(lanes)
         self.max_sequences = lanes[0].shape.max_sequences

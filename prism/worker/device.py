@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -19,6 +20,8 @@ from prism.memory.tensors import tensor_at, torch_dtype
 from prism.models.decoder import Decoder
 from prism.modelspec import ModelSpec
 from prism.types import Address, Bytes, LaneId, ModelId
+from prism.weights.copiers import Copier
+from prism.weights.registrations import Pinner
 from prism.weights.views import view_weights
 from prism.worker.lanes import Lane, Work
 from prism.worker.models import Profile
@@ -30,6 +33,10 @@ class Backend(Protocol):
     num_lanes: int
     max_sequences: int
     """Sequences that can hold blocks at a time on one lane."""
+    copier: Copier
+    """Brings weights in."""
+    pinner: Pinner | None
+    """Registers host memory, where copies are faster from there."""
 
     def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
         """Binds a model to a lane."""
@@ -58,6 +65,7 @@ class Device:
         self.pool = pool
         self.device = device
         self.name = name
+        self._side_stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.backend = backend
         self.lanes = tuple(Lane(LaneId(i), backend.max_sequences) for i in range(backend.num_lanes))
 
@@ -109,9 +117,9 @@ class Device:
         )
         return KvView(pages)
 
-    def arena_bytes(self, arena: Arena, size: Bytes) -> Tensor:
-        """The arena's first `size` bytes as `[size]` uint8."""
-        return tensor_at(arena.base, (size,), torch.uint8, None, self.device)
+    def beside_steps(self) -> AbstractContextManager[object]:
+        """What a load's thread queues in this context neither waits for the lane's steps nor delays them."""
+        return nullcontext() if self._side_stream is None else torch.cuda.stream(self._side_stream)
 
     def weight_tensors(self, profile: Profile, arena: Arena) -> dict[str, Tensor]:
         """Views of all weights by name; nothing is touched."""

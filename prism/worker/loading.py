@@ -7,18 +7,21 @@ the interpreter lock. It ends by posting one event.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
-
-from torch import Tensor
 
 from prism.errors import CheckpointError, PrismError
 from prism.memory.arena import Arena
 from prism.memory.driver import Handle
 from prism.types import ModelId
 from prism.weights.client import PackedWeights
-from prism.weights.loader import LoadJob, LoadOutcome
+from prism.weights.layout import Layout
+from prism.weights.link import Link
+from prism.weights.registrations import NOTHING, Registered, Registrations
+from prism.weights.transfers import NEVER, Places, Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,78 +63,135 @@ class LoadCancelled(PrismError):
         return "the load was cancelled"
 
 
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What a load does, apart from its copy."""
+
+    model: ModelId
+    layout: Layout
+    arena: Arena
+    handles: tuple[Handle, ...]
+    """Of the slabs, in the arena's order."""
+    places: Places
+    """The same slabs in the pool's window, where they can be written before the arena is mapped."""
+    prepare: Callable[[], None]
+    """Has the model's kernels built and loaded."""
+    fill: Callable[[], None]
+    """Writes what lies behind the weights in the arena, once it is mapped."""
+
+
 class Load:
-    """One model's weights on their way to the device."""
+    """One model's weights on their way to the device.
+
+    The link's thread copies into the slabs' places in the window, while `run`, on a thread of its own, maps
+    the arena over the same slabs.
+    """
 
     def __init__(
         self,
-        model: ModelId,
+        plan: LoadPlan,
         fetch: Fetch,
-        arena: Arena,
-        handles: tuple[Handle, ...],
-        fingerprint: str,
-        target: Tensor,
-        prepare: Callable[[], None],
-        finish: Callable[[], None],
+        registrations: Registrations | None,
+        link: Link,
         clock: Callable[[], float],
     ) -> None:
-        self._model = model
+        self._plan = plan
         self._fetch = fetch
-        self._arena = arena
-        self._handles = handles
-        self._fingerprint = fingerprint
-        self._target = target  # [weights bytes] uint8 over the arena
-        self._prepare = prepare  # before the first byte is copied
-        self._finish = finish  # after the last one
+        self._registrations = registrations
+        self._link = link
         self._clock = clock
-        self._job: LoadJob | None = None
-        self._is_cancelled = False
+        self._deadline = NEVER
+        self._transfer: Transfer | None = None
+        self._is_mapped = False
+        self.is_cancelled = False
+        """It will end soon, and never well."""
+
+    # --- for the loop -------------------------------------------------------------------------------
 
     @property
     def progress(self) -> float:
         """Share of the bytes that have arrived."""
-        return 0.0 if self._job is None else self._job.progress / self._job.total_bytes
+        return 0.0 if self._transfer is None else self._transfer.arrived / self._transfer.total
+
+    @property
+    def groups_arrived(self) -> int:
+        """How many of the layout's groups (embedding, each layer, head) can be read in the arena.
+
+        It only grows. Whatever is queued on any stream after this was read finds there the bytes of these
+        groups, the table of positions, and the model's kernels. Whether the bytes are the right ones is known
+        when the load has ended well: until then nothing computed from them may leave the worker. After a load
+        that ends otherwise the arena is unmapped once the lane's queued steps have completed.
+        """
+        if not self._is_mapped or self._transfer is None:
+            return 0
+        return bisect_right(self._plan.layout.group_ends, self._transfer.arrived)
+
+    @property
+    def deadline(self) -> float:
+        """When the first token that waits for it is due; loads share the link by it."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float) -> None:
+        self._deadline = deadline
+        if self._transfer is not None:
+            self._transfer.deadline = deadline
 
     def cancel(self) -> None:
-        """Stop at the next chunk."""
-        self._is_cancelled = True
-        if self._job is not None:
-            self._job.cancel()
+        """Stop at the next piece."""
+        self.is_cancelled = True
+        if self._transfer is not None:
+            self._transfer.cancel()
+
+    # --- its thread ---------------------------------------------------------------------------------
 
     def run(self) -> Loaded:
-        """Map the arena, copy, verify. Whatever goes wrong is in the event, and the arena unmapped."""
+        """Copy, map, verify. Nothing writes to the slabs afterwards, but the arena may be mapped."""
         begin = self._clock()
         try:
             self._load()
         except Exception as error:  # the loop must learn of any failure, or the model loads for ever
-            failure = self._undo() or error
-            return Loaded(self._model, self._clock() - begin, failure)
-        return Loaded(self._model, self._clock() - begin, None)
+            return Loaded(self._plan.model, self._clock() - begin, error)
+        return Loaded(self._plan.model, self._clock() - begin, None)
 
     def _load(self) -> None:
-        with self._fetch(self._model) as packed:
-            if packed.fingerprint != self._fingerprint:
-                raise CheckpointError("changed since the server started", file=str(self._model))
-            self._prepare()
-            self._arena.map(self._handles)
-            job = self._job = LoadJob(packed, self._target)
-            if self._is_cancelled:
-                job.cancel()
-            if job.run() is LoadOutcome.CANCELLED:
+        model = self._plan.model
+        with self._fetch(model) as packed, self._registered() as registered:
+            if packed.fingerprint != self._plan.layout.fingerprint:
+                raise CheckpointError("changed since the server started", file=str(model))
+            transfer = self._transfer = Transfer(packed, self._plan.places, registered)
+            transfer.deadline = self._deadline  # what is set from here on reaches the transfer itself
+            if self.is_cancelled:
                 raise LoadCancelled
-            self._finish()
+            self._link.start(transfer)
+            try:
+                self._map()
+            except BaseException:
+                transfer.cancel()
+                raise
+            finally:
+                self._link.wait(transfer)
+            if transfer.error is not None:
+                raise transfer.error
+            if not transfer.has_arrived:
+                raise LoadCancelled
 
-    def _undo(self) -> Exception | None:
-        try:
-            if not self._arena.is_empty:
-                self._arena.unmap()
-        except Exception as error:
-            return error
-        return None
+    def _map(self) -> None:
+        self._plan.prepare()
+        if self.is_cancelled:
+            return
+        self._plan.arena.map(self._plan.handles)
+        self._plan.fill()
+        self._is_mapped = True
+
+    def _registered(self) -> AbstractContextManager[Registered]:
+        if self._registrations is None:
+            return nullcontext(NOTHING)
+        return self._registrations.use(self._plan.model)
 
 
 def unload(model: ModelId, arena: Arena, delay: float) -> Unloaded:
-    """Unmap an arena that no queued step reads, after `delay` seconds."""
+    """Unmap an arena that no queued step reads, after `delay` seconds. Its slabs may be others' by now."""
     try:
         if delay:
             time.sleep(delay)

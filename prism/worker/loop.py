@@ -29,7 +29,10 @@ from prism.messages import (
     SetLimits,
     Submit,
 )
-from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelState, RequestId, WorkerId
+from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelId, ModelState, RequestId, WorkerId
+from prism.weights.link import Link
+from prism.weights.registrations import Registrations
+from prism.weights.transfers import NEVER
 from prism.worker import admission, turns
 from prism.worker.commands import carry_out
 from prism.worker.delivery import Delivery
@@ -37,7 +40,7 @@ from prism.worker.device import Device
 from prism.worker.entry import check_submit
 from prism.worker.lanes import Flight, Lane
 from prism.worker.loading import Fetch, JobEvent, Jobs, Loaded, Unloaded
-from prism.worker.models import Model, limit_slabs, slabs_up
+from prism.worker.models import Model, likely_order, limit_slabs, slabs_up
 from prism.worker.outbox import Outbox
 from prism.worker.rate import CompletionRate
 from prism.worker.reclaimer import Reclaimer
@@ -65,9 +68,11 @@ class Worker:
         outbox: Outbox,
         jobs: Jobs,
         fetch: Fetch,
+        link: Link,
         clock: Callable[[], float],
         name: WorkerId,
         incarnation: Incarnation,
+        registrations: Registrations | None = None,
     ) -> None:
         self.name = name
         self.incarnation = incarnation
@@ -78,13 +83,16 @@ class Worker:
         self.max_batch_size = device_config.max_batch_size
         self.models = {m.name: _new_model(m, device.slab_bytes) for m in config.models}
         self.requests = Requests()
+        self.registrations = registrations
         self._outbox = outbox
         self._clock = clock
         self._needs_admission = False
         self._rate = CompletionRate()
         self._delivery = Delivery(outbox, incarnation)
         self._patience = max(LEAST_PATIENCE, self.limits.min_residency)
-        self.residency = Residency(device, jobs, outbox, fetch, clock, self.max_batch_size)
+        self.residency = Residency(
+            device, jobs, outbox, fetch, link, registrations, clock, self.max_batch_size
+        )
         self.residency.worker_id = name
         self.reclaimer = Reclaimer(device, self.models, self.requests, self.evict, self.limits.min_residency)
 
@@ -131,6 +139,12 @@ class Worker:
         """The agent holds a model's packed weights."""
         self.residency.packed(self.models[model])
 
+    def on_held(self, model: str, size: Bytes) -> None:
+        """The agent holds a model's packed weights, whoever asked for them."""
+        device = self.models[model].config.device
+        if self.registrations is not None and device in (None, index_of(self.name)):
+            self.registrations.announce(ModelId(model), size)
+
     def on_packing_failed(self, model: str, reason: str) -> None:
         """The checkpoint is unusable."""
         self.residency.fail(self.models[model], Unavailable(reason))
@@ -142,6 +156,8 @@ class Worker:
         match event:
             case Loaded():
                 self.residency.loaded(model, event)
+                if self.registrations is not None:
+                    self.registrations.prefer(likely_order(self.models.values()))
                 if model.state is ModelState.FAILED:
                     self.model_failed(model)
             case Unloaded():
@@ -192,6 +208,7 @@ class Worker:
 
     def _move_models(self, now: float) -> None:
         """Bring in what is wanted; those with the oldest requests first."""
+        self.residency.unmap_arenas()
         wanted = [m for m in self.models.values() if m.is_wanted or self.requests.of_model(m.name)]
         for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
             before = model.state
@@ -201,6 +218,10 @@ class Worker:
                 self._needs_admission = True
                 if model.state is ModelState.FAILED:
                     self.model_failed(model)
+        for model in self.models.values():
+            if model.load is not None:
+                tickets = self.requests.of_model(model.name)
+                model.load.deadline = min((t.next_deadline for t in tickets), default=NEVER)
 
     def _admit(self, now: float) -> None:
         for ticket in self.requests:
@@ -395,6 +416,7 @@ class Worker:
         """Conservation: every slab and every block has exactly one state and one owner."""
         self.device.pool.check()
         for model in self.models.values():
+            assert model.weight_slabs in ((), model.arena_slabs), f"{model.name}: slabs that no arena shows"
             if model.kv is not None:
                 model.kv.check()
                 assert set(model.kv.slabs) == set(self.device.pool.owned(KvOwner(model.name))), model.name
@@ -408,6 +430,11 @@ class Worker:
         if model.profile is None:
             return None
         return min(model.profile.spec.max_position, kv_capacity_tokens(self, model))
+
+
+def index_of(worker: str) -> int:
+    """Place of a worker's device in the configuration."""
+    return int(worker.removeprefix("worker-"))
 
 
 def _new_model(config: ModelConfig, slab_bytes: Bytes) -> Model:

@@ -37,17 +37,21 @@ from prism.messages import (
     Stop,
     Submit,
     WeightsFailed,
+    WeightsHeld,
     WeightsProgress,
     WeightsReady,
     WeightsWanted,
 )
 from prism.metrics import Metrics
 from prism.transport import Envelope
-from prism.types import GatewayId, Incarnation, WorkerId
-from prism.weights.client import fetch
+from prism.types import Bytes, GatewayId, Incarnation, ModelId, WorkerId
+from prism.weights.client import PackedWeights, fetch
+from prism.weights.link import ThreadLink
+from prism.weights.registrations import Registrations, RegistrationThread
+from prism.worker.device import Device
 from prism.worker.gauges import Gauges
 from prism.worker.loading import JobEvent
-from prism.worker.loop import Worker
+from prism.worker.loop import Worker, index_of
 from prism.worker.open_device import open_device
 from prism.worker.reports import make_report
 
@@ -174,6 +178,8 @@ class Process:
         match envelope.message:
             case WeightsReady(model=model):
                 self._worker.on_packed(model)
+            case WeightsHeld(model=model, total_bytes=size):
+                self._worker.on_held(model, Bytes(size))
             case WeightsFailed(model=model, reason=reason):
                 self._worker.on_packing_failed(model, reason)
             case WeightsProgress(model=model, done_bytes=done, total_bytes=total):
@@ -235,6 +241,8 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
         log.error("%s: the device cannot be opened: %s", name, error)
         return 1
     jobs = ThreadJobs()
+    registrations = new_registrations(run_dir / "store.sock", device, config)
+    link = ThreadLink(device.backend.copier)
     worker = Worker(
         config,
         device_config,
@@ -242,9 +250,11 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
         outbox=sockets,
         jobs=jobs,
         fetch=partial(fetch, run_dir / "store.sock"),
+        link=link,
         clock=SystemClock().now,
         name=WorkerId(name),
         incarnation=Incarnation(incarnation),
+        registrations=registrations,
     )
     metrics = Metrics()
     if incarnation > 1:
@@ -253,10 +263,29 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     signal.signal(signal.SIGTERM, process.stop)
     address = sockets.address
     sockets.to_agent(Ready(role=Role.WORKER, name=name, incarnation=incarnation, address=address))
+    registering = None if registrations is None else RegistrationThread(registrations)
     process.run()
+    link.close()
+    if registering is not None:
+        registering.close()
     return 0
+
+
+def new_registrations(store: Path, device: Device, config: Config) -> Registrations | None:
+    """None if the device gains nothing by them, or if the configuration wants none."""
+    budget = config.host_memory.registered
+    budget = config.host_memory.budget if budget is None else budget
+    pinner = device.backend.pinner
+    if pinner is None or budget == 0:
+        return None
+
+    def borrow(model: ModelId, *, writable: bool) -> PackedWeights:
+        return fetch(store, model, writable=writable, cached=True)
+
+    likely = sorted(config.models, key=lambda model: not (model.pinned or model.preload))
+    return Registrations(pinner, borrow, Bytes(budget), [ModelId(model.name) for model in likely])
 
 
 def device_of(config: Config, name: str) -> DeviceConfig:
     """The device that a worker of this name serves."""
-    return config.devices[int(name.removeprefix("worker-"))]
+    return config.devices[index_of(name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from prism.config import ModelConfig
@@ -71,6 +72,8 @@ class Model:
     profile: Profile | None = None
     arena: Arena | None = None
     weight_slabs: tuple[SlabId, ...] = ()
+    arena_slabs: tuple[SlabId, ...] = ()
+    """What its arena shows, or may show. After an eviction for a while: then they may be others' already."""
     kv: KvSpace | None = None
     engine: Engine | None = None
     lane: Lane | None = None
@@ -118,6 +121,12 @@ class Model:
     def is_active(self) -> bool:
         """It can run steps now."""
         return self.state is ModelState.ACTIVE
+
+
+def likely_order(models: Iterable[Model]) -> list[ModelId]:
+    """Models by how likely they are loaded next: those to be kept loaded, then the last used ones."""
+    kept = sorted(models, key=lambda m: (not (m.pinned or m.config.preload), -m.last_used))
+    return [model.name for model in kept]
 
 
 def slabs_up(size: int, slab_bytes: Bytes) -> int:

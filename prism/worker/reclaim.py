@@ -49,11 +49,20 @@ class PreemptYoungest:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelLoad:
+    """A model that nobody waits for any more is not loaded after all."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
 class AwaitRetirement:
     """Nothing to do: enough slabs are on their way to the free list."""
 
 
-ReclaimDecision = TakeEmpty | DropOwnCache | DropCache | EvictModel | PreemptYoungest | AwaitRetirement
+ReclaimDecision = (
+    TakeEmpty | DropOwnCache | DropCache | EvictModel | PreemptYoungest | CancelLoad | AwaitRetirement
+)
 
 
 def decide(snapshot: MemorySnapshot, need: Need, now: float) -> ReclaimDecision | None:
@@ -61,11 +70,12 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> ReclaimDecision 
 
     1. Beyond its KV limit a model only recycles its own cache.
     2. Slabs that are retiring are awaited.
-    3. Parked empty slabs of other models, above their floors.
-    4. Prefix caches, cheapest to recompute per byte and second first, above floors; the model's own too.
-    5. Idle models, least recently used first; not pinned.
-    6. Running sequences of other models, youngest first, if they are younger than the need.
-    7. A busy model all of whose requests are younger than the need and which has been active for
+    3. Loads that nobody waits for any more.
+    4. Parked empty slabs of other models, above their floors.
+    5. Prefix caches, cheapest to recompute per byte and second first, above floors; the model's own too.
+    6. Idle models, least recently used first; not pinned.
+    7. Running sequences of other models, youngest first, if they are younger than the need.
+    8. A busy model all of whose requests are younger than the need and which has been active for
        `min_residency`.
     """
     own = next((h for h in snapshot.holdings if h.model == need.model), None)
@@ -74,14 +84,16 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> ReclaimDecision 
         return DropOwnCache(own.model) if own.num_cached_blocks else None
     if snapshot.num_retiring >= need.slabs:  # 2
         return AwaitRetirement()
-    for other in others:  # 3
+    if snapshot.unwanted_loads:  # 3
+        return CancelLoad(snapshot.unwanted_loads[0])
+    for other in others:  # 4
         if other.empty_slabs and other.kv_slabs > other.kv_floor:
             return TakeEmpty(other.model)
     return (
-        _cheapest_cache(own if not need.for_weights else None, others, now)  # 4
-        or _idle_model(others)  # 5
-        or _running(others, need)  # 6
-        or _busy_model(others, need, snapshot.min_residency, now)  # 7
+        _cheapest_cache(own if not need.for_weights else None, others, now)  # 5
+        or _idle_model(others)  # 6
+        or _running(others, need)  # 7
+        or _busy_model(others, need, snapshot.min_residency, now)  # 8
     )
 
 

@@ -15,7 +15,7 @@ from prism.worker.snapshot import Holding, MemorySnapshot, Need
 
 
 class Reclaimer:
-    """Moves slabs between models. `evict` starts the eviction of a model; its slabs come back later."""
+    """Moves slabs between models. What `evict` makes a model give up may come back a little later."""
 
     def __init__(
         self,
@@ -93,6 +93,11 @@ class Reclaimer:
                 engine = self._models[name].engine
                 assert engine is not None
                 return engine.scheduler.preempt_youngest() is not None
+            case reclaim.CancelLoad(model=name):
+                load = self._models[name].load
+                assert load is not None
+                load.cancel()
+                return True
             case reclaim.EvictModel(model=name):
                 self._evict(self._models[name])
                 return True
@@ -156,10 +161,15 @@ class Reclaimer:
 
     def snapshot(self) -> MemorySnapshot:
         """All holdings, as values."""
-        evicting = [m for m in self._models.values() if m.is_evicting]
-        coming = sum(len(m.weight_slabs) for m in evicting)
+        coming, unwanted = 0, []
+        for model in self._models.values():
+            if model.load is not None and model.load.is_cancelled:
+                coming += len(model.weight_slabs) + (0 if model.kv is None else model.kv.num_slabs)
+            elif model.load is not None and not model.is_wanted and not self._requests.of_model(model.name):
+                unwanted.append(model.name)
         return MemorySnapshot(
             num_retiring=self._pool.num_retiring + coming,
+            unwanted_loads=tuple(unwanted),
             holdings=tuple(self._holding(m) for m in self._models.values() if m.kv is not None),
             min_residency=self._min_residency,
         )

@@ -19,6 +19,8 @@ def make_report(worker: Worker, now: float) -> Report:
         slab_bytes=pool.slab_bytes,
         num_slabs=pool.num_slabs,
         num_free_slabs=pool.num_free,
+        registered_bytes=0 if worker.registrations is None else worker.registrations.total_bytes,
+        registration_error=None if worker.registrations is None else worker.registrations.error,
         models=[_model(worker, model, now) for model in worker.models.values()],
     )
 
@@ -46,6 +48,9 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         max_len=worker.max_len(model),
         pinned=model.pinned,
         error=model.error,
+        registered_bytes=(
+            0 if worker.registrations is None else worker.registrations.registered_bytes(model.name)
+        ),
     )
 
 

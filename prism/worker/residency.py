@@ -6,7 +6,9 @@
       |                              | retry_at passes                      |
       └──────────────────────────────┴───────────── EVICTING <──────────────┘
 
-All of it happens on the loop except loading and unloading themselves (loading.py).
+All of it happens on the loop except loading and unloading themselves (loading.py). When a model is evicted,
+or its load has ended badly, its slabs come back to the pool at once. That its arena still shows them does no
+harm, but the arena must be empty before the model is loaded again.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.messages import CommandDone, ResumedChoice, WeightsWanted
 from prism.models.decoder import Decoder
 from prism.models.rotary import rotary_table
-from prism.types import Bytes, ModelState, RequestId
+from prism.types import ModelState, RequestId, Stamp
+from prism.weights.link import Link
+from prism.weights.registrations import Registrations
+from prism.weights.transfers import Places
 from prism.worker.device import Device
-from prism.worker.loading import Fetch, Jobs, Load, Loaded, Unloaded, unload
+from prism.worker.loading import Fetch, Jobs, Load, LoadCancelled, Loaded, LoadPlan, Unloaded, unload
 from prism.worker.models import Model, Profile, read_profile
 from prism.worker.outbox import Outbox
 from prism.worker.reclaimer import Reclaimer, slabs_to_activate
@@ -55,6 +60,8 @@ class Residency:
         jobs: Jobs,
         outbox: Outbox,
         fetch: Fetch,
+        link: Link,
+        registrations: Registrations | None,
         clock: Callable[[], float],
         max_batch_size: int,
     ) -> None:
@@ -62,6 +69,9 @@ class Residency:
         self._jobs = jobs
         self._outbox = outbox
         self._fetch = fetch
+        self._link = link
+        self._registrations = registrations
+        self._leaving: list[tuple[Stamp | None, Model]] = []
         self._clock = clock
         self._max_batch_size = max_batch_size
         self.worker_id = ""
@@ -98,8 +108,11 @@ class Residency:
         model.is_packed = True
 
     def try_load(self, model: Model, reclaimer: Reclaimer, now: float) -> None:
-        """Start the load if there is room for the model, or ask others for room."""
-        if not model.is_waiting_for_slabs or not reclaimer.ensure_weights(model, now):
+        """Start the load if there is room for the model, or ask others for room.
+
+        A model that was evicted a moment ago waits until its arena is empty.
+        """
+        if not model.is_waiting_for_slabs or model.arena_slabs or not reclaimer.ensure_weights(model, now):
             return
         profile = model.profile
         assert profile is not None
@@ -121,31 +134,41 @@ class Residency:
     def _start_load(self, model: Model) -> Load:
         arena, profile = model.arena, model.profile
         assert arena is not None and profile is not None
-        rotary = self._device.rotary_tensor(profile, arena)
+        device, pool, spec = self._device, self._device.pool, profile.spec
+        rotary = device.rotary_tensor(profile, arena)
 
         def fill_rotary() -> None:
-            spec = profile.spec
-            rotary.copy_(rotary_table(spec.rope, spec.head_dim, spec.max_position))
+            with device.beside_steps():
+                rotary.copy_(rotary_table(spec.rope, spec.head_dim, spec.max_position))
 
-        load = Load(
-            model.name,
-            self._fetch,
-            arena,
-            tuple(self._device.pool.handle(slab) for slab in model.weight_slabs),
-            profile.weights.fingerprint,
-            self._device.arena_bytes(arena, Bytes(profile.weights.total_bytes)),
-            lambda: self._device.backend.prepare(profile.spec),
-            fill_rotary,
-            self._clock,
+        plan = LoadPlan(
+            model=model.name,
+            layout=profile.weights,
+            arena=arena,
+            handles=tuple(pool.handle(slab) for slab in model.weight_slabs),
+            places=Places(tuple(pool.address(slab) for slab in model.weight_slabs), pool.slab_bytes),
+            prepare=lambda: device.backend.prepare(spec),
+            fill=fill_rotary,
         )
+        model.arena_slabs = model.weight_slabs
+        pool.add_alias(model.arena_slabs)
+        load = Load(plan, self._fetch, self._registrations, self._link, self._clock)
         self._jobs.start(load.run)
         return load
 
+    def cancel_load(self, model: Model) -> None:
+        """Nobody wants a loading model any more: its slabs come back soon, and it is cold again."""
+        assert model.load is not None
+        model.load.cancel()
+        self._answer(model.load_commands, f"model {model.name} was unloaded meanwhile")
+
     def loaded(self, model: Model, event: Loaded) -> None:
         """The load has ended, well or not."""
-        model.load = None
-        if event.error is not None:
-            self._load_failed(model, event.error)
+        load, model.load = model.load, None
+        assert load is not None
+        error = LoadCancelled() if load.is_cancelled else event.error
+        if error is not None:
+            self._load_failed(model, error)
             return
         profile, arena, kv = model.profile, model.arena, model.kv
         assert profile is not None and arena is not None and kv is not None
@@ -173,13 +196,11 @@ class Residency:
         return Engine(kv, runner, lane.slots, max_len=spec.max_position, max_batch_size=self._max_batch_size)
 
     def _load_failed(self, model: Model, error: Exception) -> None:
-        if model.arena is not None and not model.arena.is_empty:
-            # Still mapped: its slabs must not be given to anybody. Try to unmap until it works.
-            model.state = ModelState.EVICTING
-            model.error = str(error)
-            self._start_unload(model)
-            return
         self._release(model)
+        self._empty_arena(model)
+        if isinstance(error, LoadCancelled):
+            self._become_cold(model)
+            return
         if isinstance(error, NotHeld):  # it waited for slabs for so long that the store took it for idle
             model.is_packed = False
             model.state = ModelState.FETCHING
@@ -199,6 +220,12 @@ class Residency:
         log.error("model %s cannot be loaded: %s", model.name, error)
         self._answer(model.load_commands, model.error)
 
+    def forget(self, model: Model) -> None:
+        """A model that holds nothing is not wanted any more."""
+        if model.state is ModelState.FETCHING:
+            self._answer(model.load_commands, f"model {model.name} was unloaded meanwhile")
+            self._become_cold(model)
+
     # --- towards cold -------------------------------------------------------------------------------
 
     def evict(self, model: Model, reclaimer: Reclaimer, listener: Listener) -> None:
@@ -212,7 +239,29 @@ class Residency:
         model.is_wanted = False
         model.num_evictions += 1
         log.info("model %s evicted", model.name)
-        self._start_unload(model)
+        self._release(model)
+        self._empty_arena(model)
+
+    def _last_reader(self, model: Model) -> Stamp | None:
+        """The last queued step that may read the model's weights; None if all have run."""
+        if model.lane is None:
+            return None
+        steps = [f.number for f in model.lane.flights if f.model == model.name and f.step is not None]
+        return Stamp(model.lane.lane_id, steps[-1]) if steps else None
+
+    def _empty_arena(self, model: Model) -> None:
+        """Have the arena unmapped beside the loop, once no queued step reads it any more."""
+        self._leaving.append((self._last_reader(model), model))
+        self.unmap_arenas()
+
+    def unmap_arenas(self) -> None:
+        """Start with those arenas whose last readers have completed."""
+        leaving, self._leaving = self._leaving, []
+        for last, model in leaving:
+            if last is None or last.step <= self._device.lanes[last.lane].num_completed:
+                self._start_unload(model)
+            else:
+                self._leaving.append((last, model))
 
     def _start_unload(self, model: Model) -> None:
         arena = model.arena
@@ -221,28 +270,33 @@ class Residency:
         self._jobs.start(lambda: unload(name, arena, delay))
 
     def unloaded(self, model: Model, event: Unloaded) -> None:
-        """The arena is unmapped, so its slabs are free; on an error it is tried again."""
+        """The arena is unmapped, so the model may be loaded again; on an error it is tried again."""
         if event.error is not None:
             log.error("model %s could not be unmapped, trying again: %s", model.name, event.error)
             model.num_unmap_failures += 1
             self._start_unload(model)
             return
-        self._release(model)
+        self._device.pool.remove_alias(model.arena_slabs)
+        model.arena_slabs = ()
         model.num_unmap_failures = 0
+        if model.state is ModelState.EVICTING:
+            self._become_cold(model)
+
+    def _become_cold(self, model: Model) -> None:
         model.state = ModelState.COLD
         model.is_packed = False
         self._answer(model.evict_commands, None)
 
     def _release(self, model: Model) -> None:
-        """Give back the slabs of a model whose arena is not mapped."""
-        pool = self._device.pool
+        """Give back the slabs of a model, for when no queued step can touch them any more."""
+        pool, after = self._device.pool, self._last_reader(model)
         if model.weight_slabs:
-            pool.give_back(WeightsOwner(model.name), model.weight_slabs, None)
+            pool.give_back(WeightsOwner(model.name), model.weight_slabs, after)
             model.weight_slabs = ()
         if model.kv is not None:
             owned = pool.owned(KvOwner(model.name))
             if owned:
-                pool.give_back(KvOwner(model.name), owned)
+                pool.give_back(KvOwner(model.name), owned, after)
             model.kv = None
 
     def _answer(self, commands: list[int], error: str | None) -> None:

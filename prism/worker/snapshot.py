@@ -98,6 +98,8 @@ class MemorySnapshot:
     num_retiring: int
     """Slabs on their way to the free list: they come without anybody giving up anything."""
     holdings: tuple[Holding, ...]
+    unwanted_loads: tuple[ModelId, ...]
+    """Models on their way in that nobody waits for any more."""
     min_residency: float
     """Seconds that a busy model keeps its weights before an older request of another may take them."""
 

@@ -16,7 +16,9 @@ from prism.agent.children import Child
 from prism.agent.rundir import RunDir
 from prism.config import Config
 from prism.demo.catalog import demo_model_path
-from prism.messages import Hello, ProcessEnded, ProcessUp, Ready, Role
+from prism.errors import CheckpointError
+from prism.messages import Hello, ProcessEnded, ProcessUp, Ready, Role, WeightsHeld
+from prism.types import Bytes, ModelId
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +27,7 @@ CONFIG = Config.model_validate(
         "models": [{"name": "adder", "path": str(demo_model_path("adder"))}],
         "server": {"gateways": 2},
         "devices": [{}, {}],
+        "host_memory": {"pack_ahead": False},
     }
 )
 
@@ -32,10 +35,10 @@ CONFIG = Config.model_validate(
 class Listening:
     """An agent that hears its children, none of which it has started, and those children's sockets."""
 
-    def __init__(self, parent: Path) -> None:
+    def __init__(self, parent: Path, config: Config = CONFIG) -> None:
         self.run_dir = RunDir(parent)
         with socket.socket() as listener:
-            self.agent = Agent(CONFIG, self.run_dir, listener, listener)
+            self.agent = Agent(config, self.run_dir, listener, listener)
         self._context = zmq.asyncio.Context()
         self._listener = asyncio.create_task(self.agent._listen())
         self._processes: list[zmq.asyncio.Socket] = []
@@ -137,3 +140,69 @@ def test_each_device_has_a_worker_and_gateways_share_a_socket() -> None:
         ("gateway-0", 5),
         ("gateway-1", 5),
     ]
+
+
+class RecordingStore:
+    """Packs at once what it can; `bad` it cannot."""
+
+    def __init__(self) -> None:
+        self.ahead: list[str] = []
+
+    def held(self) -> dict[ModelId, Bytes]:
+        return {ModelId("first"): Bytes(7)} if self.ahead else {}
+
+    async def pack_ahead(self, model: ModelId) -> Bytes:
+        self.ahead.append(model)
+        if model == "bad":
+            raise CheckpointError("holds nothing", file="bad")
+        return Bytes(7)
+
+
+async def test_models_are_packed_ahead_when_all_workers_have_their_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = [{"name": name, "path": "."} for name in ("first", "bad", "last")]
+    models.append({"name": "preloaded", "path": ".", "preload": True})
+    config = Config.model_validate({"models": models, "devices": [{}, {}]})
+    listening = Listening(tmp_path, config)
+    store = RecordingStore()
+    listening.agent._store = store  # type: ignore[assignment]
+    for i in range(2):
+        assert not store.ahead
+        listening.process(f"worker-{i}")
+        listening.agent._child_ready(f"worker-{i}.1", ready(Role.WORKER, f"worker-{i}"))
+        await asyncio.gather(*listening.agent._tasks)
+    assert store.ahead == ["preloaded", "first", "bad", "last"]
+    assert caplog.text.count("packing bad ahead failed") == 1
+    listening.child("worker-0").has_ended = True
+    listening.process("worker-0")
+    listening.agent._child_ready("worker-0.2", ready(Role.WORKER, "worker-0", 2))
+    await asyncio.gather(*listening.agent._tasks)
+    assert len(store.ahead) == 4
+    listening.close()
+
+
+async def test_packing_ahead_can_be_switched_off(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {"models": [{"name": "m", "path": "."}], "host_memory": {"pack_ahead": False}}
+    )
+    listening = Listening(tmp_path, config)
+    listening.process("worker-0")
+    listening.agent._child_ready("worker-0.1", ready(Role.WORKER, "worker-0"))
+    assert not listening.agent._tasks
+    listening.close()
+
+
+async def test_workers_are_told_what_is_held(tmp_path: Path) -> None:
+    """Those that are there when it is packed, and those that come later."""
+    config = Config.model_validate({"models": [{"name": "first", "path": "."}]})
+    listening = Listening(tmp_path, config)
+    listening.agent._store = RecordingStore()  # type: ignore[assignment]
+    held = WeightsHeld(model="first", total_bytes=7)
+    for incarnation in (1, 2):
+        worker = listening.process("worker-0")
+        transport.asend(worker, Hello(role=Role.WORKER, name="worker-0", incarnation=incarnation))
+        transport.asend(worker, ready(Role.WORKER, "worker-0", incarnation))
+        assert await hears(worker) == held
+        listening.child("worker-0").has_ended = True
+    listening.close()

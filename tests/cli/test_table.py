@@ -43,6 +43,8 @@ def answer(*models: dict[str, Any]) -> dict[str, Any]:
         "slab_bytes": 32 * MiB,
         "num_slabs": 4096,
         "num_free_slabs": 2,
+        "registered_bytes": 0,
+        "registration_error": None,
     }
     return {"epoch": 1, "devices": [device], "models": list(models)}
 
@@ -90,6 +92,16 @@ def test_progress_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert "loading 46%" in table[2]
     assert table[2].endswith(" -")
     assert table[4] == "b: /m/b/model.safetensors: [truncated]"
+
+
+def test_registered_memory_and_what_went_wrong_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    of_all = answer(entry("a"))
+    of_all["devices"][0] |= {"registered_bytes": 3 * GiB, "registration_error": "a: refused"}
+    print_models(of_all, as_json=False)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith(
+        "64M free, 3072M of host memory registered; not all could be registered: a: refused"
+    )
 
 
 def test_json_is_what_the_server_said(capsys: pytest.CaptureFixture[str]) -> None:

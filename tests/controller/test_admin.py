@@ -72,6 +72,8 @@ async def test_models_with_and_without_a_worker(client: httpx.AsyncClient, servi
             "slab_bytes": 2**21,
             "num_slabs": 8,
             "num_free_slabs": 6,
+            "registered_bytes": 0,
+            "registration_error": None,
         }
     ]
     first, second = answer["models"]

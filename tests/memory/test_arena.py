@@ -4,10 +4,10 @@ import pytest
 
 from prism.errors import DriverError
 from prism.memory.arena import Arena
-from prism.memory.fake import FakeDriver
+from prism.memory.fake import FakeDriver, Touch
 from prism.memory.pool import SlabPool
 from prism.memory.slabs import WeightsOwner
-from prism.types import Bytes, ModelId
+from prism.types import Bytes, LaneId, ModelId
 
 SLAB = Bytes(8192)
 OWNER = WeightsOwner(ModelId("a"))
@@ -67,3 +67,18 @@ def test_misuse_is_an_assertion(driver: FakeDriver, pool: SlabPool) -> None:
     arena.map(handles)
     with pytest.raises(AssertionError, match="already"):
         arena.map(handles)
+
+
+def test_a_slab_may_be_shown_in_two_arenas(driver: FakeDriver, pool: SlabPool) -> None:
+    """It passes to another model while the arena of the one before is still being unmapped."""
+    first, second = Arena(driver, SLAB, SLAB), Arena(driver, SLAB, SLAB)
+    (slab,) = pool.take(OWNER, 1)
+    first.map([pool.handle(slab)])
+    driver.queue(LaneId(0), reads=[Touch(first.base, SLAB, OWNER)])
+    driver.complete(LaneId(0))
+    second.map([pool.handle(slab)])
+    driver.queue(LaneId(0), writes=[Touch(pool.address(slab), SLAB, "b")])
+    driver.queue(LaneId(0), reads=[Touch(second.base, SLAB, "b")])
+    first.unmap()
+    driver.complete(LaneId(0))
+    second.unmap()

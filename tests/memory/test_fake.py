@@ -135,6 +135,31 @@ def test_an_alias_shows_the_same_content() -> None:
     assert driver.last_writer(window) == "a"
 
 
+def test_a_handle_is_released_when_it_is_mapped_nowhere() -> None:
+    driver = new_driver()
+    handle = driver.create(SLAB)
+    places = [driver.reserve(SLAB) for _ in range(3)]
+    for place in places:
+        driver.map(place, handle)
+    for place in places:
+        with pytest.raises(AssertionError, match="still mapped"):
+            driver.release(handle)
+        driver.unmap(place, SLAB)
+    driver.release(handle)
+
+
+def test_an_arena_may_be_unmapped_while_a_step_reads_the_same_memory_elsewhere() -> None:
+    driver = new_driver()
+    handle = driver.create(SLAB)
+    window, arena = driver.reserve(SLAB), driver.reserve(SLAB)
+    driver.map(window, handle)
+    driver.map(arena, handle)
+    driver.queue(LANE, writes=[Touch(window, SLAB, "next")])
+    driver.unmap(arena, SLAB)
+    driver.complete(LANE)
+    assert driver.last_writer(window) == "next"
+
+
 def test_steps_of_a_lane_run_in_order_whatever_the_others_do() -> None:
     driver = new_driver()
     for _ in range(20):

@@ -85,6 +85,33 @@ def test_closing_a_pool_in_use_is_a_bug() -> None:
         pool.close()
 
 
+def test_what_an_arena_still_shows_is_not_released() -> None:
+    """Its owner has given it back, perhaps another has it already, and unmapping comes later."""
+    driver = FakeDriver(Bytes(8 * SLAB), SLAB)
+    pool = SlabPool(driver, SLAB, num_slabs=4)
+    arenas = [Arena(driver, SLAB, SLAB) for _ in range(2)]
+    for arena in arenas:
+        slabs = pool.take(OWNER, 4)
+        pool.add_alias(slabs[3:])
+        arena.map([pool.handle(slabs[3])])
+        pool.give_back(OWNER, slabs)
+    assert pool.shrink(4) == 3 and pool.free_slabs() == (3,)
+    arenas[0].unmap()
+    pool.remove_alias((SlabId(3),))
+    assert pool.shrink(1) == 0
+    with pytest.raises(AssertionError, match="arenas still show"):
+        pool.close()
+    arenas[1].unmap()
+    pool.remove_alias((SlabId(3),))
+    with pytest.raises(AssertionError, match="window alone"):
+        pool.remove_alias((SlabId(3),))
+    assert pool.shrink(1) == 1
+    for arena in arenas:
+        arena.close()
+    pool.close()
+    driver.close()
+
+
 # --- every call fails once -------------------------------------------------------------------------
 
 
@@ -145,6 +172,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.driver = FakeDriver(Bytes(12 * SLAB), SLAB)
         self.pool = SlabPool(self.driver, SLAB, num_slabs=8, max_slabs=10)
         self.arenas = {m: Arena(self.driver, Bytes(ARENA_SLABS * SLAB), SLAB) for m in MODELS}
+        self.shown: dict[ModelId, tuple[SlabId, ...]] = dict.fromkeys(MODELS, ())
+        self.loaded: set[ModelId] = set()
         self.written: dict[Owner, set[SlabId]] = {owner: set() for owner in KV_OWNERS}
         self.queued = dict.fromkeys(LANES.values(), 0)
 
@@ -177,7 +206,7 @@ class PoolMachine(RuleBasedStateMachine):
         reads = [Touch(self.pool.address(s), SLAB, owner) for s in slabs if s in self.written[owner]]
         writes = [Touch(self.pool.address(s), SLAB, owner) for s in slabs]
         arena = self.arenas[owner.model]
-        if arena.is_mapped:
+        if owner.model in self.loaded:
             reads.append(Touch(arena.base, arena.size, WeightsOwner(owner.model)))
         stamp = self.driver.queue(LANES[owner], reads, writes)
         self.written[owner] |= set(slabs)
@@ -190,26 +219,39 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(model=st.sampled_from(MODELS))
     def load(self, model: ModelId) -> None:
-        """Map, then write the weights in the model's lane, as a copy would."""
-        arena, owner = self.arenas[model], WeightsOwner(model)
-        if not arena.is_empty or self.pool.num_free < ARENA_SLABS or self.pool.owned(owner):
+        """Write the weights through the window, in the model's lane as a copy would, and map beside it."""
+        arena, owner, lane = self.arenas[model], WeightsOwner(model), LANES[KvOwner(model)]
+        if self.shown[model] or self.pool.num_free < ARENA_SLABS:
             return
-        slabs = self.pool.take(owner, ARENA_SLABS)
+        slabs = self.shown[model] = self.pool.take(owner, ARENA_SLABS)
+        self.pool.add_alias(slabs)
+        writes = [Touch(self.pool.address(slab), SLAB, owner) for slab in slabs]
+        self.queued[lane] = self.driver.queue(lane, writes=writes).step
+        self.loaded.add(model)
         with self.may_fail():
             arena.map([self.pool.handle(slab) for slab in slabs])
-            lane = LANES[KvOwner(model)]
-            self.queued[lane] = self.driver.queue(lane, writes=[Touch(arena.base, arena.size, owner)]).step
-        if arena.is_empty:
-            self.pool.give_back(owner, slabs)
+        if not arena.is_mapped:
+            self.evict(model)
 
     @rule(model=st.sampled_from(MODELS))
-    def unload(self, model: ModelId) -> None:
-        arena, owner = self.arenas[model], WeightsOwner(model)
+    def evict(self, model: ModelId) -> None:
+        """The slabs go at once, or when the lane's queued steps have run; the arena still shows them."""
+        if model in self.loaded:
+            self.loaded.remove(model)
+            owner = WeightsOwner(model)
+            self.pool.give_back(owner, self.pool.owned(owner), self.stamp(KvOwner(model)))
+
+    @rule(model=st.sampled_from(MODELS))
+    def unmap(self, model: ModelId) -> None:
+        """Later, when the lane's steps have run and the slabs may be anybody's."""
+        if model in self.loaded or not self.shown[model]:
+            return
         self.complete(LANES[KvOwner(model)])
         with self.may_fail():
-            arena.unmap()
-        if arena.is_empty:
-            self.pool.give_back(owner, self.pool.owned(owner))
+            self.arenas[model].unmap()
+        if self.arenas[model].is_empty:
+            self.pool.remove_alias(self.shown[model])
+            self.shown[model] = ()
 
     @rule(count=st.integers(0, 3))
     def grow(self, count: int) -> None:
@@ -239,8 +281,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.driver.faults.set(None)
+        for lane in LANES.values():
+            self.complete(lane)
         for model in MODELS:
-            self.unload(model)
+            self.evict(model)
+            self.unmap(model)
             self.arenas[model].close()
         for owner in KV_OWNERS:
             self.pool.give_back(owner, self.pool.owned(owner), self.stamp(owner))

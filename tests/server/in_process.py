@@ -34,6 +34,7 @@ from prism.metrics import Metrics
 from prism.transport import asend, identity_of
 from prism.types import Bytes, Incarnation, ModelId, WorkerId
 from prism.weights.client import PackedWeights, pack_here
+from prism.weights.link import ThreadLink
 from prism.weights.protocol import WeightSource
 from prism.worker.gauges import Gauges
 from prism.worker.loop import Worker
@@ -63,6 +64,7 @@ class WorkerThread:
         pool = SlabPool(driver, Bytes(device.slab), device.memory // device.slab)
         self._device = cpu_device(driver, pool, "cpu:0")
         self._jobs = ThreadJobs()
+        self._link = ThreadLink(self._device.backend.copier)
         sockets = Sockets(run_dir, NAME, incarnation)
         self.address, self.incarnation = sockets.address, incarnation
         self._worker = CheckedWorker(
@@ -72,6 +74,7 @@ class WorkerThread:
             outbox=sockets,
             jobs=self._jobs,
             fetch=self._fetch,
+            link=self._link,
             clock=SystemClock().now,
             name=WorkerId(NAME),
             incarnation=Incarnation(incarnation),
@@ -98,12 +101,12 @@ class WorkerThread:
         assert not self._thread.is_alive()
         if self._error is not None:
             raise self._error
-        for model in self._worker.models.values():
-            if model.is_active:
-                self._worker.evict(model)
-        while any(model.is_evicting or model.load is not None for model in self._worker.models.values()):
+        self._evict_all()
+        while any(model.arena_slabs or model.load is not None for model in self._worker.models.values()):
             for event in self._jobs.finished():
                 self._worker.on_job(event)
+            self._evict_all()  # a load may just have ended well
+        self._link.close()
         self._worker.check()
         for model in self._worker.models.values():
             if model.arena is not None:
@@ -111,6 +114,11 @@ class WorkerThread:
         self._device.close()  # fails if a slab has an owner, or if the driver has given out anything else
         self._sockets.router.context.destroy(linger=0)
         os.close(self._jobs.wake)
+
+    def _evict_all(self) -> None:
+        for model in self._worker.models.values():
+            if model.is_active:
+                self._worker.evict(model)
 
 
 class Agent(Peer):

@@ -24,7 +24,11 @@ from prism.messages import (
 )
 from prism.types import Bytes, GatewayId, Incarnation, MiB, ModelId, SamplingParams, Slo, WorkerId
 from prism.weights.client import PackedWeights, pack_here
+from prism.weights.copiers import Copier
+from prism.weights.link import Traffic
 from prism.weights.protocol import WeightSource
+from prism.weights.registrations import Registrations
+from prism.weights.transfers import Transfer
 from prism.worker.cpu_device import cpu_device
 from prism.worker.device import Backend, Device
 from prism.worker.loading import JobEvent
@@ -42,6 +46,20 @@ class QueuedJobs:
 
     def start(self, work: Callable[[], JobEvent]) -> None:
         self.queue.append(work)
+
+
+class InlineLink:
+    """A link without a thread: who waits for a transfer does the copying."""
+
+    def __init__(self, copier: Copier) -> None:
+        self.traffic = Traffic(copier)
+
+    def start(self, transfer: Transfer) -> None:
+        self.traffic.add(transfer)
+
+    def wait(self, transfer: Transfer) -> None:
+        while not transfer.has_ended.is_set():
+            assert self.traffic.step() or transfer.has_ended.is_set()
 
 
 class RecordingOutbox:
@@ -88,6 +106,7 @@ class LocalWorker:
         num_slabs: int,
         driver: Driver | None = None,
         model_options: dict[str, dict[str, Any]] | None = None,
+        registrations: Registrations | None = None,
         backend: Backend | None = None,
         device: Device | None = None,
         **settings: Any,
@@ -114,9 +133,11 @@ class LocalWorker:
             outbox=self.outbox,
             jobs=self.jobs,
             fetch=self.fetch,
+            link=InlineLink(self.device.backend.copier),
             clock=lambda: self.now,
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
+            registrations=registrations,
         )
 
     def _cpu_device(self, driver: Driver, num_slabs: int, backend: Backend | None) -> Device:

@@ -18,11 +18,12 @@ import msgspec
 import pytest
 
 from prism.errors import CheckpointError, HostMemoryError
-from prism.types import Bytes, MiB, ModelId, Seconds
-from prism.weights import packing, server, store
+from prism.types import Address, Bytes, MiB, ModelId, Seconds
+from prism.weights import packing, server, shelf
 from prism.weights.client import PackedWeights, fetch, pack_here
 from prism.weights.packer import plan_source
 from prism.weights.protocol import Fetch, PackJob, WeightSource, file_bytes
+from prism.weights.registrations import Registrations, RegistrationThread
 from prism.weights.store import HostStore
 from tests.support import checkpoints
 from tests.weights.support import checkpoint_source, dummy_source, write_config
@@ -224,12 +225,223 @@ async def test_a_full_machine_is_an_error_before_it_is_a_killed_process(
     async with running(tmp_path, sources) as host_store:
         await host_store.want(A)
         size = size_of(sources[1])
-        monkeypatch.setattr(store, "available_memory", lambda: size - size_of(sources[0]) - 1)
+        monkeypatch.setattr(shelf, "available_memory", lambda: size - size_of(sources[0]) - 1)
         with pytest.raises(HostMemoryError, match=r"b: .* the machine has"):
             await host_store.want(B)
         assert host_store.holds(A)
         monkeypatch.undo()
         await host_store.want(B)
+
+
+# --- cached loans ----------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_cached_loan_is_recalled_when_its_memory_is_wanted(
+    tmp_path: Path, sources: list[WeightSource]
+) -> None:
+    async with running(tmp_path, sources, budget=size_of(sources[0])) as host_store:
+        await host_store.want(A)
+        lent = await fetched(tmp_path, A, cached=True)
+        assert lent.lease_fd is not None and not lent.is_recalled()
+        wanted = asyncio.create_task(host_store.want(B))
+        while not lent.is_recalled():
+            await asyncio.sleep(0)
+        assert lent.is_recalled() and not wanted.done() and host_store.holds(A)
+        lent.close()
+        await wanted
+        assert host_store.holds(B) and not host_store.holds(A)
+
+
+@in_loop
+async def test_only_as_many_loans_are_recalled_as_the_memory_takes(
+    tmp_path: Path, sources: list[WeightSource]
+) -> None:
+    async with running(tmp_path, sources, budget=2 * size_of(sources[0])) as host_store:
+        await host_store.want(A)
+        await host_store.want(B)
+        lent = [await fetched(tmp_path, model, cached=True) for model in (B, A)]  # which is no use of them
+        wanted = asyncio.create_task(host_store.want(C))
+        while not lent[1].is_recalled():
+            await asyncio.sleep(0)
+        lent[1].close()
+        await wanted
+        assert not lent[0].is_recalled() and host_store.holds(B)
+        lent[0].close()
+
+
+@in_loop
+async def test_a_cached_loan_of_weights_that_a_load_uses_is_not_recalled(
+    tmp_path: Path, sources: list[WeightSource]
+) -> None:
+    budget = size_of(sources[0])
+    async with running(tmp_path, sources, budget=budget, patience=Seconds(0.01)) as host_store:
+        await host_store.want(A)
+        with await fetched(tmp_path, A, cached=True) as cached, await fetched(tmp_path, A):
+            with pytest.raises(HostMemoryError, match="b: "):
+                await host_store.want(B)
+            assert not cached.is_recalled()
+
+
+@in_loop
+async def test_a_store_that_ends_recalls_its_loans(tmp_path: Path, sources: list[WeightSource]) -> None:
+    async with running(tmp_path, sources) as host_store:
+        await host_store.want(A)
+        lent = await fetched(tmp_path, A, cached=True)
+        assert not lent.is_recalled()
+    assert lent.is_recalled()
+    lent.close()
+
+
+class Pinner:
+    """Registers on paper."""
+
+    def __init__(self) -> None:
+        self.registered: set[Address] = set()
+
+    def register_host(self, address: Address, size: Bytes, *, read_only: bool = False) -> None:
+        self.registered.add(address)
+
+    def unregister_host(self, address: Address) -> None:
+        self.registered.remove(address)
+
+
+@in_loop
+async def test_registered_weights_make_room_for_others(tmp_path: Path, sources: list[WeightSource]) -> None:
+    """The store recalls what a worker's thread keeps registered, and packs in its place."""
+    async with running(tmp_path, sources, budget=size_of(sources[0])) as host_store:
+        pinner = Pinner()
+
+        def borrow(model: ModelId, *, writable: bool) -> PackedWeights:
+            return fetch(tmp_path / "store", model, writable=writable, cached=True)
+
+        registrations = Registrations(pinner, borrow, Bytes(64 * MiB), [A, B])
+        thread = RegistrationThread(registrations)
+        for model in (A, B):
+            registrations.announce(model, await host_store.want(model))
+            while not registrations.registered_bytes(model):
+                await asyncio.sleep(0)
+        assert host_store.holds(B) and not host_store.holds(A)
+        assert len(pinner.registered) == 1
+        await asyncio.to_thread(thread.close)
+        assert not pinner.registered
+
+
+# --- ahead -----------------------------------------------------------------------------------------
+
+
+async def packing_of(host_store: HostStore, model: ModelId) -> None:
+    """Until a packer runs for the model."""
+    while model not in host_store._packing or not host_store.used_bytes:
+        await asyncio.sleep(0)
+
+
+@in_loop
+async def test_what_is_packed_ahead_is_there_when_wanted(tmp_path: Path, sources: list[WeightSource]) -> None:
+    async with running(tmp_path, sources) as host_store:
+        assert await host_store.pack_ahead(A)
+        assert host_store.holds(A)
+        assert await host_store.pack_ahead(A)
+        (await fetched(tmp_path, A)).close()
+
+
+@in_loop
+async def test_packing_ahead_evicts_nothing(tmp_path: Path, sources: list[WeightSource]) -> None:
+    async with running(tmp_path, sources, budget=2 * size_of(sources[0])) as host_store:
+        assert await host_store.pack_ahead(A)
+        assert await host_store.pack_ahead(B)
+        assert None is await host_store.pack_ahead(C)
+        assert host_store.holds(A) and host_store.holds(B)
+
+
+@in_loop
+async def test_packing_ahead_leaves_the_machine_half_of_its_memory(
+    tmp_path: Path, sources: list[WeightSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, sources) as host_store:
+        size = size_of(sources[0])
+        monkeypatch.setattr(shelf, "available_memory", lambda: 2 * size - 2)
+        assert None is await host_store.pack_ahead(A)
+        await host_store.want(A)
+        monkeypatch.setattr(shelf, "available_memory", lambda: 2 * size)
+        assert await host_store.pack_ahead(B)
+
+
+@in_loop
+async def test_what_nobody_has_used_is_evicted_first_the_likeliest_last(
+    tmp_path: Path, sources: list[WeightSource]
+) -> None:
+    sources.append(dummy_source(tmp_path, "d"))
+    async with running(tmp_path, sources, budget=3 * size_of(sources[0])) as host_store:
+        await host_store.want(A)
+        assert await host_store.pack_ahead(B) and await host_store.pack_ahead(C)
+        await host_store.want(ModelId("d"))
+        assert [host_store.holds(model) for model in (A, B, C)] == [True, True, False]
+
+
+@in_loop
+async def test_who_asks_goes_before_what_is_packed_ahead(tmp_path: Path, sources: list[WeightSource]) -> None:
+    """The budget holds one model: the packer that works ahead must end, or B waits for it and its memory."""
+    starts = []
+
+    def watch(model: ModelId, done: Bytes, total: Bytes) -> None:
+        if done == 0:
+            starts.append(model)
+
+    budget = size_of(sources[0])
+    async with running(tmp_path, sources, budget, on_progress=watch, patience=Seconds(0)) as host_store:
+        ahead = asyncio.create_task(host_store.pack_ahead(A))
+        await packing_of(host_store, A)
+        await host_store.want(B)
+        assert None is await ahead
+        assert starts[-1] == B and host_store.holds(B)
+
+
+@in_loop
+async def test_a_pack_that_gave_way_is_done_afterwards(tmp_path: Path, sources: list[WeightSource]) -> None:
+    async with running(tmp_path, sources) as host_store:
+        ahead = asyncio.create_task(host_store.pack_ahead(A))
+        await packing_of(host_store, A)
+        await asyncio.gather(host_store.want(B), host_store.want(C))
+        assert await ahead
+        assert all(host_store.holds(model) for model in (A, B, C))
+
+
+@in_loop
+async def test_a_pack_that_is_asked_for_meanwhile_goes_on(
+    tmp_path: Path, sources: list[WeightSource]
+) -> None:
+    starts = []
+
+    def watch(model: ModelId, done: Bytes, total: Bytes) -> None:
+        if done == 0:
+            starts.append(model)
+
+    async with running(tmp_path, sources, on_progress=watch) as host_store:
+        ahead = asyncio.create_task(host_store.pack_ahead(A))
+        await packing_of(host_store, A)
+        await asyncio.gather(host_store.want(A), host_store.want(B))
+        assert await ahead
+        assert starts == [A, B]
+
+
+@in_loop
+async def test_a_model_that_cannot_be_packed_ahead_is_tried_again_when_wanted(tmp_path: Path) -> None:
+    directory = write_config(tmp_path / "a")
+    async with running(tmp_path, [checkpoint_source(directory, "a")]) as host_store:
+        with pytest.raises(CheckpointError):
+            await host_store.pack_ahead(A)
+        assert host_store.used_bytes == 0
+        checkpoints.save(checkpoints.make_model("llama"), directory)
+        await host_store.want(A)
+
+
+@in_loop
+async def test_closing_ends_packing_ahead(tmp_path: Path, sources: list[WeightSource]) -> None:
+    async with running(tmp_path, sources) as host_store:
+        ahead = asyncio.create_task(host_store.pack_ahead(A))
+        await packing_of(host_store, A)
+    assert None is await ahead
 
 
 # --- failures --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import Any
 from prism.types import ModelId
 from prism.worker.reclaim import (
     AwaitRetirement,
+    CancelLoad,
     DropCache,
     DropOwnCache,
     EvictModel,
@@ -40,9 +41,11 @@ def holding(model: ModelId, **values: Any) -> Holding:
     return Holding(**(defaults | values))
 
 
-def ask(*holdings: Holding, need: Need | None = None, retiring: int = 0) -> Any:
+def ask(
+    *holdings: Holding, need: Need | None = None, retiring: int = 0, unwanted: tuple[ModelId, ...] = ()
+) -> Any:
     need = need or Need(A, 1, 50.0, for_weights=False)
-    return decide(MemorySnapshot(retiring, holdings, 2.0), need, NOW)
+    return decide(MemorySnapshot(retiring, holdings, unwanted, 2.0), need, NOW)
 
 
 def test_order_of_reclaim() -> None:
@@ -53,6 +56,8 @@ def test_order_of_reclaim() -> None:
     younger = holding(B, oldest_request=60.0, youngest_running=60.0)
     busy = holding(B, oldest_request=60.0, youngest_running=None)
     assert ask(empty, idle, retiring=1) == AwaitRetirement()
+    assert ask(empty, idle, retiring=1, unwanted=(C,)) == AwaitRetirement()
+    assert ask(empty, idle, unwanted=(C,)) == CancelLoad(C)
     assert ask(empty, idle) == TakeEmpty(B)
     assert ask(cached, idle) == DropCache(B)
     assert ask(younger, idle) == EvictModel(C)
