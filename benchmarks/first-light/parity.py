@@ -10,19 +10,24 @@ import torch
 from shapes import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prism.attention.kernels import BatchLayout
+from prism.attention.gpu.decode import choose_split
+from prism.attention.gpu.kernels import GpuPlan
+from prism.attention.gpu.prefill import Chunk, tiles_of
 from prism.config import DeviceConfig, ModelConfig
+from prism.engine.gpu.runner import GpuRunner
 from prism.engine.kv_blocks import KvSpace
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.models.decoder import Decoder
 from prism.models.rotary import rotary_table
-from prism.types import GiB, ModelId
+from prism.types import BlockId, GiB, LaneId, ModelId
 from prism.weights.client import pack_here
 from prism.weights.link import ThreadLink
 from prism.weights.protocol import WeightSource
 from prism.weights.transfers import Places, Transfer
 from prism.worker.models import read_profile
 from prism.worker.open_device import open_device
+
+NUM_DECODES = 100
 
 
 def random_model() -> LlamaForCausalLM:
@@ -55,9 +60,9 @@ def relative_error(logits: torch.Tensor, exact: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def prism_logits(directory: Path, prompt: list[int]) -> torch.Tensor:
-    """Logits `[tokens, vocabulary]` of one prompt, computed in chunks of 100 over paged KV."""
-    device = open_device(DeviceConfig(kind="cuda", memory=8 * GiB))
+    """Logits `[tokens, vocabulary]` of one prompt over paged KV: chunks of 100, then one by one."""
     model = ModelConfig(name="m", path=str(directory))
+    device = open_device(DeviceConfig(kind="cuda", memory=8 * GiB), [model])
     profile = read_profile(model, device.slab_bytes)
     name = ModelId("m")
     arena = device.new_arena(profile.arena_bytes)
@@ -79,17 +84,29 @@ def prism_logits(directory: Path, prompt: list[int]) -> torch.Tensor:
     blocks = kv.allocate(profile.kv.num_blocks(len(prompt)))
     assert blocks is not None
     decoder = Decoder(profile.spec, device.weight_tensors(profile, arena), rotary)
-    kernels, view = device.kernels_for(profile.spec), device.kv_view(profile.spec, profile.kv)
-    rows = []
-    for start in range(0, len(prompt), 100):
-        part = prompt[start : start + 100]
-        fresh = tuple(blocks) if start == 0 else ()
-        layout = BatchLayout([len(part)], [start + len(part)], [blocks], fresh)
-        plan = kernels.plan(layout, view, profile.spec.num_heads)
-        tokens = torch.tensor(part, device="cuda")
-        positions = torch.arange(start, start + len(part), device="cuda")
-        hidden = decoder.hidden(kernels, plan, tokens, positions)
-        rows.append(decoder.logits(kernels, hidden))
+    runner = device.backend.runner(decoder, device.kv_view(profile.spec, profile.kv), LaneId(0))
+    assert isinstance(runner, GpuRunner)
+    sizes = [100] * ((len(prompt) - NUM_DECODES) // 100) + [1] * NUM_DECODES
+    return steps(runner, blocks, prompt, sizes)
+
+
+def steps(runner: GpuRunner, blocks: list[BlockId], prompt: list[int], sizes: list[int]) -> torch.Tensor:
+    """Logits of all tokens, in steps of such sizes."""
+    kernels, spec = runner.lane.kernels, runner.model.spec
+    runner.lane.tables[1, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+    rows, start = [], 0
+    for size in sizes:
+        positions = torch.arange(start, start + size, dtype=torch.int32, device="cuda")
+        split = choose_split(1, spec.num_kv_heads, start + size)
+        tiles = None
+        if size > 1:
+            tiles = torch.tensor(tiles_of([Chunk(0, size, start + size, 1)]), dtype=torch.int32).cuda()
+        slots = torch.ones_like(positions)
+        plan = GpuPlan(runner.kv, spec.num_heads, slots, positions, int(size == 1), split, tiles)
+        ids = torch.tensor(prompt[start : start + size], device="cuda")
+        stream = runner.model.layers(kernels, plan, runner.model.embedded(ids))
+        rows.append(runner.model.logits(kernels, stream))
+        start += size
     return torch.cat(rows)
 
 

@@ -18,6 +18,9 @@ TESTED = {"3.11": "2.13", "3.12": "2.11"}
 """Python and torch versions that were run together."""
 
 
+GPU_PACKAGES = ("triton", "cuda-bindings")
+
+
 class Finding(NamedTuple):
     """One line of the report. `is_fatal` findings make the status 1."""
 
@@ -45,7 +48,12 @@ def examine() -> Iterator[Finding]:
     """All checks."""
     checks: tuple[Callable[[], Finding], ...] = (_python, _torch, _transformers, _host_memory, _driver, _gpu)
     for check in checks:
-        yield check()
+        yield (finding := check())
+    if finding.is_good:  # the last one: there is a GPU
+        from prism.cli.doctor_gpu import examine_gpus
+
+        for name, is_good, text in examine_gpus():
+            yield Finding(name, is_good, text)
 
 
 def _python() -> Finding:
@@ -98,7 +106,7 @@ def _gpu() -> Finding:
     if not os.path.exists("/dev/nvidiactl"):
         return Finding("gpu", False, "no NVIDIA device; models run on the CPU")
     missing = []
-    for package in ("flashinfer-python", "cuda-bindings"):
+    for package in GPU_PACKAGES:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -18,7 +18,7 @@ from prism.weights.checksum import checksum, factors, num_chunks, parts
 from prism.weights.torch_checksum import add_torch_checksums, torch_factors
 
 _HOST_BYTES = Bytes(8 * MiB)
-_CUDA_BYTES = Bytes(32 * MiB)
+_CUDA_BYTES = Bytes(16 * MiB)
 """0.6 ms of a PCIe 5 link: long enough to hide what queueing one costs, short enough to change one's mind."""
 _CUDA_DEPTH = 4
 """The copy thread may be away for 2 ms, while the loop holds the interpreter, before the link falls idle."""

@@ -107,7 +107,8 @@ class Server:
 
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start it."""
-        command = [Path(sys.executable).with_name("prism"), "serve", self.home / "prism.yaml"]
+        launcher = "from prism.cli.main import main; main()"
+        command = [sys.executable, "-c", launcher, "serve", self.home / "prism.yaml"]
         environment = os.environ | {"XDG_RUNTIME_DIR": str(self.home)}
         with (self.home / "log").open("ab") as log:
             self.process = subprocess.Popen(

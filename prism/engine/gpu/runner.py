@@ -62,13 +62,13 @@ class GpuRunner:
     def __init__(self, model: Decoder, kv: KvView, lane: GpuLane, graphs: Graphs) -> None:
         self.model = model
         self.kv = kv
-        self._lane = lane
+        self.lane = lane
         self._graphs = graphs
         self._dtype = model.embed.dtype
 
     def run(self, step: Step) -> GpuFlight:
         """See `Runner.run`."""
-        with torch.inference_mode(), torch.cuda.stream(self._lane.stream):
+        with torch.inference_mode(), torch.cuda.stream(self.lane.stream):
             if all(chunk.length == 1 and chunk.samples for chunk in step.chunks):
                 return self._decode(step)
             return self._mixed(step)
@@ -76,7 +76,7 @@ class GpuRunner:
     # --- decodes ------------------------------------------------------------------------------------
 
     def _decode(self, step: Step) -> GpuFlight:
-        lane, spec = self._lane, self.model.spec
+        lane, spec = self.lane, self.model.spec
         chunks = step.chunks
         size = padded_size(len(chunks), lane.shape.max_batch)
         longest = max(chunk.start for chunk in chunks) + 1
@@ -103,7 +103,7 @@ class GpuRunner:
 
     def _decode_work(self, size: int, split: Split) -> None:
         """What a graph holds: from the staged columns to the lane's logits and likeliest tokens."""
-        lane, model = self._lane, self.model
+        lane, model = self.lane, self.model
         columns = lane.staging[: 3 * size].view(3, size)
         hidden, slots, positions = decode_inputs(
             columns, lane.tables, lane.last_tokens, model.embed, self.kv.tokens_per_block
@@ -117,7 +117,7 @@ class GpuRunner:
     # --- steps with prompt chunks -------------------------------------------------------------------
 
     def _mixed(self, step: Step) -> GpuFlight:
-        lane, model = self._lane, self.model
+        lane, model = self.lane, self.model
         decodes = [c for c in step.chunks if c.length == 1]
         prompts = [c for c in step.chunks if c.length > 1]
         chunks = (*decodes, *prompts)
@@ -160,7 +160,7 @@ class GpuRunner:
         slots: Tensor,
     ) -> GpuFlight:
         """Where the likeliest token is not the one, draw; send the tokens to the host."""
-        lane = self._lane
+        lane = self.lane
         tokens, drawn = tokens[: len(sampled)], lane.drawn[: len(sampled)]
         known = None
         if sampled:
