@@ -8,7 +8,8 @@ Who holds a block:
       └──drop (least recently used)── cached (no references, content kept under its key)
 
 Pure bookkeeping: it touches no memory. Slabs come in through `add_slab` and leave, empty, through
-`remove_slab`; `gather_slab` empties one by moving blocks, which the caller then copies.
+`remove_slab`; `gather` empties some. Both cost next to nothing for a slab without used blocks, so that
+gigabytes change their owner between two steps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -35,9 +36,9 @@ class Move(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """A slab that is empty once `moves` have been carried out."""
+    """Slabs that are empty once `moves` have been carried out."""
 
-    slab: SlabId
+    slabs: tuple[SlabId, ...]
     moves: tuple[Move, ...]
 
 
@@ -48,19 +49,56 @@ def block_key(parent: BlockKey, tokens: Iterable[int]) -> BlockKey:
 
 @dataclass(slots=True)
 class _Block:
-    slab: SlabId
-    references: int = 0
+    """A block that is used or cached."""
+
+    references: int = 1
     key: BlockKey | None = None
 
 
-@dataclass(slots=True)
 class _Slab:
-    blocks: tuple[BlockId, ...]
-    free: list[BlockId] = field(default_factory=list)
+    """One slab's blocks. Those that were never taken are numbers only, so a new slab is made at once."""
+
+    __slots__ = ("_first", "_fresh", "_returned", "_step", "count", "last_use", "num_used", "records")
+
+    def __init__(self, layout: KvLayout, slab: SlabId) -> None:
+        self._first = layout.block_at(Bytes(slab * layout.slab_bytes), 0)
+        self._step = layout.block_bytes // layout.unit
+        self._fresh = 0
+        self._returned: list[BlockId] = []
+        self.count = layout.blocks_per_slab
+        self.records: dict[BlockId, _Block] = {}
+        self.num_used = 0
+        self.last_use = 0
+        """Serial number of the latest release of one of its blocks into the cache."""
+
+    @property
+    def num_free(self) -> int:
+        return self.count - len(self.records)
 
     @property
     def is_empty(self) -> bool:
-        return len(self.free) == len(self.blocks)
+        return not self.records
+
+    def take(self) -> BlockId:
+        """A free block becomes used."""
+        if self._returned:
+            block = self._returned.pop()
+        else:
+            block = BlockId(self._first + self._fresh * self._step)
+            self._fresh += 1
+        self.records[block] = _Block()
+        self.num_used += 1
+        return block
+
+    def put(self, block: BlockId) -> None:
+        """A block is free again."""
+        del self.records[block]
+        self._returned.append(block)
+
+    def free_blocks(self) -> list[BlockId]:
+        """All of them, for checks."""
+        fresh = (BlockId(self._first + i * self._step) for i in range(self._fresh, self.count))
+        return [*self._returned, *fresh]
 
 
 class KvSpace:
@@ -68,13 +106,15 @@ class KvSpace:
 
     def __init__(self, layout: KvLayout) -> None:
         self.layout = layout
+        self._units_per_slab = layout.slab_bytes // layout.unit
         self._slabs: dict[SlabId, _Slab] = {}
-        self._blocks: dict[BlockId, _Block] = {}
         self._partial: dict[SlabId, None] = {}  # slabs with free and taken blocks: filled first
         self._empty: dict[SlabId, None] = {}
         self._published: dict[BlockKey, BlockId] = {}
-        self._cached: OrderedDict[BlockId, None] = OrderedDict()  # least recently used first
+        self._cached: OrderedDict[BlockKey, None] = OrderedDict()  # least recently used first
         self._num_free = 0
+        self._num_used = 0
+        self._serial = 0
 
     # --- sizes -------------------------------------------------------------------------------------
 
@@ -101,11 +141,16 @@ class KvSpace:
     @property
     def num_used(self) -> int:
         """Blocks that sequences hold."""
-        return len(self._blocks) - self._num_free - len(self._cached)
+        return self._num_used
+
+    @property
+    def num_empty_slabs(self) -> int:
+        """Slabs without any content."""
+        return len(self._empty)
 
     @property
     def empty_slabs(self) -> tuple[SlabId, ...]:
-        """Slabs without any content."""
+        """Those slabs."""
         return tuple(self._empty)
 
     @property
@@ -118,60 +163,90 @@ class KvSpace:
     def add_slab(self, slab: SlabId) -> None:
         """A slab of the pool now belongs to this model."""
         assert slab not in self._slabs
-        offset = Bytes(slab * self.layout.slab_bytes)
-        blocks = tuple(self.layout.block_at(offset, i) for i in range(self.layout.blocks_per_slab))
-        self._slabs[slab] = _Slab(blocks, list(reversed(blocks)))
-        for block in blocks:
-            self._blocks[block] = _Block(slab)
+        self._slabs[slab] = _Slab(self.layout, slab)
         self._empty[slab] = None
-        self._num_free += len(blocks)
+        self._num_free += self.layout.blocks_per_slab
 
     def remove_slab(self, slab: SlabId) -> None:
         """An empty slab leaves."""
-        assert self._slabs[slab].is_empty
-        for block in self._slabs.pop(slab).blocks:
-            del self._blocks[block]
-            self._num_free -= 1
+        home = self._slabs.pop(slab)
+        assert home.is_empty
+        self._num_free -= home.count
         del self._empty[slab]
 
-    def gather_slab(self) -> Gathered | None:
-        """Empty one slab: drop the least recently used cached blocks, move what is left elsewhere.
+    def gather(self, count: int) -> Gathered:
+        """Empty up to `count` slabs; none only when free and cached blocks do not make up a slab.
 
-        Returns None, and changes nothing, when free and cached blocks do not make up a slab. Tables that
-        name a moved block must be rewritten and its bytes copied before the next step.
+        1. Slabs that are empty.
+        2. Slabs without used blocks, least recently used first: their cached blocks are dropped.
+        3. If there are none of these, the slab with the fewest used blocks: they move elsewhere, where
+           the least recently used cached blocks make room. Tables that name a moved block must be
+           rewritten, and its bytes copied, before the next step.
         """
-        wanted = self.layout.blocks_per_slab
-        if self._num_free + len(self._cached) < wanted or not self._slabs:
-            return None
-        self.drop_cached(max(0, wanted - self._num_free))
-        if self._empty:
-            return Gathered(next(iter(self._empty)), ())
-        slab = max(self._partial, key=lambda s: len(self._slabs[s].free))
-        return Gathered(slab, self._vacate(slab))
+        found = list(self._empty)[:count]  # 1
+        if len(found) < count:  # 2
+            idle = [slab for slab, home in self._slabs.items() if not home.num_used and not home.is_empty]
+            idle.sort(key=lambda slab: self._slabs[slab].last_use)
+            for slab in idle[: count - len(found)]:
+                self._drop_slab(slab)
+                found.append(slab)
+        if found or not count or not self.num_gatherable:
+            return Gathered(tuple(found), ())
+        slab = min(self._slabs, key=lambda slab: self._slabs[slab].num_used)  # 3
+        self._drop_records(slab)
+        home = self._slabs[slab]
+        self.drop_cached(home.num_used + home.num_free - self._num_free)
+        return Gathered((slab,), self._vacate(slab))
+
+    def compact(self, count: int) -> Gathered:
+        """Empty up to `count` slabs, or one by moving all its blocks, without any loss to the cache.
+
+        None only when the free blocks do not make up a slab.
+        """
+        found = tuple(self._empty)[:count]
+        if found or not count or self._num_free < self.layout.blocks_per_slab:
+            return Gathered(found, ())
+        slab = min(self._slabs, key=lambda slab: len(self._slabs[slab].records))
+        return Gathered((slab,), self._vacate(slab))
+
+    def _drop_slab(self, slab: SlabId) -> None:
+        """Forget all cached blocks of a slab that has no used ones."""
+        home = self._slabs[slab]
+        for record in home.records.values():
+            assert record.key is not None
+            del self._published[record.key], self._cached[record.key]
+        self._num_free += len(home.records)
+        self._slabs[slab] = _Slab(self.layout, slab)
+        self._partial.pop(slab, None)
+        self._empty[slab] = None
+
+    def _drop_records(self, slab: SlabId) -> None:
+        """Free the cached blocks of a slab that has used ones too."""
+        records = list(self._slabs[slab].records.items())
+        for block, record in records:
+            if not record.references and record.key is not None:
+                del self._published[record.key], self._cached[record.key]
+                self._put_free(block)
 
     def _vacate(self, slab: SlabId) -> tuple[Move, ...]:
-        """Move every held block of a slab into free blocks of others, which are known to suffice."""
+        """Move all blocks of a slab into free blocks of others, which are known to suffice."""
         home = self._slabs[slab]
-        del self._partial[slab]  # so that no target lies in the slab itself
+        self._partial.pop(slab, None)  # so that no target lies in the slab itself
         moves = []
-        free = set(home.free)
-        for source in home.blocks:
-            if source not in free:
-                moves.append(Move(source, self._take_free()))
-                self._rename(*moves[-1])
-                home.free.append(source)
-                self._num_free += 1
+        for source, record in home.records.items():
+            target = self._take_free()
+            there = self._slabs[self._slab_of(target)]
+            there.records[target] = record
+            there.num_used -= not record.references
+            there.last_use = max(there.last_use, home.last_use)
+            if record.key is not None and self._published.get(record.key) == source:
+                self._published[record.key] = target
+            moves.append(Move(source, target))
+        self._slabs[slab] = _Slab(self.layout, slab)
+        self._num_free += len(moves)
+        self._num_used -= len(moves)
         self._empty[slab] = None
         return tuple(moves)
-
-    def _rename(self, source: BlockId, target: BlockId) -> None:
-        old, new = self._blocks[source], self._blocks[target]
-        new.references, new.key = old.references, old.key
-        old.references, old.key = 0, None
-        if new.key is not None and self._published.get(new.key) == source:
-            self._published[new.key] = target
-        if source in self._cached:  # keeps its place in the order of use
-            self._cached = OrderedDict((target if b == source else b, None) for b in self._cached)
 
     # --- blocks ------------------------------------------------------------------------------------
 
@@ -179,27 +254,29 @@ class KvSpace:
         """So many blocks with one reference each, or None (and nothing taken) when fewer are free."""
         if count > self._num_free:
             return None
-        blocks = [self._take_free() for _ in range(count)]
-        for block in blocks:
-            self._blocks[block].references = 1
-        return blocks
+        return [self._take_free() for _ in range(count)]
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Give up one reference to each. The last blocks of a sequence are the first to be dropped later."""
         for block in reversed(blocks):
-            record = self._blocks[block]
+            home = self._slabs[self._slab_of(block)]
+            record = home.records[block]
             assert record.references > 0, block
             record.references -= 1
-            if record.references == 0:
-                if record.key is not None and self._published.get(record.key) == block:
-                    self._cached[block] = None
-                else:
-                    record.key = None
-                    self._put_free(block)
+            if record.references:
+                continue
+            home.num_used -= 1
+            self._num_used -= 1
+            if record.key is not None and self._published.get(record.key) == block:
+                self._serial += 1
+                home.last_use = self._serial
+                self._cached[record.key] = None
+            else:
+                self._put_free(block)
 
     def publish(self, block: BlockId, key: BlockKey) -> None:
         """The block is full and computed: others with the same prefix may use it. The first one wins."""
-        record = self._blocks[block]
+        record = self._slabs[self._slab_of(block)].records[block]
         assert record.references > 0
         if key not in self._published:
             self._published[key] = block
@@ -212,8 +289,13 @@ class KvSpace:
             block = self._published.get(key)
             if block is None:
                 break
-            self._cached.pop(block, None)
-            self._blocks[block].references += 1
+            home = self._slabs[self._slab_of(block)]
+            record = home.records[block]
+            if not record.references:
+                del self._cached[key]
+                home.num_used += 1
+                self._num_used += 1
+            record.references += 1
             found.append(block)
         return found
 
@@ -228,15 +310,14 @@ class KvSpace:
 
     def drop_cached(self, count: int) -> int:
         """Free the least recently used cached blocks, `count` at most; returns how many."""
-        dropped = min(count, len(self._cached))
+        dropped = max(0, min(count, len(self._cached)))
         for _ in range(dropped):
-            block, _none = self._cached.popitem(last=False)
-            record = self._blocks[block]
-            assert record.key is not None
-            del self._published[record.key]
-            record.key = None
-            self._put_free(block)
+            key, _none = self._cached.popitem(last=False)
+            self._put_free(self._published.pop(key))
         return dropped
+
+    def _slab_of(self, block: BlockId) -> SlabId:
+        return SlabId(block // self._units_per_slab)
 
     def _take_free(self) -> BlockId:
         slab = next(iter(self._partial), None)
@@ -244,36 +325,40 @@ class KvSpace:
             slab = next(iter(self._empty))
             del self._empty[slab]
             self._partial[slab] = None
-        free = self._slabs[slab].free
-        block = free.pop()
-        if not free:
+        home = self._slabs[slab]
+        block = home.take()
+        if not home.num_free:
             del self._partial[slab]
         self._num_free -= 1
+        self._num_used += 1
         return block
 
     def _put_free(self, block: BlockId) -> None:
-        slab = self._blocks[block].slab
+        slab = self._slab_of(block)
         home = self._slabs[slab]
-        home.free.append(block)
+        home.put(block)
         self._num_free += 1
-        self._partial[slab] = None
         if home.is_empty:
-            del self._partial[slab]
+            self._partial.pop(slab, None)
             self._empty[slab] = None
+        else:
+            self._partial[slab] = None
 
     def check(self) -> None:
         """Conservation: each block of each slab is exactly one of free, used and cached."""
-        free = [block for slab in self._slabs.values() for block in slab.free]
-        assert len(free) == len(set(free)) == self._num_free
-        for block in free:
-            assert self._blocks[block].references == 0 and self._blocks[block].key is None
-            assert block not in self._cached
-        for block in self._cached:
-            record = self._blocks[block]
-            assert record.references == 0 and record.key is not None
-            assert self._published[record.key] == block
-        used = [b for b, record in self._blocks.items() if record.references > 0]
-        assert len(free) + len(used) + len(self._cached) == len(self._blocks)
+        num_free = num_used = 0
         for slab, home in self._slabs.items():
+            free = home.free_blocks()
+            assert len(set(free) | home.records.keys()) == len(free) + len(home.records) == home.count
+            assert home.num_free == len(free)
+            used = {block for block, record in home.records.items() if record.references}
+            for block in home.records.keys() - used:
+                key = home.records[block].key
+                assert key is not None and key in self._cached and self._published[key] == block
+            assert home.num_used == len(used) and all(self._slab_of(b) == slab for b in home.records)
             assert (slab in self._empty) == home.is_empty
-            assert (slab in self._partial) == (0 < len(home.free) < len(home.blocks))
+            assert (slab in self._partial) == (0 < home.num_free < home.count)
+            num_free, num_used = num_free + len(free), num_used + len(used)
+        assert (num_free, num_used) == (self._num_free, self._num_used)
+        total = len(self._slabs) * self.layout.blocks_per_slab
+        assert num_free + num_used + len(self._cached) == total

@@ -15,9 +15,10 @@ from prism.worker.snapshot import Holding, MemorySnapshot, Need
 
 @dataclass(frozen=True, slots=True)
 class TakeEmpty:
-    """Take one parked empty slab of a model."""
+    """Take parked empty slabs of a model."""
 
     model: ModelId
+    slabs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +30,10 @@ class DropOwnCache:
 
 @dataclass(frozen=True, slots=True)
 class DropCache:
-    """Another model drops cached blocks until one of its slabs is free."""
+    """Another model drops cached blocks until so many of its slabs are free."""
 
     model: ModelId
+    slabs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +88,13 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> ReclaimDecision 
         return AwaitRetirement()
     if snapshot.unwanted_loads:  # 3
         return CancelLoad(snapshot.unwanted_loads[0])
+    missing = need.slabs - snapshot.num_retiring
     for other in others:  # 4
-        if other.empty_slabs and other.kv_slabs > other.kv_floor:
-            return TakeEmpty(other.model)
+        spare = min(missing, other.empty_slabs, other.kv_slabs - other.kv_floor)
+        if spare > 0:
+            return TakeEmpty(other.model, spare)
     return (
-        _cheapest_cache(own if not need.for_weights else None, others, now)  # 5
+        _cheapest_cache(own if not need.for_weights else None, others, missing, now)  # 5
         or _idle_model(others)  # 6
         or _running(others, need)  # 7
         or _busy_model(others, need, snapshot.min_residency, now)  # 8
@@ -101,7 +105,9 @@ def _at_limit(own: Holding) -> bool:
     return own.kv_limit is not None and own.kv_slabs >= own.kv_limit
 
 
-def _cheapest_cache(own: Holding | None, others: list[Holding], now: float) -> ReclaimDecision | None:
+def _cheapest_cache(
+    own: Holding | None, others: list[Holding], missing: int, now: float
+) -> ReclaimDecision | None:
     """A cache is worth what its recomputation costs, less the longer nobody has used it."""
     candidates = [h for h in others if h.gatherable_slabs and h.kv_slabs > h.kv_floor]
     if own is not None and own.num_cached_blocks:
@@ -109,7 +115,10 @@ def _cheapest_cache(own: Holding | None, others: list[Holding], now: float) -> R
     if not candidates:
         return None
     cheapest = min(candidates, key=lambda h: (h.recompute_cost / (1.0 + now - h.last_used), h.model))
-    return DropOwnCache(cheapest.model) if cheapest is own else DropCache(cheapest.model)
+    if cheapest is own:
+        return DropOwnCache(cheapest.model)
+    spare = min(missing, cheapest.gatherable_slabs, cheapest.kv_slabs - cheapest.kv_floor)
+    return DropCache(cheapest.model, spare)
 
 
 def _idle_model(others: list[Holding]) -> ReclaimDecision | None:

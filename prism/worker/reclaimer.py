@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
+from prism.engine.kv_blocks import Gathered
 from prism.memory.slabs import KvOwner
 from prism.types import SlabId
 from prism.worker import reclaim
@@ -84,8 +85,8 @@ class Reclaimer:
         match decision:
             case None | reclaim.AwaitRetirement():
                 return False
-            case reclaim.TakeEmpty(model=name) | reclaim.DropCache(model=name):
-                return self._release_slab(self._models[name])
+            case reclaim.TakeEmpty(model=name, slabs=slabs) | reclaim.DropCache(model=name, slabs=slabs):
+                return self._release_slabs(self._models[name], slabs) > 0
             case reclaim.DropOwnCache():
                 assert model.kv is not None
                 return model.kv.drop_cached(model.kv.layout.blocks_per_slab) > 0
@@ -106,24 +107,26 @@ class Reclaimer:
 
     # --- giving memory back -------------------------------------------------------------------------
 
-    def _release_slab(self, victim: Model) -> bool:
-        """Gather one slab of a model's KV and give it back."""
-        assert victim.kv is not None and victim.engine is not None and victim.lane is not None
-        gathered = victim.kv.gather_slab()
-        if gathered is None:
-            return False
+    def _release_slabs(self, victim: Model, count: int) -> int:
+        """Gather up to `count` slabs of a model's KV and give them back; returns how many."""
+        assert victim.kv is not None
+        return self._free(victim, victim.kv.gather(count))
+
+    def _free(self, victim: Model, gathered: Gathered) -> int:
+        """Copy what has to move, and give the slabs back."""
+        assert victim.engine is not None and victim.lane is not None
         view = victim.engine.runner.kv
         self._device.move_blocks(victim.name, view, gathered.moves, victim.lane)
         victim.engine.scheduler.rename_blocks(gathered.moves)
-        self._give_back(victim, [gathered.slab])
-        return True
+        self._give_back(victim, gathered.slabs)
+        return len(gathered.slabs)
 
-    def _give_back(self, model: Model, slabs: Iterable[SlabId]) -> None:
+    def _give_back(self, model: Model, slabs: Sequence[SlabId]) -> None:
         """Free once everything that is queued on the model's lane has run."""
         assert model.kv is not None and model.lane is not None
         for slab in slabs:
             model.kv.remove_slab(slab)
-            self._pool.give_back(KvOwner(model.name), (slab,), model.lane.stamp())
+        self._pool.give_back(KvOwner(model.name), slabs, model.lane.stamp())
         self._device.settle(model.lane)
 
     def trim(self, model: Model) -> None:
@@ -135,12 +138,14 @@ class Reclaimer:
         kv = model.kv
         if kv is None or model.engine is None:
             return
-        while model.kv_limit is not None and kv.num_slabs > model.kv_limit and self._release_slab(model):  # 1
-            pass
+        while model.kv_limit is not None and kv.num_slabs > model.kv_limit:  # 1
+            if not self._release_slabs(model, kv.num_slabs - model.kv_limit):
+                break
         spare = kv.num_slabs - model.kv_floor  # 2
         if model.engine.is_idle:
-            while kv.num_free >= kv.layout.blocks_per_slab and spare > 0 and self._release_slab(model):
-                spare -= 1
+            per_slab = kv.layout.blocks_per_slab
+            while (count := min(spare, kv.num_free // per_slab)) > 0:
+                spare -= self._free(model, kv.compact(count))
             return
         parked = len(kv.empty_slabs) - 1
         self._give_back(model, kv.empty_slabs[: max(0, min(parked, spare))])
@@ -186,7 +191,7 @@ class Reclaimer:
             kv_slabs=kv.num_slabs,
             kv_floor=model.kv_floor,
             kv_limit=model.kv_limit,
-            empty_slabs=len(kv.empty_slabs),
+            empty_slabs=kv.num_empty_slabs,
             gatherable_slabs=kv.num_gatherable,
             num_cached_blocks=kv.num_cached,
             recompute_cost=profile.recompute_cost,

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from prism.engine.kv_blocks import KvSpace, block_key
+from prism.engine.kv_blocks import Gathered, KvSpace, block_key
 from prism.engine.kv_layout import KvLayout
 from prism.types import Bytes, SlabId
 
@@ -71,18 +71,26 @@ class KvSpaceMachine(RuleBasedStateMachine):
         cached = self.kv.num_cached
         assert self.kv.drop_cached(count) == min(count, cached)
 
-    @rule()
-    def gather(self) -> None:
+    @rule(count=st.integers(1, 4))
+    def gather(self, count: int) -> None:
         gatherable = self.kv.num_gatherable
-        gathered = self.kv.gather_slab()
-        assert (gathered is None) == (gatherable == 0)
-        if gathered is None:
-            return
+        self.carry_out(self.kv.gather(count), min(count, gatherable))
+
+    @rule(count=st.integers(1, 4))
+    def compact(self, count: int) -> None:
+        free, cached = self.kv.num_free // LAYOUT.blocks_per_slab, self.kv.num_cached
+        self.carry_out(self.kv.compact(count), min(count, free))
+        assert self.kv.num_cached == cached
+
+    def carry_out(self, gathered: Gathered, most: int) -> None:
+        assert bool(gathered.slabs) == (most > 0)
+        assert len(gathered.slabs) <= most
         copies = {target: self.content[source] for source, target in gathered.moves}
         self.content.update(copies)
         renamed = dict(gathered.moves)
         self.held = [[renamed.get(block, block) for block in table] for table in self.held]
-        self.kv.remove_slab(gathered.slab)
+        for slab in gathered.slabs:
+            self.kv.remove_slab(slab)
 
     @invariant()
     def laws(self) -> None:

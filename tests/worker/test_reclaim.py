@@ -58,8 +58,8 @@ def test_order_of_reclaim() -> None:
     assert ask(empty, idle, retiring=1) == AwaitRetirement()
     assert ask(empty, idle, retiring=1, unwanted=(C,)) == AwaitRetirement()
     assert ask(empty, idle, unwanted=(C,)) == CancelLoad(C)
-    assert ask(empty, idle) == TakeEmpty(B)
-    assert ask(cached, idle) == DropCache(B)
+    assert ask(empty, idle) == TakeEmpty(B, 1)
+    assert ask(cached, idle) == DropCache(B, 1)
     assert ask(younger, idle) == EvictModel(C)
     assert ask(younger) == PreemptYoungest(B)
     assert ask(busy) == EvictModel(B)
@@ -85,9 +85,9 @@ def test_at_its_limit_a_model_recycles_its_own_cache() -> None:
 def test_cheapest_cache_goes_first() -> None:
     cheap = holding(B, gatherable_slabs=1, recompute_cost=1.0)
     dear = holding(C, gatherable_slabs=1, recompute_cost=9.0)
-    assert ask(dear, cheap) == DropCache(B)
+    assert ask(dear, cheap) == DropCache(B, 1)
     stale = holding(C, gatherable_slabs=1, recompute_cost=9.0, last_used=NOW - 60)
-    assert ask(stale, cheap) == DropCache(C)
+    assert ask(stale, cheap) == DropCache(C, 1)
 
 
 def test_a_model_that_has_just_come_stays() -> None:
