@@ -36,9 +36,9 @@ class Step:
     """Blocks that get their first tokens in this step."""
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that the step computes."""
-        return sum(chunk.length for chunk in self.chunks)
+    def has_prompts(self) -> bool:
+        """It computes chunks of prompts, which fill a device; decodes alone do not."""
+        return any(chunk.length > 1 for chunk in self.chunks)
 
 
 class Slots:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from prism.attention.kernels import KvView
@@ -17,6 +19,7 @@ from prism.types import DType, LaneId
 from prism.weights.copiers import Copier, HostCopier
 from prism.weights.registrations import Pinner
 from prism.worker.device import Device
+from prism.worker.lanes import Work
 
 MAX_SEQUENCES = 65536
 """A CPU keeps no tables for its sequences, so this only has to be more than can ever run."""
@@ -50,6 +53,9 @@ class TorchBackend:
         """See `Backend.copy_blocks`."""
         copy_blocks(kv, moves)
         return Copied()
+
+    def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
+        """See `Backend.wait_for`: there are no other lanes."""
 
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`."""

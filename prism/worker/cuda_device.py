@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from prism.attention.gpu.kernels import HEAD_DIMS
@@ -11,7 +13,7 @@ from prism.attention.torch_kernels import TorchKernels
 from prism.config import DeviceConfig
 from prism.engine.gpu.graphs import Graphs
 from prism.engine.gpu.lane import GpuLane, LaneShape, workspace_bytes
-from prism.engine.gpu.runner import GpuRunner
+from prism.engine.gpu.runner import GpuFlight, GpuRunner
 from prism.engine.kv_blocks import Move
 from prism.engine.kv_layout import BLOCK_TOKENS, plan_kv_layout
 from prism.engine.runner import Done, Runner
@@ -28,6 +30,7 @@ from prism.types import Bytes, DType, GiB, LaneId
 from prism.weights.copiers import Copier, CudaCopier
 from prism.weights.registrations import Pinner
 from prism.worker.device import Device
+from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
 
 TORCH_RESERVE = 4 * GiB
@@ -71,12 +74,12 @@ class Event:
     """Work queued on the current stream until now."""
 
     def __init__(self) -> None:
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.event.record()
 
     def is_done(self) -> bool:
         """It has run."""
-        done: bool = self._event.query()  # type: ignore[no-untyped-call]
+        done: bool = self.event.query()  # type: ignore[no-untyped-call]
         return done
 
 
@@ -123,6 +126,12 @@ class GpuBackend:
             sources, targets = places.to(self._device, non_blocking=True)
             kv.pages.index_copy_(0, targets, kv.pages.index_select(0, sources))
             return Event()
+
+    def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
+        """See `Backend.wait_for`. Nothing waits on the host."""
+        for work in works:
+            if isinstance(work, GpuFlight | Event):
+                self._lanes[lane].stream.wait_event(work.event)
 
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`. Compiles on the first use of a machine; later a matter of milliseconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from prism.attention.kernels import KvView
 from prism.engine.kv_blocks import Move
 from prism.engine.kv_layout import KvLayout
 from prism.engine.runner import Runner
+from prism.engine.scheduler import Step
 from prism.memory.arena import Arena
 from prism.memory.driver import Driver
 from prism.memory.pool import SlabPool
@@ -44,6 +46,10 @@ class Backend(Protocol):
 
     def copy_blocks(self, kv: KvView, moves: tuple[Move, ...], lane: LaneId) -> Work:
         """Copy blocks within a model's KV, behind the lane's queued steps."""
+        ...
+
+    def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
+        """Let what is queued on the lane from now on run behind these works of other lanes."""
         ...
 
     def prepare(self, spec: ModelSpec) -> None:
@@ -79,6 +85,16 @@ class Device:
         """Queue copies of blocks within a model's KV."""
         if moves:
             lane.queue(model, self.backend.copy_blocks(kv, moves, lane.lane_id))
+
+    def take_turns(self, lane: Lane, step: Step) -> None:
+        """A step with prompts shares the device with no other; decodes of several lanes run side by side.
+
+        Beside a prompt, each of a decode's many small kernels would wait until the large ones leave room.
+        """
+        others = [flight for other in self.lanes if other is not lane for flight in other.flights]
+        works = [flight.work for flight in others if step.has_prompts or flight.has_prompts]
+        if works:
+            self.backend.wait_for(lane.lane_id, works)
 
     def settle(self, lane: Lane) -> None:
         """Take note of copies that have run, as far as no step stands before them."""

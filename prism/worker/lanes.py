@@ -27,6 +27,11 @@ class Flight(NamedTuple):
     model: ModelId
     step: InFlight | None
 
+    @property
+    def has_prompts(self) -> bool:
+        """It is a step with chunks of prompts."""
+        return self.step is not None and self.step.step.has_prompts
+
 
 class Lane:
     """Work that runs one after the other, and its count: queued and completed."""

@@ -46,7 +46,7 @@ from prism.worker.rate import CompletionRate
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
 from prism.worker.residency import Residency
-from prism.worker.views import admission_snapshot, kv_capacity_tokens, turn_snapshot
+from prism.worker.views import admission_snapshot, kv_capacity_tokens, neighbours_decode, turn_snapshot
 
 log = logging.getLogger(__name__)
 
@@ -274,8 +274,12 @@ class Worker:
         )
 
     def _step(self, lane: Lane, now: float) -> bool:
-        """Queue one more step on a lane; whether anything came of it."""
-        if lane.num_steps >= MAX_QUEUED:
+        """Queue one more step on a lane; whether anything came of it.
+
+        Behind prompts nothing more is queued if neighbours decode: their next step comes first.
+        """
+        has_prompts = any(flight.has_prompts for flight in lane.flights)
+        if lane.num_steps >= MAX_QUEUED or (has_prompts and neighbours_decode(self, lane)):
             return False
         turn = turns.decide(turn_snapshot(self, lane, now), now)
         if turn is None:
@@ -291,6 +295,7 @@ class Worker:
             model.stalled_until = now + self._patience
             return True
         self._announce(model, {RequestId(chunk.sequence.request_id) for chunk in step.chunks})
+        self.device.take_turns(lane, step)
         flight = engine.run(step)
         lane.queue(model.name, flight, flight)
         self._collect()

@@ -59,10 +59,12 @@ class Runnable:
 
 @dataclass(frozen=True, slots=True)
 class TurnSnapshot:
-    """All models that could run the next step."""
+    """All models that could run a lane's next step."""
 
     runnable: tuple[Runnable, ...]
     max_batch_tokens: int
+    neighbours_decode: bool = False
+    """Models of other lanes decode, and wait while a step of this one computes prompts."""
 
 
 @dataclass(frozen=True, slots=True)

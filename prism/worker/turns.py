@@ -28,7 +28,9 @@ def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
     if not snapshot.runnable:
         return None
     first = min(snapshot.runnable, key=lambda r: (max(r.deadline, now), r.last_turn, r.model))
-    others_decode = any(r.num_decodes for r in snapshot.runnable if r.model != first.model)
+    others_decode = snapshot.neighbours_decode or any(
+        r.num_decodes for r in snapshot.runnable if r.model != first.model
+    )
     budget = snapshot.max_batch_tokens
     if others_decode:
         budget = min(budget, SHARED_CHUNK + first.num_decodes)

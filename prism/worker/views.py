@@ -93,7 +93,16 @@ def turn_snapshot(worker: Worker, lane: Lane, now: float) -> TurnSnapshot:
                 num_decodes=decodes,
             )
         )
-    return TurnSnapshot(tuple(runnable), worker.max_batch_tokens)
+    return TurnSnapshot(tuple(runnable), worker.max_batch_tokens, neighbours_decode(worker, lane))
+
+
+def neighbours_decode(worker: Worker, lane: Lane) -> bool:
+    """Whether any model of another lane has sequences that draw tokens."""
+    others = (m for m in worker.models.values() if m.lane is not None and m.lane is not lane)
+    return any(
+        m.is_active and m.engine is not None and any(s.is_prompt_computed for s in m.engine.scheduler.running)
+        for m in others
+    )
 
 
 def kv_capacity_tokens(worker: Worker, model: Model) -> int:

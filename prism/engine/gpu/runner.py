@@ -36,8 +36,8 @@ class GpuFlight:
         self.sampled = sampled
         self._tokens = tokens
         self._known: list[Sampled] | None = None
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.event.record()
 
     def know(self, drawn: list[Sampled]) -> None:
         """The draws were made on the host."""
@@ -45,12 +45,12 @@ class GpuFlight:
 
     def is_done(self) -> bool:
         """See `InFlight.is_done`."""
-        done: bool = self._event.query()  # type: ignore[no-untyped-call]
+        done: bool = self.event.query()  # type: ignore[no-untyped-call]
         return done
 
     def draws(self) -> list[Sampled]:
         """See `InFlight.draws`."""
-        self._event.synchronize()
+        self.event.synchronize()
         if self._known is not None:
             return self._known
         return [Sampled(token, None) for token in self._tokens.tolist()]
