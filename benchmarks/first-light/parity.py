@@ -47,6 +47,7 @@ def random_model() -> LlamaForCausalLM:
         return LlamaForCausalLM(config).bfloat16().eval()
 
 
+@torch.inference_mode()
 def reference_logits(directory: Path, prompt: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Logits `[tokens, vocabulary]` of transformers."""
     model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype).cuda().eval()
@@ -58,7 +59,6 @@ def relative_error(logits: torch.Tensor, exact: torch.Tensor) -> float:
     return float((logits.float() - exact).norm() / exact.norm())
 
 
-@torch.inference_mode()
 def prism_logits(directory: Path, prompt: list[int]) -> torch.Tensor:
     """Logits `[tokens, vocabulary]` of one prompt over paged KV: chunks of 100, then one by one."""
     model = ModelConfig(name="m", path=str(directory))
@@ -90,6 +90,7 @@ def prism_logits(directory: Path, prompt: list[int]) -> torch.Tensor:
     return steps(runner, blocks, prompt, sizes)
 
 
+@torch.inference_mode()
 def steps(runner: GpuRunner, blocks: list[BlockId], prompt: list[int], sizes: list[int]) -> torch.Tensor:
     """Logits of all tokens, in steps of such sizes."""
     kernels, spec = runner.lane.kernels, runner.model.spec
@@ -113,7 +114,7 @@ def steps(runner: GpuRunner, blocks: list[BlockId], prompt: list[int], sizes: li
 def main() -> None:
     """Prints both relative errors and their ratio."""
     prompt = torch.randint(0, 128256, (1, 700), generator=torch.Generator().manual_seed(1)).cuda()
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder:
         random_model().save_pretrained(folder)
         # loaded anew in each precision: casting a model would round its rotary frequencies too
         theirs = reference_logits(Path(folder), prompt, torch.bfloat16)

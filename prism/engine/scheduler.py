@@ -106,17 +106,19 @@ class Scheduler:
         """Free blocks that a step of `budget` tokens could use."""
         wanted = 0
         num_running = len(self.running)
+        size = self.kv.layout.tokens_per_block
         for place, sequence in enumerate([*self.running, *self.waiting][: self.max_batch_size]):
             held, computed = len(sequence.blocks), sequence.num_computed
-            if not sequence.can_step:
-                continue
             if place >= num_running:
                 held, computed = self._prefix(sequence)
+            elif not sequence.can_step:
+                continue
             length = min(sequence.num_total - computed, budget)
             if length == 0:
                 break
             budget -= length
-            wanted += max(0, self.kv.layout.num_blocks(computed + length) - held)
+            if computed + length > held * size:
+                wanted += self.kv.layout.num_blocks(computed + length) - held
         return wanted
 
     def _prefix(self, sequence: Sequence) -> tuple[int, int]:
@@ -135,13 +137,18 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         fresh: list[BlockId] = []
+        size = self.kv.layout.tokens_per_block
         index = 0
         while index < len(self.running) and budget > 0:  # 1; preemption shortens the list from its end
             sequence = self.running[index]
             if not sequence.can_step:
                 index += 1
                 continue
-            length = self._make_room(sequence, min(sequence.num_missing, budget), fresh)  # 2
+            missing = sequence.num_missing
+            if missing == 1 and sequence.num_computed < len(sequence.blocks) * size:
+                length = 1  # the common case: a decode whose block has room
+            else:
+                length = self._make_room(sequence, min(missing, budget), fresh)  # 2
             if length:
                 budget -= length
                 chunks.append(_take(sequence, length))

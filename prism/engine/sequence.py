@@ -47,7 +47,7 @@ class Sequence:
     num_published: int = 0
     is_started: bool = False
     counts: dict[int, int] = field(default_factory=dict)
-    """Occurrences of each output token, for penalties."""
+    """Occurrences of each output token, kept where penalties may want them."""
     needs_history: bool = field(init=False)
     """Its draws need its earlier tokens on the host, or report more than a token."""
 
@@ -105,11 +105,13 @@ class Sequence:
     def append(self, token: int) -> None:
         """A drawn token."""
         self.tokens.append(token)
-        self.counts[token] = self.counts.get(token, 0) + 1
+        if self.needs_history:
+            self.counts[token] = self.counts.get(token, 0) + 1
 
     def finish_reason(self) -> FinishReason | None:
         """`LENGTH` once no further token may follow."""
-        full = self.num_output >= self.params.max_tokens or len(self.tokens) >= self.max_len
+        total = len(self.tokens)
+        full = total - self.prompt_len >= self.params.max_tokens or total >= self.max_len
         return FinishReason.LENGTH if full else None
 
     def full_keys(self, tokens_per_block: int, num_tokens: int) -> list[BlockKey]:
