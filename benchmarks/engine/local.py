@@ -72,7 +72,7 @@ class LocalModel:
         path.mkdir()
         (path / "config.json").write_text(json.dumps(SHAPES[shape]))
         profile = read_profile(ModelConfig(name=name, path=str(path)), device.slab_bytes)
-        self.profile, self.device = profile, device
+        self.profile, self.device, self.name = profile, device, ModelId(name)
         arena = self.arena = device.new_arena(profile.arena_bytes)
         slabs = device.pool.take(WeightsOwner(ModelId(name)), profile.weight_slabs)
         arena.map([device.pool.handle(slab) for slab in slabs])

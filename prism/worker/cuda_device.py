@@ -47,7 +47,7 @@ def open_cuda(config: DeviceConfig, needs: ModelNeeds) -> Device:
     torch.cuda.set_per_process_memory_fraction(TORCH_RESERVE / driver.memory_info().total, device)
     shape = LaneShape(
         max_sequences=SLOTS_PER_BATCH * config.max_batch_size,
-        max_blocks=-(-needs.max_context // BLOCK_TOKENS.start),
+        max_blocks=-(-needs.max_context // (16 * BLOCK_TOKENS.start)) * 16,
         max_batch=config.max_batch_size,
         max_vocab=needs.max_vocab,
     )

@@ -101,3 +101,30 @@ def test_evictions_under_pressure_keep_texts(models: dict) -> None:
             assert first.setdefault(name, text) == text
     assert sum(model.num_evictions for model in local.worker.models.values()) >= 3
     local.close()
+
+
+def test_no_kernel_is_compiled_while_models_serve(models: dict) -> None:
+    """Odd places of a step's inputs made Triton compile kernels anew, half a second each, on the loop."""
+    import triton
+
+    from prism.messages import Activate
+    from tests.support.gpu_worker import gpu_worker
+
+    compiled: list[str] = []
+    local = gpu_worker({name: path for name, (_, path) in models.items()}, lanes=2)
+    triton.knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event["fn"].name)
+    try:
+        for number, name in enumerate(models):
+            local.worker.on_command(Activate(epoch=1, command_id=number, model=name, pinned=None))
+        local.run(rounds=10**6, until=lambda: all(m.is_active for m in local.worker.models.values()))
+        assert "_prefill_kernel" in compiled
+        compiled.clear()
+        for name in models:
+            for i, prompt in enumerate(prompts(40, 900, seed=3)):
+                kind = {"temperature": 0.8, "top_p": 0.9} if i % 3 else {}
+                local.submit(f"{name}{i}", name, prompt, max_tokens=5 + i, **kind)
+        local.run(rounds=10**6)
+        assert not compiled
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    local.close()

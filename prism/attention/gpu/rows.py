@@ -186,7 +186,7 @@ def rotate_and_store(
     return qkv[:, :num_heads]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def _inputs_kernel(
     step,
     tables,

@@ -78,7 +78,7 @@ def _attention(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens
         return torch.zeros(*shape, dtype=kind, device=device)
 
     pages = zeros(1, 2, tokens, kv_heads, dim)
-    tables, slots = zeros(2, 8, kind=torch.int32), zeros(1, kind=torch.int32)
+    tables, slots = zeros(2, 16, kind=torch.int32), zeros(1, kind=torch.int32)
     step = zeros(3, 1, kind=torch.int32)
     decode_inputs(step, tables, slots, zeros(2, spec.hidden_size), tokens)
     norms = HeadNorms(zeros(dim), zeros(dim), spec.norm_eps) if spec.qk_norm else None

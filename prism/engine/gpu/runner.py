@@ -97,9 +97,10 @@ class GpuRunner:
         """`[3, size]`: slots, positions, blocks; the first staged words, where graphs read them."""
         padding = size - len(chunks)
         per_block = self.kv.tokens_per_block
-        staging.ints([*(c.sequence.slot or 0 for c in chunks), *[0] * padding])
-        staging.ints([*(c.start for c in chunks), *[-1] * padding])
-        staging.ints([*(c.sequence.blocks[c.start // per_block] for c in chunks), *[0] * padding])
+        slots = [*(chunk.sequence.slot or 0 for chunk in chunks), *[0] * padding]
+        positions = [*(chunk.start for chunk in chunks), *[-1] * padding]
+        blocks = [*(c.sequence.blocks[c.start // per_block] for c in chunks), *[0] * padding]
+        staging.ints(slots + positions + blocks)
 
     def _decode_work(self, size: int, split: Split) -> None:
         """What a graph holds: from the staged columns to the lane's logits and likeliest tokens."""

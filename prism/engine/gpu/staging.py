@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+ALIGNMENT = 4
+"""Words."""
 
 
 class Staging:
@@ -19,28 +23,27 @@ class Staging:
 
     def ints(self, values: Sequence[int]) -> slice:
         """Append int32 values; returns where they will be on the device."""
-        place = slice(self._used, self._used + len(values))
-        self._words[place] = values
-        self._used = place.stop
-        return place
+        return self._place(values, len(values))
 
     def floats(self, values: Sequence[float]) -> slice:
         """Append fp32 values."""
-        place = slice(self._used, self._used + len(values))
-        self._words[place] = np.asarray(values, np.float32).view(np.int32)
-        self._used = place.stop
-        return place
+        return self._place(np.asarray(values, np.float32).view(np.int32), len(values))
 
     def doubles(self, values: Sequence[float]) -> slice:
-        """Append fp64 values, aligned to 8 bytes."""
-        self._used += self._used % 2
-        place = slice(self._used, self._used + 2 * len(values))
-        self._words[place] = np.asarray(values, np.float64).view(np.int32)
-        self._used = place.stop
+        """Append fp64 values."""
+        return self._place(np.asarray(values, np.float64).view(np.int32), 2 * len(values))
+
+    def _place(self, words: Sequence[int] | NDArray[np.int32], count: int) -> slice:
+        """Behind what is there, aligned to 16 bytes: Triton compiles kernels anew for other pointers."""
+        place = slice(self._used, self._used + count)
+        assert place.stop <= len(self._words), "a step brings more along than the staging area holds"
+        self._words[place] = words
+        self._used += -(-count // ALIGNMENT) * ALIGNMENT
         return place
 
     def send(self) -> Tensor:
         """Queue the copy; the words on the device, `[used]` int32."""
-        target = self._target[: self._used]
-        target.copy_(self._pinned[: self._used], non_blocking=True)
+        used = min(self._used, len(self._words))
+        target = self._target[:used]
+        target.copy_(self._pinned[:used], non_blocking=True)
         return target
