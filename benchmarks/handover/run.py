@@ -83,7 +83,7 @@ def main() -> None:
     """Prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=int, default=10)
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=16)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -95,7 +95,7 @@ def main() -> None:
     decoding = Decoding(c)
     c.add("warm", prompt(0, 512), 300)
     decoding.run_for(0.6)
-    c.add("c", prompt(1, 512), 6000)
+    c.add("c", prompt(1, 512), 7600)
     decoding.run_for(1.0)
     quiet = time.perf_counter()
     decoding.run_for(1.5)

@@ -117,7 +117,6 @@ def test_no_kernel_is_compiled_while_models_serve(models: dict) -> None:
         for number, name in enumerate(models):
             local.worker.on_command(Activate(epoch=1, command_id=number, model=name, pinned=None))
         local.run(rounds=10**6, until=lambda: all(m.is_active for m in local.worker.models.values()))
-        assert "_prefill_kernel" in compiled
         compiled.clear()
         for name in models:
             for i, prompt in enumerate(prompts(40, 900, seed=3)):

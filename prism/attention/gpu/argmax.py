@@ -71,6 +71,8 @@ def draw_greedy(
         BLOCK=BLOCK,
         PARTS=PARTS,
         num_warps=8,
-        **overlap(),
+        **overlap(rows),
     )
-    _join_kernel[rows,](best, place, slots, out, last_tokens, parts, PARTS=PARTS, num_warps=1, **overlap())
+    _join_kernel[rows,](
+        best, place, slots, out, last_tokens, parts, PARTS=PARTS, num_warps=1, **overlap(rows)
+    )

@@ -209,7 +209,7 @@ def decode_attention(
         PADDED=max(GROUP, triton.next_power_of_2(heads // kv_heads)),
         num_warps=4,
         num_stages=3,
-        **overlap(),
+        **overlap(rows),
     )
     if split.parts > 1:
         _join_kernel[rows, heads](
@@ -223,5 +223,5 @@ def decode_attention(
             PART_TOKENS=split.tokens,
             BLOCK=BLOCK,
             num_warps=4,
-            **overlap(),
+            **overlap(rows),
         )

@@ -126,7 +126,7 @@ def vector_linear(
         COLUMNS=tile.columns,
         num_warps=tile.warps,
         num_stages=1,
-        **overlap(),
+        **overlap(1),
     )
     return out
 

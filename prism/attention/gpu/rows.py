@@ -58,7 +58,7 @@ def rms_norm(stream: Stream, weight: Tensor, eps: float) -> Tensor:
         PADDED=padded,
         HAS_RESIDUAL=delta is not None,
         num_warps=min(16, max(1, padded // 512)),
-        **overlap(),
+        **overlap(rows),
     )
     return out
 
@@ -83,7 +83,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, double = gate_up.shape
     out = torch.empty(rows, double // 2, dtype=gate_up.dtype, device=gate_up.device)
     _silu_kernel[rows, triton.cdiv(double // 2, 2048)](
-        gate_up, out, WIDTH=double // 2, BLOCK=2048, num_warps=8, **overlap()
+        gate_up, out, WIDTH=double // 2, BLOCK=2048, num_warps=8, **overlap(rows)
     )
     return out
 
@@ -181,7 +181,7 @@ def rotate_and_store(
         HAS_NORM=norms is not None,
         GROUP=STORE_GROUP,
         num_warps=4,
-        **overlap(),
+        **overlap(tokens),
     )
     return qkv[:, :num_heads]
 
@@ -249,6 +249,6 @@ def decode_inputs(
         TOKENS=tokens_per_block,
         BLOCK=1024,
         num_warps=4,
-        **overlap(),
+        **overlap(rows),
     )
     return out, slots, positions

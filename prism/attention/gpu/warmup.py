@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prism.attention.gpu.argmax import PARTS, draw_greedy
-from prism.attention.gpu.decode import SCRATCH_BYTES, Split, decode_attention
+from prism.attention.gpu.decode import SCRATCH_BYTES, Split, choose_split, decode_attention
 from prism.attention.gpu.linear import choose_tile, is_supported, vector_linear
 from prism.attention.gpu.prefill import Chunk, prefill_attention, tiles_of
 from prism.attention.gpu.rows import decode_inputs, rms_norm, rotate_and_store, silu_mul
@@ -66,9 +66,10 @@ def _products(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None
 
 def _rows(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None:
     x = torch.zeros(2, spec.hidden_size, dtype=dtype, device=device)
-    for delta in (None, x.clone()):
-        rms_norm(Stream(x, delta), x[0], spec.norm_eps)
-    silu_mul(torch.zeros(2, 2 * spec.intermediate_size, dtype=dtype, device=device))
+    for rows in (1, 2):  # launched in different ways
+        for delta in (None, x[:rows].clone()):
+            rms_norm(Stream(x[:rows].clone(), delta), x[0], spec.norm_eps)
+        silu_mul(torch.zeros(rows, 2 * spec.intermediate_size, dtype=dtype, device=device))
 
 
 def _attention(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens: int) -> None:
@@ -77,18 +78,18 @@ def _attention(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens
     def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.zeros(*shape, dtype=kind, device=device)
 
-    pages = zeros(1, 2, tokens, kv_heads, dim)
-    tables, slots = zeros(2, 16, kind=torch.int32), zeros(1, kind=torch.int32)
-    step = zeros(3, 1, kind=torch.int32)
-    decode_inputs(step, tables, slots, zeros(2, spec.hidden_size), tokens)
+    pages, tables = zeros(1, 2, tokens, kv_heads, dim), zeros(4, 16, kind=torch.int32)
     norms = HeadNorms(zeros(dim), zeros(dim), spec.norm_eps) if spec.qk_norm else None
-    qkv = zeros(1, heads + 2 * kv_heads, dim)
-    angles = zeros(2, dim, kind=torch.float32)
-    q = rotate_and_store(qkv, pages, tables, slots, slots, angles, heads, norms)
-    scratch, out = zeros(SCRATCH_BYTES, kind=torch.uint8), zeros(1, heads, dim)
-    for split in SPLITS:
-        decode_attention(q, pages, tables, slots, slots, scratch, split, out)
-    tiles = torch.tensor(tiles_of([Chunk(0, 1, 1, 0)]), dtype=torch.int32, device=device)
-    prefill_attention(q, pages, tables, tiles, out)
-    best, place = zeros(1, PARTS, kind=torch.float32), zeros(1, PARTS, kind=torch.int32)
-    draw_greedy(zeros(1, spec.vocab_size), best, place, slots, slots, slots)
+    angles, scratch = zeros(2, dim, kind=torch.float32), zeros(SCRATCH_BYTES, kind=torch.uint8)
+    last_tokens, embed = zeros(4, kind=torch.int32), zeros(2, spec.hidden_size)
+    for rows in (1, 2):  # launched in different ways
+        step, slots = zeros(3, rows, kind=torch.int32), zeros(rows, kind=torch.int32)
+        decode_inputs(step, tables, last_tokens, embed, tokens)
+        qkv, out = zeros(rows, heads + 2 * kv_heads, dim), zeros(rows, heads, dim)
+        q = rotate_and_store(qkv, pages, tables, slots, slots, angles, heads, norms)
+        for split in SPLITS if rows > 1 else {choose_split(1, kv_heads, 1)}:
+            decode_attention(q, pages, tables, slots, slots, scratch, split, out)
+        tiles = torch.tensor(tiles_of([Chunk(0, rows, rows, 0)]), dtype=torch.int32, device=device)
+        prefill_attention(q, pages, tables, tiles, out)
+        best, place = zeros(rows, PARTS, kind=torch.float32), zeros(rows, PARTS, kind=torch.int32)
+        draw_greedy(zeros(rows, spec.vocab_size), best, place, slots, slots, last_tokens)
