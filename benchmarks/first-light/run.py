@@ -45,8 +45,8 @@ async def stream(
 ) -> dict[str, float]:
     """One greedy request; seconds to the first token, and the median and worst gap of the others.
 
-    The official client is too slow for this: it takes 24 ms to encode a prompt of 3,000 token ids, and a burst of
-    such prompts shows up as a gap in everybody's stream.
+    The official client is too slow for this: it takes 24 ms to encode a prompt of 3,000 token ids, and a
+    burst of such prompts shows up as a gap in everybody's stream.
     """
     body = {
         "model": model,
