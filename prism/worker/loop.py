@@ -4,9 +4,8 @@ One method for each event that can come in (`on_*`), and `advance`, which does t
 
     commit what has run -> move models in and out -> admit -> choose a turn on each lane -> schedule, run
 
-A lane has at most two steps queued: the next one is made and queued while the present one runs, so what is on
-the device is a value between two rounds of the loop. Nothing here waits but for a model's own steps before it
-is evicted. Slow work (loading, unloading) runs beside the loop and comes back as an event.
+Nothing here waits but for a model's own steps before it is evicted. Slow work (loading, unloading) runs beside
+the loop and comes back as an event; steps are queued ahead (stepper.py).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from prism.config import Config, DeviceConfig, ModelConfig
-from prism.engine.engine import Drawn, EngineRequest
+from prism.engine.engine import EngineRequest
 from prism.errors import Overloaded, RequestError, Unavailable
 from prism.memory.slabs import KvOwner
 from prism.messages import (
@@ -33,12 +32,11 @@ from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelId, ModelStat
 from prism.weights.link import Link
 from prism.weights.registrations import Registrations
 from prism.weights.transfers import NEVER
-from prism.worker import admission, turns
+from prism.worker import admission
 from prism.worker.commands import carry_out
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
 from prism.worker.entry import check_submit
-from prism.worker.lanes import Flight, Lane
 from prism.worker.loading import Fetch, JobEvent, Jobs, Loaded, Unloaded
 from prism.worker.models import Model, likely_order, limit_slabs, slabs_up
 from prism.worker.outbox import Outbox
@@ -46,12 +44,11 @@ from prism.worker.rate import CompletionRate
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
 from prism.worker.residency import Residency
-from prism.worker.views import admission_snapshot, kv_capacity_tokens, neighbours_decode, turn_snapshot
+from prism.worker.stepper import Stepper
+from prism.worker.views import admission_snapshot, kv_capacity_tokens
 
 log = logging.getLogger(__name__)
 
-MAX_QUEUED = 2
-"""Steps on a lane: one that runs, and one that keeps the device busy meanwhile."""
 LEAST_PATIENCE = 0.05
 """Who lacks memory looks again after `min_residency`, when busy models may be evicted, but no sooner."""
 
@@ -95,6 +92,17 @@ class Worker:
         )
         self.residency.worker_id = name
         self.reclaimer = Reclaimer(device, self.models, self.requests, self.evict, self.limits.min_residency)
+        self._stepper = Stepper(
+            device,
+            self.models,
+            self.requests,
+            self.reclaimer,
+            self._delivery,
+            self,
+            clock,
+            max_batch_tokens=self.max_batch_tokens,
+            patience=self._patience,
+        )
 
     # --- events ---------------------------------------------------------------------------------------
 
@@ -181,11 +189,10 @@ class Worker:
     def advance(self) -> bool:
         """Do what can be done now; whether there is more to do at once."""
         now = self._clock()
-        self._collect()
+        self._stepper.collect()
         self._move_models(now)
         self._admit(now)
-        stepped = [self._step(lane, now) for lane in self.device.lanes]
-        return any(stepped)
+        return self._stepper.step(now)
 
     @property
     def is_device_busy(self) -> bool:
@@ -273,82 +280,6 @@ class Worker:
             )
         )
 
-    def _step(self, lane: Lane, now: float) -> bool:
-        """Queue one more step on a lane; whether anything came of it.
-
-        Behind prompts nothing more is queued if neighbours decode: their next step comes first.
-        """
-        has_prompts = any(flight.has_prompts for flight in lane.flights)
-        if lane.num_steps >= MAX_QUEUED or (has_prompts and neighbours_decode(self, lane)):
-            return False
-        turn = turns.decide(turn_snapshot(self, lane, now), now)
-        if turn is None:
-            return False
-        model = self.models[turn.model]
-        engine = model.engine
-        assert engine is not None
-        model.last_turn = now
-        wanted = engine.scheduler.blocks_wanted(turn.budget)
-        self.reclaimer.ensure_kv(model, wanted, self.reclaimer.rank(model), now)
-        step = engine.schedule(turn.budget)
-        if step is None:
-            model.stalled_until = now + self._patience
-            return True
-        self._announce(model, {RequestId(chunk.sequence.request_id) for chunk in step.chunks})
-        self.device.take_turns(lane, step)
-        flight = engine.run(step)
-        lane.queue(model.name, flight, flight)
-        self._collect()
-        return True
-
-    def _collect(self) -> None:
-        """Commit, in order, what has run on any lane."""
-        for lane in self.device.lanes:
-            for flight in lane.finished():
-                self._commit(flight)
-            if self.device.pool.completed(lane.lane_id, lane.num_completed):
-                self.memory_changed()
-
-    def _commit(self, flight: Flight) -> None:
-        model = self.models[flight.model]
-        if flight.step is not None:
-            assert model.engine is not None
-            self._account(model, model.engine.commit(flight.step))
-
-    def drain(self, model: Model) -> None:
-        """Wait for a model's queued steps and commit them."""
-        while model.engine is not None and model.engine.num_queued:
-            assert model.lane is not None
-            for flight in model.lane.finished():
-                self._commit(flight)
-
-    def _announce(self, model: Model, running: set[RequestId]) -> None:
-        """Tell gateways what starts, before it could kill this process."""
-        assert model.engine is not None
-        for request_id in running:
-            ticket = self.requests.get(request_id)
-            if ticket is not None and not ticket.is_started:
-                ticket.is_started = True
-                sequences = model.engine.scheduler.sequences_of(request_id)
-                self._delivery.started(ticket, sequences, self._clock())
-
-    def _account(self, model: Model, drawn: list[Drawn]) -> None:
-        """Send a step's tokens and close what has ended."""
-        now = self._clock()
-        model.last_used = now
-        pairs = []
-        for item in drawn:
-            ticket = self.requests.get(item.sequence.request_id)
-            assert ticket is not None
-            ticket.last_token = now
-            pairs.append((ticket, item))
-            if item.finish is not None:
-                ticket.finish_choice(item.sequence.choice)
-                if not ticket.open_choices:
-                    self._rate.completed(now)
-                    self._end(ticket)
-        self._delivery.outputs(pairs)
-
     # --- ends and returns -----------------------------------------------------------------------------
 
     def _end(self, ticket: Ticket) -> None:
@@ -360,6 +291,11 @@ class Worker:
             model.engine.cancel(ticket.request_id)
             self.reclaimer.trim(model)
         self.memory_changed()
+
+    def request_completed(self, ticket: Ticket) -> None:
+        """Its last token has been drawn and will be sent."""
+        self._rate.completed(self._clock())
+        self._end(ticket)
 
     def _drop_choice(self, ticket: Ticket, choice: int) -> None:
         ticket.finish_choice(choice)
@@ -376,7 +312,7 @@ class Worker:
 
     def evict(self, model: Model) -> None:
         """Take an active model off the device."""
-        self.drain(model)
+        self._stepper.drain(model)
         self.residency.evict(model, self.reclaimer, self)
         self.memory_changed()
 

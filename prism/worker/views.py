@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from prism.types import ModelId
 from prism.worker.lanes import Lane
 from prism.worker.models import Model
-from prism.worker.requests import Ticket
+from prism.worker.requests import Requests, Ticket
 from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, Runnable, TurnSnapshot, WaitingRequest
 
 if TYPE_CHECKING:
@@ -72,17 +73,19 @@ def obtainable_slabs(worker: Worker, model: Model) -> int:
     return slabs
 
 
-def turn_snapshot(worker: Worker, lane: Lane, now: float) -> TurnSnapshot:
+def turn_snapshot(
+    models: Mapping[str, Model], requests: Requests, max_batch_tokens: int, lane: Lane, now: float
+) -> TurnSnapshot:
     """Models that could run the lane's next step. A queued step counts as one token more for all."""
     runnable = []
-    for model in worker.models.values():
+    for model in models.values():
         engine = model.engine
         if model.lane is not lane or not model.is_active or engine is None or now < model.stalled_until:
             continue
         if not engine.scheduler.has_work:
             continue
         queued = engine.num_queued
-        tickets = [t for t in worker.requests.of_model(model.name) if t.is_running]
+        tickets = [t for t in requests.of_model(model.name) if t.is_running]
         deadlines = [t.next_deadline + queued * t.submit.slo.tpot for t in tickets]
         decodes = sum(s.num_missing == 1 for s in engine.scheduler.running)
         runnable.append(
@@ -93,12 +96,12 @@ def turn_snapshot(worker: Worker, lane: Lane, now: float) -> TurnSnapshot:
                 num_decodes=decodes,
             )
         )
-    return TurnSnapshot(tuple(runnable), worker.max_batch_tokens, neighbours_decode(worker, lane))
+    return TurnSnapshot(tuple(runnable), max_batch_tokens, neighbours_decode(models, lane))
 
 
-def neighbours_decode(worker: Worker, lane: Lane) -> bool:
+def neighbours_decode(models: Mapping[str, Model], lane: Lane) -> bool:
     """Whether any model of another lane has sequences that draw tokens."""
-    others = (m for m in worker.models.values() if m.lane is not None and m.lane is not lane)
+    others = (m for m in models.values() if m.lane is not None and m.lane is not lane)
     return any(
         m.is_active and m.engine is not None and any(s.is_prompt_computed for s in m.engine.scheduler.running)
         for m in others
