@@ -4,8 +4,8 @@ One method for each event that can come in (`on_*`), and `advance`, which does t
 
     commit what has run -> move models in and out -> admit -> choose a turn on each lane -> schedule, run
 
-Nothing here waits but for a model's own steps before it is evicted. Slow work (loading, unloading) runs beside
-the loop and comes back as an event; steps are queued ahead (stepper.py).
+Nothing here waits but for a model's own steps before it is evicted. Slow work (loading, unloading) runs
+beside the loop and comes back as an event; steps are queued ahead (stepper.py).
 """
 
 from __future__ import annotations
