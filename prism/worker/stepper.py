@@ -62,6 +62,8 @@ class Stepper:
         self._clock = clock
         self._max_batch_tokens = max_batch_tokens
         self._patience = patience
+        self._num_free = device.pool.num_free
+        """Free slabs at the last look."""
 
     # --- towards the device ---------------------------------------------------------------------------
 
@@ -114,12 +116,15 @@ class Stepper:
     # --- and back -------------------------------------------------------------------------------------
 
     def collect(self) -> None:
-        """Commit, in order, what has run on any lane."""
+        """Commit, in order, what has run on any lane, and tell when slabs have become free."""
+        pool = self._device.pool
         for lane in self._device.lanes:
             for flight in lane.finished():
                 self._commit(flight)
-            if self._device.pool.completed(lane.lane_id, lane.num_completed):
-                self._listener.memory_changed()
+            pool.completed(lane.lane_id, lane.num_completed)
+        if pool.num_free > self._num_free:  # whoever gave them back, a compaction between two rounds too
+            self._listener.memory_changed()
+        self._num_free = pool.num_free
 
     def drain(self, model: Model) -> None:
         """Wait for a model's queued steps and commit them."""
