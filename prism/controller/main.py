@@ -74,7 +74,8 @@ async def _serve(run_dir: Path, name: str, incarnation: int, config: Config, lis
 def initial_homes(config: Config) -> dict[ModelId, WorkerId]:
     """A home for each model by the size of its weights."""
     devices = tuple(
-        DeviceSize(WorkerId(f"worker-{i}"), device.memory) for i, device in enumerate(config.devices)
+        DeviceSize(WorkerId(f"worker-{i}"), device.memory, device.slab)
+        for i, device in enumerate(config.devices)
     )
     models = tuple(
         ModelSize(

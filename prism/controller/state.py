@@ -24,6 +24,7 @@ class DeviceSize:
 
     worker: WorkerId
     memory_bytes: int
+    slab_bytes: int = 1
 
 
 @dataclass(slots=True)

@@ -6,8 +6,8 @@ from prism.controller.placement import place
 from prism.controller.state import DeviceSize, ModelSize
 from prism.types import ModelId, WorkerId
 
-SMALL_TOO = DeviceSize(WorkerId("worker-1"), 10)
-SMALL, LARGE = DeviceSize(WorkerId("worker-0"), 10), DeviceSize(WorkerId("worker-1"), 30)
+SMALL_TOO = DeviceSize(WorkerId("worker-1"), 11)
+SMALL, LARGE = DeviceSize(WorkerId("worker-0"), 11), DeviceSize(WorkerId("worker-1"), 30)
 
 
 def homes(*sizes: int, devices: tuple[DeviceSize, ...] = (SMALL, LARGE)) -> list[str]:
@@ -36,3 +36,11 @@ def test_a_model_goes_where_the_configuration_wants_it() -> None:
 
 def test_one_device_is_everybodys_home() -> None:
     assert homes(5, 50, 0, devices=(SMALL,)) == ["0", "0", "0"]
+
+
+def test_a_device_that_cannot_hold_a_model_is_not_its_home() -> None:
+    """Weights of 2.1 slabs went to a device of two, where they could never be loaded."""
+    two = DeviceSize(WorkerId("worker-0"), 20, 10)
+    four = DeviceSize(WorkerId("worker-1"), 40, 10)
+    assert homes(21, 21, 5, devices=(two, four)) == ["1", "1", "0"]
+    assert homes(90, devices=(two, four)) == ["1"]
