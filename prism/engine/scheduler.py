@@ -212,8 +212,11 @@ class Scheduler:
 
     def _must_follow(self, sequence: Sequence) -> bool:
         """A request's later choices wait until the first one has computed the prompt that they share."""
+        size = self.kv.layout.tokens_per_block
         return any(
-            other.request_id == sequence.request_id and not other.is_prompt_computed for other in self.running
+            other.request_id == sequence.request_id
+            and (not other.is_prompt_computed or other.num_published < (other.prompt_len - 1) // size)
+            for other in self.running
         )
 
     def _match_prefix(self, sequence: Sequence) -> None:

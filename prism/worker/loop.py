@@ -168,6 +168,7 @@ class Worker:
                     self.registrations.prefer(likely_order(self.models.values()))
                 if model.state is ModelState.FAILED:
                     self.model_failed(model)
+                self.capacities_changed()
             case Unloaded():
                 self.residency.unloaded(model, event)
             case _:
@@ -205,7 +206,7 @@ class Worker:
         times = [t.expires for t in self.requests if not t.is_started and not t.is_running]
         times += [ticket.submit.latest_end for ticket in self.requests]
         for model in self.models.values():
-            if model.state is ModelState.FAILED and (model.pinned or self.requests.of_model(model.name)):
+            if model.state is ModelState.FAILED and (model.is_wanted or self.requests.of_model(model.name)):
                 times.append(model.retry_at)
             if model.is_waiting_for_slabs:
                 times.append(now + self._patience)

@@ -137,6 +137,7 @@ class Stepper:
         model = self._models[flight.model]
         if flight.step is not None:
             assert model.engine is not None
+            model.stalled_until = 0.0  # what waited for these tokens, or for a place, may go on
             self._account(model, model.engine.commit(flight.step))
 
     def _account(self, model: Model, drawn: list[Drawn]) -> None:

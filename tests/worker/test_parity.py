@@ -169,3 +169,20 @@ def test_a_broken_cache_shows(fault: str, models: dict, start: object) -> None:
         sequence.prompt_len -= 1
     local.run()
     assert local.outbox.tokens["r", 0] != reference(models["llama"][0], prompt, NUM_TOKENS)
+
+
+def test_later_choices_find_the_prompt_in_the_cache(start: object, models: dict) -> None:
+    """Every choice computed the prompt anew, since it counted as computed as soon as its step was queued."""
+    local = start("llama")  # type: ignore[operator]
+    local.submit("r", "llama", prompts(1, 200, seed=4)[0] + [1] * 200, max_tokens=4, n=8)
+    local.run()
+    assert local.worker.models["llama"].engine.scheduler.num_prefix_hits > 1000
+
+
+def test_choices_that_wait_for_a_place_do_not_sleep(start: object) -> None:
+    """A model with a step on its way was put to sleep for seconds: 40 s instead of a moment."""
+    local = start("llama", max_batch_size=2)  # type: ignore[operator]
+    begin = local.now
+    local.submit("r", "llama", [1, 2, 3], max_tokens=20, n=3, logprobs=2)
+    local.run()
+    assert local.now - begin < 1

@@ -181,6 +181,8 @@ def decode_attention(
     """
     rows, heads, dim = q.shape
     tokens, kv_heads = pages.shape[2], pages.shape[3]
+    if not _fits(rows, heads, dim, split):
+        split = Split(1, 256)  # slower where contexts differ much, but right
     target, sums = out, out
     if split.parts > 1:
         count = rows * heads * split.parts

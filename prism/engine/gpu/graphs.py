@@ -46,8 +46,8 @@ class Graphs:
         graph = self._graphs[key]
         if graph is None:
             graph = self._graphs[key] = self._capture(work)
-            self._trim()
         self._graphs.move_to_end(key)
+        self._trim()
         graph.replay()
 
     def forget(self, owner: Hashable) -> None:
