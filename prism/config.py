@@ -112,7 +112,7 @@ class DeviceConfig(_Section):
     slab: Size = Field(default=32 * MiB, validate_default=True)
     threads: int = Field(default=0, ge=0)
     """CPU threads for the mathematics; 0 takes all cores."""
-    max_batch_tokens: int = Field(default=2048, ge=1)
+    max_batch_tokens: int = Field(default=2048, ge=1, le=65536)
     """Most tokens of one step, prompts and decodes together."""
     max_batch_size: int = Field(default=256, ge=1, le=1024)
     """Most sequences of one step."""

@@ -4,6 +4,7 @@ PrismError
 ├── ConfigError            every problem of a configuration at once
 ├── DriverError            a memory driver's call failed
 ├── OutOfSlabs             the pool holds fewer free slabs than asked for
+├── DeviceTooSmall         a model that the device, as it was opened, can never serve
 ├── CheckpointError        a model directory that cannot be used, naming file and tensor
 ├── HostMemoryError        host memory for packed weights could not be reserved
 │   └── NotHeld            the store has let the weights go meanwhile
@@ -12,6 +13,7 @@ PrismError
     ├── ContextLengthExceeded  400  prompt and output cannot fit the model or its memory limit
     ├── Unauthorized           401
     ├── ModelNotFound          404
+    ├── Conflict               409  the model's state does not allow it now
     ├── BodyTooLarge           413
     ├── Overloaded             429  with a computed Retry-After
     ├── EngineFailure          500  the request kept failing
@@ -53,6 +55,10 @@ class OutOfSlabs(PrismError):
         super().__init__(f"{wanted} slabs wanted, {free} free")
         self.wanted = wanted
         self.free = free
+
+
+class DeviceTooSmall(PrismError):
+    """The device, with the memory and the tables that it was opened with, can never serve the model."""
 
 
 class CheckpointError(PrismError):

@@ -137,9 +137,10 @@ def read_spec(directory: str | Path, *, dtype: str = "auto", max_len: int | None
     _refuse_unsupported(fields)
     bias = bool(fields.values.get("attention_bias", False))
     eos, sampling = _generation(fields)
+    vocab_size = fields.integer("vocab_size")
     return ModelSpec(
         family=family,
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size"),
         num_layers=fields.integer("num_hidden_layers"),
@@ -154,7 +155,7 @@ def read_spec(directory: str | Path, *, dtype: str = "auto", max_len: int | None
         output_bias=bias and family != "qwen2",
         qk_norm=family == "qwen3",
         dtype=_dtype(fields, dtype),
-        eos_token_ids=eos,
+        eos_token_ids=tuple(token for token in eos if 0 <= token < vocab_size),  # others are never drawn
         default_sampling=sampling,
     )
 

@@ -17,6 +17,9 @@ from prism.engine.randomness import uniform
 from prism.engine.sequence import Sequence
 from prism.messages import TokenLogprob
 
+DRAW_NUMBERS = 1 << 23
+"""Logits that are drawn from at a time: intermediate results take up to 40 bytes for each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -97,9 +100,25 @@ def draw(
 ) -> Tensor:
     """Tokens `[rows]` by inversion of each row's filtered distribution; nothing waits for the device.
 
-    `logits [rows, vocabulary]` fp32, all else `[rows]`; `top_k` 0 keeps all. Rows of one call have all some
-    top_k or top_p (`needs_order`) or none.
+    `logits [rows, vocabulary]`, all else `[rows]`; `top_k` 0 keeps all. Rows of one call have all some
+    top_k or top_p (`needs_order`) or none. Only so many rows are drawn at a time as `DRAW_NUMBERS` allows.
     """
+    size = max(1, DRAW_NUMBERS // logits.shape[-1])
+    given = (logits, temperature, top_k, top_p, min_p, uniforms)
+    parts = [slice(start, start + size) for start in range(0, len(logits), size)]
+    return torch.cat([_draw_group(*(tensor[part] for tensor in given), needs_order) for part in parts])
+
+
+def _draw_group(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    uniforms: Tensor,
+    needs_order: bool,
+) -> Tensor:
+    logits = logits.float()
     probs = torch.softmax(logits / temperature.clamp_min(1e-5)[:, None], dim=-1)
     order = None
     if needs_order:

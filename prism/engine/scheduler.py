@@ -10,12 +10,16 @@ back and is recomputed.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from prism.engine.kv_blocks import KvSpace, Move
 from prism.engine.sequence import Sequence
 from prism.types import BlockId, RequestId
+
+UNBOUNDED = 1 << 62
 
 
 class Chunk(NamedTuple):
@@ -44,8 +48,10 @@ class Step:
 class Slots:
     """Rows of a lane's device tables; row 0 is nobody's."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, max_entries: int = UNBOUNDED) -> None:
         self._free = list(range(count, 0, -1))
+        self.max_entries = max_entries
+        """Blocks that one step may enter into the rows; one sequence may always enter its own."""
 
     @property
     def num_free(self) -> int:
@@ -105,14 +111,11 @@ class Scheduler:
     def blocks_wanted(self, budget: int) -> int:
         """Free blocks that a step of `budget` tokens could use."""
         wanted = 0
-        num_running = len(self.running)
         size = self.kv.layout.tokens_per_block
-        for place, sequence in enumerate([*self.running, *self.waiting][: self.max_batch_size]):
+        for sequence in self._could_run():
             held, computed = len(sequence.blocks), sequence.num_computed
-            if place >= num_running:
+            if sequence.slot is None:
                 held, computed = self._prefix(sequence)
-            elif not sequence.can_step:
-                continue
             length = min(sequence.num_total - computed, budget)
             if length == 0:
                 break
@@ -120,6 +123,13 @@ class Scheduler:
             if computed + length > held * size:
                 wanted += self.kv.layout.num_blocks(computed + length) - held
         return wanted
+
+    def _could_run(self) -> Iterator[Sequence]:
+        """Sequences that the next step could take, memory permitting, in its order."""
+        yield from (s for s in self.running if s.can_step)
+        places = min(self.max_batch_size - len(self.running), self._slots.num_free)
+        able = (s for s in self.waiting if not s.num_pending and not self._must_follow(s))
+        yield from islice(able, max(0, places))
 
     def _prefix(self, sequence: Sequence) -> tuple[int, int]:
         """Blocks and tokens that the prefix cache would give a waiting sequence."""
@@ -131,17 +141,20 @@ class Scheduler:
         """The next step of at most `budget` tokens, or None when nothing can run.
 
         1. Running sequences in order: one token each for decodes, a chunk for unfinished prompts. Those that
-           can only go on when tokens on their way are known sit out.
+           can only go on when tokens on their way are known sit out, and those whose tables the step cannot
+           bring along beside the others'.
         2. A running sequence without room takes it from the youngest running one (which may be itself).
-        3. Waiting sequences, prefix cache first, as far as budget, batch size and blocks reach.
+        3. Waiting sequences, prefix cache first, as far as budget, batch size, tables and blocks reach.
         """
         chunks: list[Chunk] = []
         fresh: list[BlockId] = []
         size = self.kv.layout.tokens_per_block
+        entries = self._slots.max_entries
         index = 0
         while index < len(self.running) and budget > 0:  # 1; preemption shortens the list from its end
             sequence = self.running[index]
-            if not sequence.can_step:
+            news = len(sequence.blocks) + 1 - sequence.num_tabled
+            if not sequence.can_step or (chunks and news > entries):
                 index += 1
                 continue
             missing = sequence.num_missing
@@ -151,9 +164,10 @@ class Scheduler:
                 length = self._make_room(sequence, min(missing, budget), fresh)  # 2
             if length:
                 budget -= length
+                entries -= len(sequence.blocks) - sequence.num_tabled
                 chunks.append(_take(sequence, length))
                 index += 1
-        self._start_waiting(budget, chunks, fresh)  # 3
+        self._start_waiting(budget, entries, chunks, fresh)  # 3
         return Step(tuple(chunks), tuple(fresh)) if chunks else None
 
     def _make_room(self, sequence: Sequence, length: int, fresh: list[BlockId]) -> int:
@@ -183,13 +197,17 @@ class Scheduler:
         fresh += blocks
         return length
 
-    def _start_waiting(self, budget: int, chunks: list[Chunk], fresh: list[BlockId]) -> None:
+    def _start_waiting(self, budget: int, entries: int, chunks: list[Chunk], fresh: list[BlockId]) -> None:
         passed: list[Sequence] = []
+        num_blocks = self.kv.layout.num_blocks
         while self.waiting and budget > 0 and self._has_place():
             sequence = self.waiting.pop(0)
             if sequence.num_pending or self._must_follow(sequence):
                 passed.append(sequence)
                 continue
+            if chunks and num_blocks(len(sequence.tokens)) > entries:
+                passed.append(sequence)
+                break
             sequence.slot = self._slots.take()
             self._match_prefix(sequence)
             length = self._extend(sequence, min(sequence.num_missing, budget), fresh)
@@ -199,6 +217,7 @@ class Scheduler:
                 break
             insort(self.running, sequence, key=_rank)
             budget -= length
+            entries -= len(sequence.blocks)
             chunks.append(_take(sequence, length))
         self.waiting[:0] = passed
 

@@ -61,6 +61,10 @@ class Copier(Protocol):
         """A new buffer of so many bytes."""
         ...
 
+    def settle(self) -> None:
+        """Return once nothing is on its way, whatever failed while it was queued."""
+        ...
+
 
 class HostCopier:
     """Memory to memory; numpy releases the GIL for both the copy and the checksum."""
@@ -73,6 +77,9 @@ class HostCopier:
     def begin(self, total: Bytes) -> Copy:
         """See `Copier.begin`."""
         return _HostCopy(self._factors, total)
+
+    def settle(self) -> None:
+        """See `Copier.settle`: copies are done when they return."""
 
 
 class _HostCopy:
@@ -115,6 +122,10 @@ class CudaCopier:
     def begin(self, total: Bytes) -> Copy:
         """See `Copier.begin`."""
         return _CudaCopy(self, total)
+
+    def settle(self) -> None:
+        """See `Copier.settle`."""
+        self.stream.synchronize()
 
     def staged(self, source: torch.Tensor) -> torch.Tensor:
         """The bytes in pinned memory. Fewer than `depth` pieces are on their way, so a buffer is free."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from prism.types import Bytes
@@ -84,7 +85,9 @@ class Traffic:
 
     def cancel_all(self) -> None:
         """Have everything end soon."""
-        for transfer in (*self._new, *self._copies):
+        while self._new:
+            self._new.popleft().abandon()
+        for transfer in self._copies:
             transfer.cancel()
 
     def _begin(self, transfer: Transfer) -> None:
@@ -102,14 +105,21 @@ class Traffic:
             wait = self._copies[transfer].copy(piece)
         except Exception as error:
             transfer.error = error
+            self._settle()  # the piece may be on its way all the same, and its slab is given back soon
             return
         self._flights.append(_Flight(transfer, Bytes(piece.begin + piece.size), wait))
+
+    def _settle(self) -> None:
+        """Wait for all pieces. A device that cannot even tell has failed altogether: steps will notice."""
+        with suppress(Exception):
+            self._copier.settle()
 
     def _land(self, flight: _Flight) -> None:
         try:
             flight.wait()
         except Exception as error:
             flight.transfer.error = flight.transfer.error or error
+            self._settle()
         if flight.transfer.error is None:  # else what came before may be missing
             flight.transfer.arrived = flight.end
 
@@ -132,15 +142,19 @@ class ThreadLink:
     def __init__(self, copier: Copier) -> None:
         self._traffic = Traffic(copier)
         self._has_work = threading.Event()
+        self._lock = threading.Lock()
+        """Nothing is added once the thread has been told to end."""
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
         self._thread.start()
 
     def start(self, transfer: Transfer) -> None:
         """See `Link.start`."""
-        if self._is_closing:
-            transfer.cancel()
-        self._traffic.add(transfer)
+        with self._lock:
+            if self._is_closing:
+                transfer.abandon()
+                return
+            self._traffic.add(transfer)
         self._has_work.set()
 
     def wait(self, transfer: Transfer) -> None:
@@ -149,7 +163,8 @@ class ThreadLink:
 
     def close(self) -> None:
         """Cancel what is on its way and end the thread; returns when nothing is copied any more."""
-        self._is_closing = True
+        with self._lock:
+            self._is_closing = True
         self._has_work.set()
         self._thread.join()
 
@@ -157,8 +172,10 @@ class ThreadLink:
         while True:
             self._has_work.wait()
             self._has_work.clear()
-            while self._traffic.step():
-                if self._is_closing:
-                    self._traffic.cancel_all()
+            while not self._is_closing and self._traffic.step():
+                pass
             if self._is_closing:
+                self._traffic.cancel_all()
+                while self._traffic.step():
+                    pass
                 return

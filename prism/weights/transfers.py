@@ -67,6 +67,11 @@ class Transfer:
         """Have it end soon, between two pieces. From any thread."""
         self.is_cancelled = True
 
+    def abandon(self) -> None:
+        """It has not been started, and never will be."""
+        self.is_cancelled = True
+        self.has_ended.set()
+
     def take_piece(self, chunk_bytes: Bytes) -> Piece:
         """The next piece: no larger than this, and in one slab."""
         places, begin = self._places, self._queued

@@ -10,6 +10,7 @@ from prism.attention.kernels import KvView
 from prism.attention.torch_kernels import TorchKernels
 from prism.engine.kv_blocks import Move
 from prism.engine.runner import Runner
+from prism.engine.scheduler import UNBOUNDED
 from prism.engine.torch_runner import TorchRunner
 from prism.memory.driver import Driver
 from prism.memory.pool import SlabPool
@@ -38,6 +39,7 @@ class TorchBackend:
 
     num_lanes = 1
     max_sequences = MAX_SEQUENCES
+    max_entries = UNBOUNDED
     pinner: Pinner | None = None
 
     def __init__(self, device: torch.device) -> None:
@@ -56,6 +58,9 @@ class TorchBackend:
 
     def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
         """See `Backend.wait_for`: there are no other lanes."""
+
+    def check(self, spec: ModelSpec) -> None:
+        """See `Backend.check`: nothing was laid out for any model."""
 
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`."""

@@ -19,7 +19,7 @@ from prism.engine.kv_layout import BLOCK_TOKENS, plan_kv_layout
 from prism.engine.runner import Done, Runner
 from prism.engine.scheduler import Step
 from prism.engine.torch_runner import TorchRunner
-from prism.errors import DriverError
+from prism.errors import DeviceTooSmall, DriverError
 from prism.memory.cuda import CudaDriver
 from prism.memory.pool import SlabPool
 from prism.memory.slabs import LaneOwner
@@ -50,6 +50,7 @@ def open_cuda(config: DeviceConfig, needs: ModelNeeds) -> Device:
         max_blocks=-(-needs.max_context // (16 * BLOCK_TOKENS.start)) * 16,
         max_batch=config.max_batch_size,
         max_vocab=needs.max_vocab,
+        max_tokens=config.max_batch_tokens,
     )
     slabs = -(-workspace_bytes(shape) // config.slab)
     num_slabs = config.memory // config.slab
@@ -108,6 +109,7 @@ class GpuBackend:
         self._slab_bytes = slab_bytes
         self.num_lanes = len(lanes)
         self.max_sequences = lanes[0].shape.max_sequences
+        self.max_entries = lanes[0].shape.max_entries
         self._device = device
         self._lanes = lanes
         self._graphs = [Graphs(lane.stream, lane.pool) for lane in lanes]
@@ -132,6 +134,17 @@ class GpuBackend:
         for work in works:
             if isinstance(work, GpuFlight | Event):
                 self._lanes[lane].stream.wait_event(work.event)
+
+    def check(self, spec: ModelSpec) -> None:
+        """See `Backend.check`. The lanes' tables are made when the worker starts."""
+        shape = self._lanes[0].shape
+        max_context = shape.max_blocks * BLOCK_TOKENS.start
+        if spec.max_position > max_context or spec.vocab_size > shape.max_vocab:
+            raise DeviceTooSmall(
+                f"its context of {spec.max_position} tokens or its vocabulary of {spec.vocab_size} passes "
+                f"what the worker was laid out for, {max_context} and {shape.max_vocab}, when the checkpoint "
+                "could not be read; set max_model_len or start the server again"
+            )
 
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`. Compiles on the first use of a machine; later a matter of milliseconds."""

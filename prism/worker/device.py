@@ -13,7 +13,7 @@ from prism.attention.kernels import KvView
 from prism.engine.kv_blocks import Move
 from prism.engine.kv_layout import KvLayout
 from prism.engine.runner import Runner
-from prism.engine.scheduler import Step
+from prism.engine.scheduler import Slots, Step
 from prism.memory.arena import Arena
 from prism.memory.driver import Driver
 from prism.memory.pool import SlabPool
@@ -35,6 +35,8 @@ class Backend(Protocol):
     num_lanes: int
     max_sequences: int
     """Sequences that can hold blocks at a time on one lane."""
+    max_entries: int
+    """Blocks that one step may enter into its lane's tables."""
     copier: Copier
     """Brings weights in."""
     pinner: Pinner | None
@@ -50,6 +52,10 @@ class Backend(Protocol):
 
     def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
         """Let what is queued on the lane from now on run behind these works of other lanes."""
+        ...
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raises `DeviceTooSmall` if the device, as it was laid out, cannot serve the model."""
         ...
 
     def prepare(self, spec: ModelSpec) -> None:
@@ -73,7 +79,10 @@ class Device:
         self.name = name
         self._side_stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.backend = backend
-        self.lanes = tuple(Lane(LaneId(i), backend.max_sequences) for i in range(backend.num_lanes))
+        self.lanes = tuple(
+            Lane(LaneId(i), Slots(backend.max_sequences, backend.max_entries))
+            for i in range(backend.num_lanes)
+        )
 
     def bind(self) -> Lane:
         """The lane with the fewest models gets one more."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from prism.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Overloaded, Unavailable
+from prism.messages import Submit
 from prism.types import ModelState
 from prism.worker.requests import Ticket
 
@@ -19,7 +21,7 @@ def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
     2. A full queue.
     3. A model whose last load failed a moment ago.
     4. A context that the model, or the memory it may have, can never hold.
-    5. Tokens outside the vocabulary.
+    5. Tokens outside the vocabulary, which would end the worker as an index on the device.
     """
     submit = ticket.submit
     model = worker.models.get(submit.model)
@@ -37,14 +39,27 @@ def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
     if limit is not None:
         _check_length(ticket, limit)
     if model.profile is not None:  # 5
-        size = model.profile.spec.vocab_size
-        if bad := next((t for t in submit.prompt if not 0 <= t < size), None):
-            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {size}", param="prompt")
+        _check_tokens(submit, model.profile.spec.vocab_size)
+
+
+def _check_tokens(submit: Submit, size: int) -> None:
+    params = submit.params
+    fields: dict[str, Iterable[int]] = {
+        "prompt": submit.prompt,
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": params.logit_bias,
+    }
+    for name, tokens in fields.items():
+        bad = next((token for token in tokens if not 0 <= token < size), None)
+        if bad is not None:
+            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {size}", param=name)
 
 
 def _check_length(ticket: Ticket, limit: int) -> None:
     submit = ticket.submit
     room = limit - len(submit.prompt)
+    if room <= ticket.num_resumed and submit.resumed:
+        raise Unavailable(f"the KV limit of model {ticket.model} was lowered to {limit} tokens")
     if room < 1:
         raise ContextLengthExceeded(
             f"the prompt has {len(submit.prompt)} tokens; the model's context, within the memory it may "

@@ -36,9 +36,9 @@ class Flight(NamedTuple):
 class Lane:
     """Work that runs one after the other, and its count: queued and completed."""
 
-    def __init__(self, lane_id: LaneId, max_sequences: int) -> None:
+    def __init__(self, lane_id: LaneId, slots: Slots) -> None:
         self.lane_id = lane_id
-        self.slots = Slots(max_sequences)
+        self.slots = slots
         self.num_queued = 0
         self.num_completed = 0
         self.num_models = 0

@@ -154,9 +154,11 @@ class Worker:
             self.registrations.announce(ModelId(model), size)
 
     def on_packing_failed(self, model: str, reason: str) -> None:
-        """The checkpoint is unusable."""
-        self.residency.fail(self.models[model], Unavailable(reason))
-        self.model_failed(self.models[model])
+        """The checkpoint is unusable; whoever does not wait for it learns of it when he asks."""
+        wanting = self.models[model]
+        if wanting.state is ModelState.FETCHING:
+            self.residency.fail(wanting, Unavailable(reason))
+            self.model_failed(wanting)
 
     def on_job(self, event: JobEvent) -> None:
         """Something that ran beside the loop has ended."""
@@ -303,6 +305,7 @@ class Worker:
         engine = self.models[ticket.model].engine
         if ticket.is_running and engine is not None:
             engine.cancel(ticket.request_id, choice)
+            self.reclaimer.trim(self.models[ticket.model])
         self.memory_changed()
 
     def memory_changed(self) -> None:
@@ -342,8 +345,7 @@ class Worker:
     def _num_tokens(self, model: Model, ticket: Ticket) -> int:
         if ticket.is_running and model.engine is not None:
             return model.engine.num_tokens(ticket.request_id)
-        longest = max((len(choice.token_ids) for choice in ticket.resumed.values()), default=0)
-        return len(ticket.submit.prompt) + longest
+        return len(ticket.submit.prompt) + ticket.num_resumed
 
     def requests_suspended(self, choices: dict[RequestId, list[ResumedChoice]]) -> None:
         """An eviction took these requests' place: they wait again, with what they had produced."""

@@ -54,11 +54,10 @@ from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker, index_of
 from prism.worker.open_device import open_device
 from prism.worker.reports import make_report
+from prism.worker.stepper import LOOK_SECONDS
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 20e-6
-"""Between two looks at a busy device when there is nothing else to do; other threads run meanwhile."""
 REPORT_SECONDS = 0.5
 CHECK_SECONDS = 10.0
 """The books are checked when the loop goes idle, but not more often: it takes a while with many blocks."""

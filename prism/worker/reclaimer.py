@@ -7,7 +7,7 @@ from typing import assert_never
 
 from prism.engine.kv_blocks import Gathered
 from prism.memory.slabs import KvOwner
-from prism.types import SlabId
+from prism.types import LaneId, SlabId
 from prism.worker import reclaim
 from prism.worker.device import Device
 from prism.worker.models import Model
@@ -38,12 +38,13 @@ class Reclaimer:
     def ensure_kv(self, model: Model, num_blocks: int, arrival: float, now: float) -> None:
         """Raise a model's free blocks to `num_blocks`, as far as memory and rank allow."""
         kv = model.kv
-        assert kv is not None
+        assert kv is not None and model.lane is not None
         while kv.num_free < num_blocks:
             missing = -(-(num_blocks - kv.num_free) // kv.layout.blocks_per_slab)
             if self._grow(model, missing, arrival):
                 continue
-            need = Need(model.name, missing, arrival, for_weights=False)
+            lacking = max(1, missing - self._spare(model, arrival, model.lane.lane_id))
+            need = Need(model.name, lacking, arrival, for_weights=False)
             if not self._give(model, need, now):
                 return
 
@@ -54,27 +55,34 @@ class Reclaimer:
         assert model.lane is not None
         lane = model.lane.lane_id
         room = count if model.kv_limit is None else model.kv_limit - kv.num_slabs
-        spare = self._pool.num_available(lane) - self._reserved(model, arrival)
-        count = min(count, room, spare)
+        count = min(count, room, self._spare(model, arrival, lane))
         if count <= 0:
             return False
         for slab in self._pool.take(KvOwner(model.name), count, lane):
             kv.add_slab(slab)
         return True
 
+    def _spare(self, model: Model, arrival: float, lane: LaneId) -> int:
+        """Slabs that the model may take: none that an older need waits for. Negative if that lacks some."""
+        return self._pool.num_available(lane) - self._reserved(model, arrival)
+
     def _reserved(self, model: Model, arrival: float) -> int:
         """Slabs for which older requests of models without weights are waiting."""
         return sum(
             slabs_to_activate(other)
             for other in self._models.values()
-            if other is not model and other.is_waiting_for_slabs and self.rank(other) <= arrival
+            if other.is_waiting_for_slabs and (self.rank(other), other.name) < (arrival, model.name)
         )
 
     def ensure_weights(self, model: Model, now: float) -> bool:
-        """Whether the pool has what the model's activation takes, after asking others for it."""
-        wanted = slabs_to_activate(model)
+        """Whether the pool has what the model's activation takes, after asking others for it.
+
+        What an older need waits for is not taken, or smaller models could starve a large one.
+        """
+        arrival = self.rank(model)
+        wanted = slabs_to_activate(model) + self._reserved(model, arrival)
         while (missing := wanted - self._pool.num_free) > 0:
-            need = Need(model.name, missing, self.rank(model), for_weights=True)
+            need = Need(model.name, missing, arrival, for_weights=True)
             if not self._give(model, need, now):
                 return False
         return True

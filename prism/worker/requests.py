@@ -41,6 +41,11 @@ class Ticket:
         return [c for c in range(self.submit.params.n) if c not in resumed or not resumed[c].finished]
 
     @property
+    def num_resumed(self) -> int:
+        """Output tokens that its longest choice has from earlier attempts and places."""
+        return max((len(choice.token_ids) for choice in self.resumed.values()), default=0)
+
+    @property
     def next_deadline(self) -> float:
         """When its next token is due."""
         if self.last_token is None:

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from prism.engine.engine import Engine
 from prism.engine.kv_blocks import KvSpace
-from prism.errors import NotHeld, PrismError
+from prism.errors import DeviceTooSmall, NotHeld, PrismError
 from prism.memory.arena import Arena
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.messages import CommandDone, ResumedChoice, WeightsWanted
@@ -86,9 +86,11 @@ class Residency:
             return
         try:
             if model.profile is None:
-                model.profile = read_profile(model.config, self._device.slab_bytes)
+                profile = read_profile(model.config, self._device.slab_bytes)
+                self._device.backend.check(profile.spec)
+                model.profile = profile
             if (wanted := slabs_to_activate(model)) > self._device.num_slabs:
-                raise PrismError(
+                raise DeviceTooSmall(
                     f"weights and the least KV take {wanted} slabs; the device has {self._device.num_slabs}"
                 )
         except PrismError as error:

@@ -6,10 +6,12 @@ waits but `drain`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from prism.engine.engine import Drawn
+from prism.errors import DriverError
 from prism.types import RequestId
 from prism.worker import turns
 from prism.worker.delivery import Delivery
@@ -22,6 +24,10 @@ from prism.worker.views import neighbours_decode, turn_snapshot
 
 MAX_QUEUED = 2
 """Steps on a lane: one that runs, and one that keeps the device busy meanwhile."""
+DRAIN_SECONDS = 30.0
+"""Longer than any two steps take. A device that hangs ends the worker, and the agent starts another."""
+LOOK_SECONDS = 20e-6
+"""Between two looks at a busy device when there is nothing else to do; other threads run meanwhile."""
 
 
 class Listener(Protocol):
@@ -127,11 +133,15 @@ class Stepper:
         self._num_free = pool.num_free
 
     def drain(self, model: Model) -> None:
-        """Wait for a model's queued steps and commit them."""
+        """Wait for a model's queued steps and commit them. Raises `DriverError` if they never end."""
+        deadline = time.monotonic() + DRAIN_SECONDS
         while model.engine is not None and model.engine.num_queued:
             assert model.lane is not None
             for flight in model.lane.finished():
                 self._commit(flight)
+            if time.monotonic() > deadline:
+                raise DriverError("step", f"not done within {DRAIN_SECONDS:g} s")
+            time.sleep(LOOK_SECONDS)
 
     def _commit(self, flight: Flight) -> None:
         model = self._models[flight.model]

@@ -29,8 +29,7 @@ def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
 def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
     submit = ticket.submit
     profile = worker.models[ticket.model].profile
-    longest = max((len(choice.token_ids) for choice in ticket.resumed.values()), default=0)
-    tokens = len(submit.prompt) + longest + 1
+    tokens = len(submit.prompt) + ticket.num_resumed + 1
     return WaitingRequest(
         request_id=ticket.request_id,
         model=ticket.model,

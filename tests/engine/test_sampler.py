@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from prism.engine import sampler
 from prism.engine.sampler import sample
 from prism.engine.sequence import Sequence
 from prism.types import RequestId, SamplingParams
@@ -105,3 +106,14 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     values, ids = expected[0].topk(3)
     assert first.logprob.top == [(int(i), pytest.approx(float(v))) for i, v in zip(ids, values, strict=True)]
     assert second.logprob.top == []
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8, "min_p": 0.01}])
+def test_draws_in_groups_are_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 random draws from a large vocabulary took more memory than a GPU's allocator has."""
+    scores = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(1))
+    rows = [row(seed=i, temperature=1.0, **options) for i in range(7)]
+    whole = tokens(scores.clone(), *rows)
+    monkeypatch.setattr(sampler, "DRAW_NUMBERS", 3 * VOCAB)
+    assert tokens(scores.clone(), *rows) == whole
+    assert len(set(whole)) > 2

@@ -9,7 +9,7 @@ import torch
 from prism.attention.kernels import KvView
 from prism.engine.runner import Runner
 from prism.engine.sampler import Sampled
-from prism.engine.scheduler import Step
+from prism.engine.scheduler import UNBOUNDED, Step
 from prism.engine.sequence import Sequence
 from prism.engine.torch_runner import TorchRunner
 from prism.models.decoder import Decoder
@@ -69,6 +69,7 @@ class LateBackend(TorchBackend):
 
     num_lanes = 2
     max_sequences = 64
+    max_entries = UNBOUNDED
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))

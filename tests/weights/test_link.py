@@ -40,11 +40,15 @@ class FakeCopier:
         self.packed = packed
         self.order: list[int] = []
         self.flying: list[int] = []
+        self.num_settled = 0
         self.bad_copy: int | None = None
         self.bad_wait: int | None = None
 
     def begin(self, total: Bytes) -> Copy:
         return FakeCopy(self)
+
+    def settle(self) -> None:
+        self.num_settled += 1
 
     def transfer(self, number: int, deadline: float = NEVER) -> Transfer:
         slabs = -(-self.packed.total_bytes // SLAB)
@@ -145,6 +149,7 @@ def test_a_failure_ends_its_transfer_alone(copier: FakeCopier, traffic: Traffic,
     assert all(transfer.has_ended.is_set() for transfer in transfers)
     assert transfers[0].has_arrived and transfers[2].has_arrived
     assert before <= transfers[1].arrived <= before + 2 * MiB
+    assert copier.num_settled == 1, "a piece that failed may be on its way all the same"
 
 
 def test_what_follows_a_lost_piece_has_not_arrived(copier: FakeCopier, traffic: Traffic) -> None:
@@ -215,4 +220,14 @@ def test_closing_ends_what_is_on_its_way(packed: PackedWeights) -> None:
     assert transfer.has_ended.is_set() and not transfer.has_arrived and not copier.flying
     late = copier.transfer(2)
     link.start(late)
+    link.wait(late)
     assert late.is_cancelled
+
+
+def test_what_has_not_begun_ends_with_the_link(copier: FakeCopier, traffic: Traffic) -> None:
+    """It was cancelled, and whoever waited for it waited for ever."""
+    transfer = copier.transfer(1)
+    traffic.add(transfer)
+    traffic.cancel_all()
+    assert transfer.has_ended.is_set() and not transfer.has_arrived
+    assert not traffic.step() and not copier.order

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prism.engine.runner import Done
-from prism.engine.scheduler import Chunk, Step
+from prism.engine.scheduler import Chunk, Slots, Step
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
 from prism.types import Bytes, LaneId, MiB, ModelId
@@ -54,7 +54,7 @@ def step(*lengths: int) -> Step:
 
 
 def test_work_comes_out_in_the_order_in_which_it_was_queued() -> None:
-    lane = Lane(LaneId(0), 4)
+    lane = Lane(LaneId(0), Slots(4))
     works = [Work() for _ in range(3)]
     for work in works:
         lane.queue(MODEL, work)

@@ -373,3 +373,33 @@ def test_a_pinned_model_is_loaded_again_after_a_failure(start: Any, paths: dict[
     local.now = timer
     local.run()
     assert model.state is ModelState.ACTIVE  # type: ignore[comparison-overlap]
+
+
+def test_a_packing_that_failed_too_late_changes_nothing(start: Any) -> None:
+    """A model that had been unloaded meanwhile, or was active, became a failed one."""
+    local = start("llama", "qwen3")
+    local.submit("r", "llama", [1, 2], max_tokens=30)
+    local.run(until=lambda: ("r", 0) in local.outbox.tokens)
+    for name in ("llama", "qwen3"):
+        local.worker.on_packing_failed(name, "no host memory")
+    assert local.worker.models["llama"].is_active
+    assert local.worker.models["qwen3"].state is ModelState.COLD
+    local.run()
+    assert local.outbox.finished["r", 0] == "length"
+
+
+def test_a_dropped_choice_gives_its_slabs_back(start: Any) -> None:
+    """Those past a lowered limit stayed with the model until the request's last choice had ended."""
+    local = start("llama", num_slabs=8, max_batch_size=64)
+    local.submit("r", "llama", prompts(1, 90)[0], n=48, max_tokens=300)
+    local.run(until=lambda: all(len(local.outbox.tokens.get(("r", c), [])) > 250 for c in range(48)))
+    kv = local.worker.models["llama"].kv
+    assert kv is not None
+    local.worker.on_command(
+        SetLimits(epoch=1, command_id=1, model="llama", kv_floor_bytes=0, kv_limit_bytes=SLAB)
+    )
+    assert kv.num_slabs > 3
+    for choice in range(1, 48):
+        local.cancel("r", choice)
+    assert kv.num_slabs == 1
+    local.run()

@@ -34,7 +34,7 @@ class RandomDraws:
             index = words[places].long()
             temperature, top_p, min_p = words[numbers.floats].view(torch.float32).view(3, -1)
             drawn = draw(
-                logits[index].float(),
+                logits[index],
                 temperature=temperature,
                 top_k=words[numbers.top_k],
                 top_p=top_p,

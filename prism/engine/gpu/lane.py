@@ -10,12 +10,13 @@ from torch import Tensor
 from prism.attention.gpu.argmax import PARTS, draw_greedy
 from prism.attention.gpu.decode import SCRATCH_BYTES
 from prism.attention.gpu.kernels import GpuKernels
+from prism.engine.kv_layout import BLOCK_TOKENS
 from prism.types import Bytes
 
 RING = 4
 """Pinned buffers of a lane: at most two steps are queued, so a buffer has been copied when it returns."""
-STAGING = 1 << 20
-"""Words of 32 bits that a step may bring along."""
+MAX_ENTRIES = 1 << 15
+"""Blocks that a step enters into the tables: half a million tokens of context or more; a few ms."""
 
 
 class LaneShape(NamedTuple):
@@ -26,6 +27,23 @@ class LaneShape(NamedTuple):
     """Of one sequence."""
     max_batch: int
     max_vocab: int
+    max_tokens: int
+    """Of one step."""
+
+    @property
+    def max_entries(self) -> int:
+        """Blocks that one step may enter into the tables; those of one sequence always."""
+        return max(MAX_ENTRIES, self.max_blocks)
+
+    @property
+    def staging_words(self) -> int:
+        """Words of 32 bits that a step may bring along.
+
+        Two for each entry, those that its own tokens add included; for each token its id, place and row, and
+        its share of prefill's work list; for each sequence what a draw takes; and the gaps between all these.
+        """
+        entries = self.max_entries + self.max_tokens // BLOCK_TOKENS.start + self.max_batch
+        return 2 * entries + 4 * self.max_tokens + 32 * self.max_batch + 1024
 
 
 class LaneBytes(NamedTuple):
@@ -45,7 +63,7 @@ class LaneBytes(NamedTuple):
             slots * shape.max_blocks * 4,
             slots * 4,
             shape.max_batch * shape.max_vocab * 2,
-            STAGING * 4,
+            shape.staging_words * 4,
             shape.max_batch * (1 + 2 * PARTS) * 4,
         )
         return cls(*(-(-size // 256) * 256 for size in sizes))
@@ -71,7 +89,8 @@ class GpuLane:
         self.tables = tables.view(torch.int32)[: slots * shape.max_blocks].view(slots, shape.max_blocks)
         self.last_tokens = tokens.view(torch.int32)[:slots]
         self._logits = logits
-        self.staging = staging.view(torch.int32)
+        words = shape.staging_words
+        self.staging = staging.view(torch.int32)[:words]
         sizes = [shape.max_batch, shape.max_batch * PARTS, shape.max_batch * PARTS]
         self.drawn, best, place = drawn.view(torch.int32)[: sum(sizes)].split(sizes)  # type: ignore[no-untyped-call]
         self.best, self.place = best.view(torch.float32).view(-1, PARTS), place.view(-1, PARTS)
@@ -79,7 +98,7 @@ class GpuLane:
             self.last_tokens.zero_()
             self.tables[0].zero_()
         self.kernels = GpuKernels(device, self.tables, scratch)
-        self._inputs = [torch.empty(STAGING, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        self._inputs = [torch.empty(words, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._outputs = [
             torch.empty(shape.max_batch, dtype=torch.int32, pin_memory=True) for _ in range(RING)
         ]
