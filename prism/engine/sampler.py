@@ -106,7 +106,9 @@ def draw(
     size = max(1, DRAW_NUMBERS // logits.shape[-1])
     given = (logits, temperature, top_k, top_p, min_p, uniforms)
     parts = [slice(start, start + size) for start in range(0, len(logits), size)]
-    return torch.cat([_draw_group(*(tensor[part] for tensor in given), needs_order) for part in parts])
+    return torch.cat(
+        [_draw_group(*(tensor[part] for tensor in given), needs_order=needs_order) for part in parts]
+    )
 
 
 def _draw_group(
@@ -116,6 +118,7 @@ def _draw_group(
     top_p: Tensor,
     min_p: Tensor,
     uniforms: Tensor,
+    *,
     needs_order: bool,
 ) -> Tensor:
     logits = logits.float()
