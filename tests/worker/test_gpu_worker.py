@@ -127,3 +127,27 @@ def test_no_kernel_is_compiled_while_models_serve(models: dict) -> None:
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
     local.close()
+
+
+def test_tables_of_many_long_contexts_come_in_pieces(tmp_path: Path) -> None:
+    """64 choices on one prompt of 16,000 tokens enter 64,000 blocks, twice what one step may."""
+    from prism.engine.gpu.lane import MAX_ENTRIES
+    from tests.support.gpu_worker import gpu_worker
+
+    shape = SHAPE | {"head_dim": 64, "num_hidden_layers": 2}
+    model = make_model("llama", seed=5, max_position_embeddings=16384, **shape)
+    path = save(model.bfloat16(), tmp_path / "long")
+    local = gpu_worker({"long": path}, lanes=1, spare_slabs=60)
+    prompt = torch.randint(0, VOCAB, (16_000,), generator=torch.Generator().manual_seed(3)).tolist()
+    local.submit("r", "long", prompt, max_tokens=20, n=64)
+    local.run(rounds=10**6)
+    layout = local.worker.models["long"].kv
+    assert layout is not None and 64 * layout.layout.num_blocks(16_000) > MAX_ENTRIES
+    texts = [local.outbox.tokens["r", choice] for choice in range(64)]
+    assert all(len(text) == 20 for text in texts)
+    reference = type(model).from_pretrained(path, dtype=torch.float32).cuda()
+    far = margins(reference, prompt, texts[63])
+    assert float(far.max()) < 0.5
+    same = sum(text[:4] == texts[0][:4] for text in texts)
+    assert same >= 60, "of equal prompts with greedy draws; in bf16 the batch's size may turn a near tie"
+    local.close()
