@@ -1,6 +1,7 @@
 """Prism's engine on one GPU: decode steps, first tokens, offline throughput, models side by side.
 
-Usage: scripts/bench engine [--only decode,ttft,offline,together] [--shapes 8b,1b] [--output results.json]
+Usage: scripts/bench engine [--only decode,ttft,offline,busy,together,processes] [--shapes 8b,1b]
+                            [--output results.json]
 Weights and prompts are random. A floor is the bytes that a step reads over the bandwidth of a device copy.
 """
 
@@ -10,6 +11,8 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,9 +88,87 @@ def offline(model: LocalModel, count: int = 1000, inputs: int = 512, outputs: in
     }
 
 
+def busy_share(model: LocalModel, skipped: int = 60, steps: int = 80) -> dict[str, Any]:
+    """Share of the time in which a kernel runs, in the middle of an offline run, by the profiler.
+
+    The profiler costs host time, so the share without it is rather larger.
+    """
+    for i in range(600):
+        model.add(f"b{i}", prompt(i, 512), 256)
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    count, span = 0, [0.0, 0.0]
+
+    def note(_model: LocalModel, _drawn: list[Any], now: float) -> None:
+        nonlocal count
+        count += 1
+        if count == skipped:
+            profiler.start()
+            span[0] = time.perf_counter()
+        if count == skipped + steps:
+            torch.cuda.synchronize()
+            span[1] = time.perf_counter()
+            profiler.stop()
+
+    drive([model], on_drawn=note)
+    kernels = [e.time_range for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    end, total = 0.0, 0.0
+    for kernel in sorted(kernels, key=lambda k: k.start):  # kernels may overlap
+        total += max(0.0, kernel.end - max(end, kernel.start))
+        end = max(end, kernel.end)
+    return {"steps": steps, "busy_share": round(total / 1e6 / (span[1] - span[0]), 4)}
+
+
 def together(shape: str, count: int, lanes: int, folder: Path, batch: int = 4) -> dict[str, Any]:
     """`count` models decoding at once on so many lanes: tokens a second in total, gaps between tokens."""
-    device = open_device(Bytes(100 * GiB), lanes=lanes, batch=64)
+    times = decode_together(shape, count, lanes, folder, Bytes(100 * GiB), batch)
+    return {"models": f"{count} x {shape}", "lanes": lanes, "batch": batch} | overlap(times, batch)
+
+
+def processes(shape: str, count: int, batch: int = 4) -> dict[str, Any]:
+    """The same with a process of its own for each model, started at once; no MPS."""
+    context = torch.multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(count), context.Queue()
+    memory = Bytes(100 * GiB // count)
+    workers = [
+        context.Process(target=one_process, args=(shape, memory, batch, barrier, results))
+        for _ in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    times = [results.get(timeout=300) for _ in workers]
+    for worker in workers:
+        worker.join()
+    return {"models": f"{count} x {shape}", "processes": count, "batch": batch} | overlap(times, batch)
+
+
+def one_process(shape: str, memory: Bytes, batch: int, barrier: Any, results: Any) -> None:
+    """One of them; the clock is the machine's, so times can be compared."""
+    with tempfile.TemporaryDirectory() as name:
+        results.put(decode_together(shape, 1, 1, Path(name), memory, batch, barrier.wait)[0])
+
+
+def overlap(times: list[list[float]], batch: int) -> dict[str, Any]:
+    """Tokens a second and gaps while all of them decode."""
+    begin, end = max(t[10] for t in times), min(t[-1] for t in times)
+    gaps = sorted(b - a for t in times for a, b in pairwise(t) if begin <= a and b <= end)
+    return {
+        "tok_s": round(len(gaps) * batch / (end - begin), 1),
+        "gap_p50_ms": round(gaps[len(gaps) // 2] * 1e3, 2),
+        "gap_p99_ms": round(gaps[int(len(gaps) * 0.99)] * 1e3, 2),
+    }
+
+
+def decode_together(
+    shape: str,
+    count: int,
+    lanes: int,
+    folder: Path,
+    memory: Bytes,
+    batch: int,
+    ready: Callable[[], object] = lambda: None,
+) -> list[list[float]]:
+    """Times at which each model's tokens came."""
+    device = open_device(memory, lanes=lanes, batch=64)
     models = [LocalModel(device, shape, f"{shape}-{i}", folder, 4, 64) for i in range(count)]
     times: dict[int, list[float]] = {}
 
@@ -95,30 +176,23 @@ def together(shape: str, count: int, lanes: int, folder: Path, batch: int = 4) -
         if len(drawn) == batch:
             times[id(model)].append(now)
 
-    for turn in ("warm", "timed"):
+    for turn in ("warm", "again", "timed"):
         times.update({id(model): [] for model in models})
         for model in models:
             for i in range(batch):
-                model.add(f"{turn}{i}", prompt(i, CONTEXT), 192)
+                model.add(f"{turn}{i}", prompt(i, CONTEXT), 400)
+        if turn == "timed":
+            ready()
         drive(models, on_drawn=note)
-    begin, end = max(t[10] for t in times.values()), min(t[-1] for t in times.values())
-    gaps = sorted(b - a for t in times.values() for a, b in pairwise(t) if begin <= a and b <= end)
-    return {
-        "models": f"{count} x {shape}",
-        "lanes": lanes,
-        "batch": batch,
-        "tok_s": round(len(gaps) * batch / (end - begin), 1),
-        "gap_p50_ms": round(gaps[len(gaps) // 2] * 1e3, 2),
-        "gap_p99_ms": round(gaps[int(len(gaps) * 0.99)] * 1e3, 2),
-    }
+    return list(times.values())
 
 
 def main() -> None:
     """Prints one line a figure, and all of them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="decode,ttft,offline")
+    parser.add_argument("--only", default="decode,ttft,offline,busy")
     parser.add_argument("--shapes", default="8b,1b")
-    parser.add_argument("--count", type=int, default=2, help="of `together`, with one shape")
+    parser.add_argument("--count", type=int, default=2, help="of `together` and `processes`, with one shape")
     parser.add_argument("--lanes", type=int, default=2)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -137,12 +211,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if set(wanted) & {"decode", "ttft", "offline"}:
+        if set(wanted) & {"decode", "ttft", "offline", "busy"}:
             shapes = options.shapes.split(",")
             device = open_device(Bytes(124 * GiB))
             for shape in shapes:
                 model = LocalModel(device, shape, shape, folder, 80 if shape == "8b" else 20)
-                for batch in (1, 8, 64) if "decode" in wanted else ():
+                for batch in (1, 8, 64, 512) if "decode" in wanted else ():
                     decode(model, batch, bandwidth)
                     note(f"decode_{shape}", decode(model, batch, bandwidth))
                 for length in (512, 4000) if "ttft" in wanted else ():
@@ -150,6 +224,10 @@ def main() -> None:
                 if "offline" in wanted:
                     offline(model, 100, 512, 32)
                     note(f"offline_{shape}", offline(model))
+                if "busy" in wanted:
+                    note(f"busy_{shape}", busy_share(model))
+        if "processes" in wanted:
+            note("processes", processes(options.shapes, options.count))
         if "together" in wanted:
             note("together", together(options.shapes, options.count, options.lanes, folder))
     if options.output:

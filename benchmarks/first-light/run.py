@@ -15,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
+from client import stream
 from shapes import write_shape
 
 HERE = Path(__file__).parent
@@ -33,39 +33,6 @@ server: {{port: {port}, admin_port: {admin}}}
 limits: {{max_wait: 300s}}
 host_memory: {{budget: 40GiB}}
 """
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    """Token ids that differ from prompt to prompt."""
-    return [(7919 * (seed + 1) + 104729 * i) % 128000 for i in range(length)]
-
-
-async def stream(
-    client: httpx.AsyncClient, model: str, length: int, tokens: int, seed: int
-) -> dict[str, float]:
-    """One greedy request; seconds to the first token, and the median and worst gap of the others.
-
-    The official client is too slow for this: it takes 24 ms to encode a prompt of 3,000 token ids, and a
-    burst of such prompts shows up as a gap in everybody's stream.
-    """
-    body = {
-        "model": model,
-        "prompt": prompt(length, seed),
-        "max_tokens": tokens,
-        "temperature": 0,
-        "stream": True,
-        "ignore_eos": True,
-    }
-    content = json.dumps(body).encode()
-    times = []
-    begin = time.perf_counter()
-    async with client.stream("POST", "/v1/completions", content=content, timeout=300) as response:
-        assert response.status_code == 200, await response.aread()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                times.append(time.perf_counter())
-    gaps = [b - a for a, b in pairwise(times)]
-    return {"ttft": times[0] - begin, "gap": statistics.median(gaps or [0.0]), "worst": max(gaps or [0.0])}
 
 
 def slabs() -> dict[str, int]:

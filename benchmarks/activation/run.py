@@ -1,0 +1,166 @@
+"""Activations through the whole server on one NVIDIA GPU: ten models in host memory, few on the device.
+
+Usage: scripts/bench activation [--memory 21GiB] [--output results.json] [--rehearse]
+Two 8B shapes, of which the device holds one at a time, and eight 1B shapes; all weights are random. Prompts
+have 512 tokens. Times are a client's, from sending the request to the first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
+from client import stream
+from shapes import write_shape
+
+PORT, ADMIN = 8360, 8361
+LARGE = ("8b-0", "8b-1")
+SMALL = tuple(f"1b-{i}" for i in range(8))
+
+
+def config(folder: Path, memory: str, *, is_rehearsal: bool) -> Path:
+    """Ten models, none loaded at the start."""
+    large, small = ("rehearsal",) * 2 if is_rehearsal else ("llama-3-8b", "llama-3.2-1b")
+    for name in {large, small}:
+        write_shape(name, folder)
+    shapes = dict.fromkeys(LARGE, large) | dict.fromkeys(SMALL, small)
+    models = [
+        {"name": name, "path": str(folder / shape), "load_format": "dummy"} for name, shape in shapes.items()
+    ]
+    path = folder / "prism.yaml"
+    kind = "cpu" if is_rehearsal else "cuda"
+    settings = {
+        "models": models,
+        "devices": [{"kind": kind, "memory": memory, "slab": "32MiB"}],
+        "server": {"port": PORT, "admin_port": ADMIN},
+        "limits": {"max_wait": 300},
+        "host_memory": {"budget": "64GiB"},
+    }
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def wait_for(is_done: Any, process: subprocess.Popen[bytes], seconds: float) -> float:
+    """Seconds until it is."""
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds and process.poll() is None:
+        try:
+            if is_done():
+                return time.perf_counter() - begin
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.02)
+    raise SystemExit("the server does not get that far")
+
+
+def is_healthy() -> bool:
+    """Requests are accepted."""
+    return httpx.get(f"http://127.0.0.1:{PORT}/health").status_code == 200
+
+
+def registered_bytes() -> int:
+    """Of all models together."""
+    devices = httpx.get(f"http://127.0.0.1:{ADMIN}/admin/models").json()["devices"]
+    return sum(device["registered_bytes"] for device in devices)
+
+
+async def unload(name: str) -> None:
+    """Take a model off the device."""
+    async with httpx.AsyncClient(timeout=60) as http:
+        answer = await http.post(f"http://127.0.0.1:{ADMIN}/admin/models/{name}/unload")
+        answer.raise_for_status()
+
+
+async def measure(client: httpx.AsyncClient, runs: int) -> dict[str, Any]:
+    """All figures; the first activation of each shape compiles kernels and is told apart."""
+    result: dict[str, Any] = {}
+
+    async def first(model: str, seed: int) -> float:
+        return (await stream(client, model, 512, 2, seed))["ttft"]
+
+    result["8b_first_ever_s"] = await first(LARGE[0], 0)
+    result["1b_first_ever_s"] = await first(SMALL[0], 0)
+    for name in (LARGE[1], *SMALL[1:3]):
+        await first(name, 1)
+    swaps = [await first(LARGE[turn % 2], 10 + turn) for turn in range(runs)]
+    result["8b_while_another_8b_leaves_s"] = _spread(swaps)
+    times = []
+    for turn in range(runs):
+        await unload(SMALL[1])
+        times.append(await first(SMALL[1], 30 + turn))
+    result["1b_evicted_s"] = _spread(times)
+    warm = [await first(LARGE[(runs - 1) % 2], 50 + turn) for turn in range(5)]
+    result["8b_loaded_s"] = _spread(warm)
+    result["1b_loaded_s"] = _spread([await first(SMALL[1], 60 + turn) for turn in range(5)])
+    for name in (*LARGE, *SMALL[:4]):
+        await unload(name)
+    together = await asyncio.gather(*(first(name, 80) for name in SMALL[:4]))
+    result["four_1b_at_once_s"] = _spread(list(together))
+    return result
+
+
+def _spread(times: list[float]) -> dict[str, Any]:
+    """Median, least and worst, in seconds."""
+    return {
+        "median": round(statistics.median(times), 4),
+        "least": round(min(times), 4),
+        "worst": round(max(times), 4),
+        "runs": len(times),
+    }
+
+
+async def measure_server(runs: int) -> dict[str, Any]:
+    """`measure` with a client of its own."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", limits=limits) as client:
+        return await measure(client, runs)
+
+
+def main() -> None:
+    """Runs everything and prints one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory", default="21GiB")
+    parser.add_argument("--runs", type=int, default=6)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU: tests this script")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        path = config(Path(name), options.memory, is_rehearsal=options.rehearse)
+        log = Path(name) / "log"
+        command = [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(path)]
+        process = subprocess.Popen(command, stderr=log.open("wb"))
+        try:
+            result: dict[str, Any] = {"start_to_healthy_s": wait_for(is_healthy, process, 120)}
+            if not options.rehearse:
+                total = 2 * 15.9e9 + 8 * 2.4e9
+                registered = wait_for(lambda: registered_bytes() >= 0.99 * total, process, 240)
+                result["healthy_to_all_registered_s"] = registered
+                result["registered_gb"] = registered_bytes() / 1e9
+            result |= asyncio.run(measure_server(options.runs))
+        except BaseException:
+            print(log.read_text()[-6000:])
+            raise
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        result["log"] = [line for line in log.read_text().splitlines() if " active after " in line][-16:]
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
