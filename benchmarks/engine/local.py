@@ -58,7 +58,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def open_device(memory: Bytes, *, lanes: int = 1, batch: int = 512) -> Device:
     """A GPU with a pool of `memory`."""
-    config = DeviceConfig(kind="cuda", memory=memory, lanes=lanes, max_batch_size=batch, slab=32 * MiB)
+    config = DeviceConfig(
+        kind="cuda", memory=memory, lanes=lanes, max_batch_size=batch, max_batch_tokens=8192, slab=32 * MiB
+    )
     return open_cuda(config, ModelNeeds(8192, 128256))
 
 

@@ -1,0 +1,199 @@
+"""What work costs on a device, in seconds: steps, and bringing a model's weights in. Pure.
+
+    step = gemm(tokens) + per_pair * pairs + per_context * context
+
+`gemm` goes through measured knots (matrix products wait for weights at few tokens, for arithmetic at
+many); `pairs` counts (prompt token, token it attends to); `context` counts the tokens whose KV decodes read. A
+profile (`prism profile`) has measured knots; without one they come from the shape and from rates that the worker
+measured when it opened the device. Either is the start: measured steps correct it (`Corrections`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from prism.types import Bytes, Seconds
+
+KNOT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Sizes of steps at which profiles have knots."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRates:
+    """What a device can do, as measured on it."""
+
+    flops: float
+    """Floating-point operations a second of large matrix products."""
+    bandwidth: float
+    """Bytes a second that a step reads."""
+    link: float
+    """Bytes a second from host memory to the device."""
+    launch: Seconds
+    """A step's time when there is next to nothing to compute, for each layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the cost of a model's steps follows from when nothing has been measured."""
+
+    num_parameters: float
+    """Those that each token is multiplied by: all but the input embedding."""
+    weight_bytes: Bytes
+    """What a load copies."""
+    read_bytes: Bytes
+    """What a decode step reads of it."""
+    kv_bytes_per_token: Bytes
+    num_layers: int
+    attention_width: int
+    """Query heads times head dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Times of one model's steps on one device."""
+
+    knots: tuple[tuple[int, float], ...]
+    """(tokens of a step, seconds), both growing; no context."""
+    per_pair: float
+    per_context: float
+
+    def step(self, tokens: int, pairs: float = 0.0, context: float = 0.0) -> float:
+        """Seconds of a step of `tokens`, prompt chunks and decodes together."""
+        return self.gemm(tokens) + self.per_pair * pairs + self.per_context * context
+
+    def gemm(self, tokens: int) -> float:
+        """Between knots and beyond the last one in straight lines."""
+        knots = self.knots
+        place = bisect_left(knots, (tokens, 0.0))
+        if place == 0:
+            return knots[0][1]
+        place = min(place, len(knots) - 1)
+        (n0, t0), (n1, t1) = knots[place - 1], knots[place]
+        return t0 + (t1 - t0) * (tokens - n0) / (n1 - n0)
+
+    def prefill(self, tokens: int, start: int = 0) -> float:
+        """A prompt's tokens from `start` on, as if in one step."""
+        return self.step(tokens, pairs=tokens * (start + tokens / 2))
+
+    def decode(self, batch: int, context: float) -> float:
+        """A step of `batch` sequences that have `context` tokens together."""
+        return self.step(batch, context=context)
+
+    def tokens_within(self, seconds: float, start: int = 0) -> int:
+        """The largest prompt chunk from `start` on that takes no longer than this; 0 if none does."""
+        if self.prefill(1, start) > seconds:
+            return 0
+        low, high = 1, 2
+        while high < 1 << 20 and self.prefill(high, start) <= seconds:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.prefill(middle, start) <= seconds else (low, middle)
+        return low
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCosts:
+    """Time of an activation: `fixed` and the copy."""
+
+    fixed: Seconds
+    bandwidth: float
+
+    def load(self, size: float) -> float:
+        """Seconds until so many bytes are on the device and usable."""
+        return self.fixed + size / self.bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """One model on one device."""
+
+    steps: StepCosts
+    loads: LoadCosts
+    shape: Shape
+
+    @property
+    def activation(self) -> float:
+        """Seconds from the decision to the model's readiness, with the link to itself."""
+        return self.loads.load(self.shape.weight_bytes)
+
+
+def from_shape(shape: Shape, rates: DeviceRates) -> Costs:
+    """The start without a profile: a roofline."""
+    knots = []
+    for tokens in KNOT_TOKENS:
+        compute = 2 * shape.num_parameters * tokens / rates.flops
+        read = shape.read_bytes / rates.bandwidth
+        knots.append((tokens, shape.num_layers * rates.launch + max(compute, read)))
+    per_pair = 4 * shape.num_layers * shape.attention_width / rates.flops
+    steps = StepCosts(_growing(knots), per_pair, shape.kv_bytes_per_token / rates.bandwidth)
+    return Costs(steps, LoadCosts(Seconds(0.01), rates.link), shape)
+
+
+def _growing(knots: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """More tokens take no less time: measured knots may say otherwise by noise."""
+    result: list[tuple[int, float]] = []
+    for tokens, seconds in sorted(knots):
+        floor = result[-1][1] if result else 0.0
+        result.append((tokens, max(seconds, floor)))
+    return tuple(result)
+
+
+def measured(knots: Sequence[tuple[int, float]], per_pair: float, per_context: float) -> StepCosts:
+    """Costs from measured knots, in any order. Raises `ValueError` if they are fewer than two."""
+    growing = _growing(knots)
+    if len(growing) < 2 or len({tokens for tokens, _ in growing}) != len(growing):
+        raise ValueError("costs need two knots or more, of different numbers of tokens")
+    return StepCosts(growing, max(0.0, per_pair), max(0.0, per_context))
+
+
+class Corrections:
+    """Factors between predicted and measured times: one of decodes, one of steps with prompts, one of loads.
+
+    Exponentially weighted means of the logarithm would not follow zero; these are of the ratio, each measurement
+    clipped to a factor of `CLIP` of the present one, so that a single outlier (a kernel compiled, a host that
+    paused) moves little.
+    """
+
+    WEIGHT = 0.05
+    CLIP = 2.0
+
+    def __init__(self) -> None:
+        self.decode = 1.0
+        self.prompt = 1.0
+        self.load = 1.0
+
+    def saw_decode(self, predicted: float, seconds: float) -> None:
+        """A step of decodes alone has taken `seconds` where `predicted`, uncorrected, was expected."""
+        self.decode = self._moved(self.decode, predicted, seconds)
+
+    def saw_prompt(self, predicted: float, seconds: float) -> None:
+        """The same of a step with prompt chunks."""
+        self.prompt = self._moved(self.prompt, predicted, seconds)
+
+    def saw_load(self, predicted: float, seconds: float) -> None:
+        """The same of a load; few are seen, so each counts more."""
+        self.load = self._moved(self.load, predicted, seconds, 5 * self.WEIGHT)
+
+    def _moved(self, factor: float, predicted: float, seconds: float, weight: float = WEIGHT) -> float:
+        ratio = seconds / max(predicted, 1e-9)
+        ratio = min(max(ratio, factor / self.CLIP), factor * self.CLIP)
+        return factor + weight * (ratio - factor)
+
+    def apply(self, costs: Costs) -> Costs:
+        """The costs as they are now believed to be.
+
+        The factor of decodes holds up to 64 tokens a step and for context, that of prompts from 256 and for pairs;
+        between them it changes linearly.
+        """
+        steps = costs.steps
+        knots = [(tokens, seconds * self._factor(tokens)) for tokens, seconds in steps.knots]
+        corrected = StepCosts(_growing(knots), steps.per_pair * self.prompt, steps.per_context * self.decode)
+        loads = LoadCosts(Seconds(costs.loads.fixed * self.load), costs.loads.bandwidth / self.load)
+        return replace(costs, steps=corrected, loads=loads)
+
+    def _factor(self, tokens: int) -> float:
+        share = min(max((tokens - 64) / (256 - 64), 0.0), 1.0)
+        return self.decode + share * (self.prompt - self.decode)
