@@ -1,12 +1,22 @@
-"""Which waiting requests enter their engines now. Pure."""
+"""Which waiting requests enter their engines now. Pure.
+
+Taken when requests come or end, over all that wait: O(n log n). An engine is given no more prompts than keep
+the device busy for a moment, so that later arrivals with earlier deadlines are not behind them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
-from prism.types import ModelId, ModelState, RequestId
-from prism.worker.snapshot import AdmissionSnapshot, WaitingRequest
+from prism.types import ModelState, RequestId
+from prism.worker.on_time import select
+from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, WaitingRequest
+
+LATE_SHARE = 0.1
+"""Of the time that prompts take, the share that late ones are owed while others are on time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +24,8 @@ class Admit:
     """Give the request to its engine."""
 
     request_id: RequestId
+    is_late: bool = False
+    """It cannot have its first token in time; what it takes is counted against what late ones are owed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,44 +38,129 @@ class Expire:
 AdmissionDecision = Admit | Expire
 
 
-def decide(snapshot: AdmissionSnapshot, now: float) -> tuple[AdmissionDecision, ...]:
-    """Earliest deadline first within each model, bounded by batch size and memory.
+class Admission(NamedTuple):
+    """What is to be done now, and what the next decision has to know of this one."""
+
+    decisions: tuple[AdmissionDecision, ...]
+    owed_to_late: float
+
+
+def decide(snapshot: AdmissionSnapshot, now: float) -> Admission:
+    """Those that can be in time by deadline, the late ones behind them with a share of their own.
 
     1. A request that has waited too long expires.
     2. While a suspect runs alone, nobody else enters.
     3. The oldest suspect enters once nothing runs, and alone; while it waits, nobody overtakes it.
-    4. Requests of models that are not active wait for them.
-    5. Batch size and memory bound what enters; a request that does not fit holds back those behind it in its
+    4. The others in their order of service (`order_of_service`).
+    5. Requests of models that are not active wait for them, or until a load has come so far that the first
+       step can follow it.
+    6. Batch size and memory bound what enters; a request that does not fit holds back those behind it in its
        model, so that small ones cannot starve a large one. An idle model always takes one.
+    7. Prompts enter as long as those in the engines take less than the horizon.
     """
     expired = tuple(Expire(r.request_id) for r in snapshot.waiting if r.expires <= now)  # 1
-    waiting = [r for r in snapshot.waiting if r.expires > now]
+    waiting: Sequence[WaitingRequest] = snapshot.waiting
+    if expired:
+        waiting = [r for r in waiting if r.expires > now]
     if snapshot.alone_is_running:  # 2
-        return expired
-    suspects = [r for r in waiting if r.alone and _is_active(snapshot, r.model)]
-    if suspects:  # 3
-        first = min(suspects, key=lambda r: (r.arrival, r.request_id))
-        return expired if snapshot.num_running_requests else (*expired, Admit(first.request_id))
-    return (*expired, *_admit(snapshot, [r for r in waiting if not r.alone]))
+        return Admission(expired, snapshot.owed_to_late)
+    suspects = [r for r in waiting if r.alone]
+    able = [r for r in suspects if _can_run(snapshot.models[r.model])]
+    if able:  # 3
+        first = min(able, key=lambda r: (r.arrival, r.request_id))
+        enters = () if snapshot.num_running_requests else (Admit(first.request_id),)
+        return Admission((*expired, *enters), snapshot.owed_to_late)
+    if suspects:
+        waiting = [r for r in waiting if not r.alone]
+    service = Service(snapshot, waiting, now)  # 4
+    owed = snapshot.owed_to_late
+    entering = []
+    for request, is_late in _admit(snapshot, service):
+        entering.append(Admit(request.request_id, is_late))
+        owed = max(0.0, owed + (-request.seconds if is_late else LATE_SHARE * request.seconds))
+    return Admission((*expired, *entering), owed if service.has_late else 0.0)
 
 
-def _is_active(snapshot: AdmissionSnapshot, model: ModelId) -> bool:
-    return snapshot.models[model].state is ModelState.ACTIVE
+class Service:
+    """Requests in the order in which they are to be served, each with whether it is late.
+
+    1. Those that can be in time, by deadline: first of tenants within their share, then of the others.
+    2. The late ones, oldest first.
+    3. For each second of those in time, late ones are owed `LATE_SHARE` of a second. The oldest goes before
+       those in time once it is owed all that it takes. So it runs after a bounded time whatever arrives: when
+       the share of the time has sufficed for it and for all late ones that are older.
+    """
+
+    def __init__(self, snapshot: AdmissionSnapshot, waiting: Sequence[WaitingRequest], now: float) -> None:
+        self._owed = snapshot.owed_to_late
+        self._on_time: list[WaitingRequest] = []
+        self._late: list[WaitingRequest] = []
+        start = now + snapshot.busy
+        for group in _groups(waiting, snapshot.over_share):  # 1
+            start += self._select(snapshot, group, start, now)
+        self._late.sort(key=attrgetter("arrival", "request_id"))  # 2
+        self.has_late = bool(self._late)
+
+    def _select(
+        self, snapshot: AdmissionSnapshot, group: Sequence[WaitingRequest], start: float, now: float
+    ) -> float:
+        """Seconds that those of a group take which can be in time."""
+        ready = {name: now + load.ready_in for name, load in snapshot.models.items()}
+        stretch = snapshot.stretch  # a prompt beside decodes takes longer than alone
+        jobs = [(r.deadline, r.seconds * stretch, ready[r.model]) for r in group]
+        selection = select(jobs, start)
+        self._on_time += [group[index] for index in selection.on_time]
+        self._late += [group[index] for index in selection.late]
+        return sum(jobs[index][1] for index in selection.on_time)
+
+    def __iter__(self) -> Iterator[tuple[WaitingRequest, bool]]:
+        owed, late = self._owed, iter(self._late)
+        oldest = next(late, None)
+        for request in self._on_time:
+            while oldest is not None and owed >= oldest.seconds:  # 3
+                owed -= oldest.seconds
+                yield oldest, True
+                oldest = next(late, None)
+            owed += request.seconds * LATE_SHARE
+            yield request, False
+        while oldest is not None:
+            yield oldest, True
+            oldest = next(late, None)
 
 
-def _admit(snapshot: AdmissionSnapshot, waiting: list[WaitingRequest]) -> Iterator[Admit]:
-    sequences = {name: load.num_sequences for name, load in snapshot.models.items()}
-    blocks = {name: load.num_obtainable_blocks for name, load in snapshot.models.items()}
-    blocked: set[ModelId] = set()
-    for request in sorted(waiting, key=lambda r: (r.deadline, r.arrival, r.request_id)):
+def _groups(
+    waiting: Sequence[WaitingRequest], over_share: frozenset[str | None]
+) -> tuple[Sequence[WaitingRequest], ...]:
+    if not over_share:
+        return (waiting,)
+    within = [r for r in waiting if r.tenant not in over_share]
+    return within, [r for r in waiting if r.tenant in over_share]
+
+
+def _can_run(load: ModelLoad) -> bool:
+    return load.state is ModelState.ACTIVE or load.is_arriving
+
+
+def _admit(
+    snapshot: AdmissionSnapshot, service: Iterable[tuple[WaitingRequest, bool]]
+) -> Iterator[tuple[WaitingRequest, bool]]:
+    open_models = {name: load for name, load in snapshot.models.items() if _can_run(load)}  # 5
+    room = {name: load.max_sequences - load.num_sequences for name, load in open_models.items()}
+    blocks = {name: load.num_obtainable_blocks for name, load in open_models.items()}
+    idle = {name for name, load in open_models.items() if not load.num_sequences}
+    work = snapshot.busy
+    for request, is_late in service:
         model = request.model
-        if model in blocked or not _is_active(snapshot, model):  # 4
+        if model not in open_models:
             continue
-        room = snapshot.models[model].max_sequences - sequences[model]
-        fits = request.num_sequences <= room and request.num_blocks <= blocks[model]
-        if fits or sequences[model] == 0:  # 5
-            sequences[model] += request.num_sequences
+        fits = request.num_sequences <= room[model] and request.num_blocks <= blocks[model]  # 6
+        if model in idle or (fits and work < snapshot.horizon):  # 7
+            idle.discard(model)
+            room[model] -= request.num_sequences
             blocks[model] -= request.num_blocks
-            yield Admit(request.request_id)
+            work += request.seconds
+            yield request, is_late
         else:
-            blocked.add(model)
+            del open_models[model]
+        if not open_models or (work >= snapshot.horizon and not idle):
+            return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prism.costs import StepCosts
 from prism.types import ModelId, ModelState, RequestId
 
 
@@ -22,6 +23,10 @@ class WaitingRequest:
     num_blocks: int
     """KV blocks that its prompt, resumed tokens and one more fill."""
     alone: bool
+    seconds: float = 0.0
+    """Of the device, for its prompt alone."""
+    tenant: str | None = None
+    """Whose it is, where shares are configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,10 @@ class ModelLoad:
     max_sequences: int
     num_obtainable_blocks: int
     """Blocks that are free, or that could be had without touching a running sequence."""
+    is_arriving: bool = False
+    """It is being loaded, and its first step can already run behind the copy."""
+    ready_in: float = 0.0
+    """Seconds until it can run steps, as far as is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +53,37 @@ class AdmissionSnapshot:
     models: dict[ModelId, ModelLoad]
     num_running_requests: int
     alone_is_running: bool
+    busy: float = 0.0
+    """Seconds that the prompts take which are in engines and not computed yet."""
+    stretch: float = 1.0
+    """How much longer a prompt takes beside the decodes that run."""
+    horizon: float = float("inf")
+    """Seconds of prompts that engines may hold."""
+    owed_to_late: float = 0.0
+    """Seconds that late requests may take before those that are on time."""
+    over_share: frozenset[str | None] = frozenset()
+    """Tenants that have had more than their share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runnable:
-    """A model that has sequences to step."""
+    """A model that has sequences to step, or one of another lane that decodes."""
 
     model: ModelId
     deadline: float
     """The earliest next-token deadline among its running sequences."""
     last_turn: float
     num_decodes: int
+    decode_deadline: float = float("inf")
+    """The earliest one among those that decode."""
+    decode_seconds: float = 0.0
+    """What a step of its decodes takes."""
+    prompt_tokens: int = 0
+    """Of its prompts, those not computed yet."""
+    prompt_start: int = 0
+    """Where the first of these prompts goes on."""
+    costs: StepCosts | None = None
+    """What its steps cost; None while nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +92,8 @@ class TurnSnapshot:
 
     runnable: tuple[Runnable, ...]
     max_batch_tokens: int
-    neighbours_decode: bool = False
-    """Models of other lanes decode, and wait while a step of this one computes prompts."""
+    neighbours: tuple[Runnable, ...] = ()
+    """Models of other lanes that decode; they wait while a step of this one computes prompts."""
 
 
 @dataclass(frozen=True, slots=True)

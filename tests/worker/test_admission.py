@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import random
+import time
+from dataclasses import replace
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from prism.types import ModelId, ModelState, RequestId
-from prism.worker.admission import Admit, Expire, decide
+from prism.worker.admission import LATE_SHARE, AdmissionDecision, Admit, Expire, decide
 from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, WaitingRequest
 
 A, B = ModelId("a"), ModelId("b")
@@ -38,39 +44,123 @@ def snapshot(*requests: WaitingRequest, running: int = 0, alone: bool = False, *
     return AdmissionSnapshot(requests, {A: load(A, **a), B: load(B)}, running, alone)
 
 
+def decisions(snap: AdmissionSnapshot, now: float) -> tuple[AdmissionDecision, ...]:
+    return decide(snap, now).decisions
+
+
 def test_earliest_deadline_enters_first() -> None:
     later, sooner = waiting("later", deadline=3.0), waiting("sooner", deadline=2.0)
-    assert decide(snapshot(later, sooner), 0.0) == (Admit(sooner.request_id), Admit(later.request_id))
+    assert decisions(snapshot(later, sooner), 0.0) == (Admit(sooner.request_id), Admit(later.request_id))
 
 
 def test_expired_requests_are_refused() -> None:
-    assert decide(snapshot(waiting("r", expires=5.0)), 5.0) == (Expire(RequestId("r")),)
+    assert decisions(snapshot(waiting("r", expires=5.0)), 5.0) == (Expire(RequestId("r")),)
 
 
 def test_requests_wait_for_their_model() -> None:
-    assert decide(snapshot(waiting("r"), state=ModelState.LOADING), 0.0) == ()
+    assert decisions(snapshot(waiting("r"), state=ModelState.LOADING), 0.0) == ()
 
 
 def test_a_large_request_is_not_overtaken_in_its_model_only() -> None:
     large = waiting("large", deadline=1.0, num_blocks=50)
     small = waiting("small", deadline=2.0)
     other = waiting("other", deadline=3.0, model=B)
-    taken = decide(snapshot(large, small, other, num_sequences=1, num_obtainable_blocks=10), 0.0)
+    taken = decisions(snapshot(large, small, other, num_sequences=1, num_obtainable_blocks=10), 0.0)
     assert taken == (Admit(RequestId("other")),)
 
 
 def test_an_idle_model_always_takes_one() -> None:
     large = waiting("large", num_blocks=5000)
-    assert decide(snapshot(large, num_obtainable_blocks=0), 0.0) == (Admit(large.request_id),)
+    assert decisions(snapshot(large, num_obtainable_blocks=0), 0.0) == (Admit(large.request_id),)
 
 
 def test_a_suspect_runs_alone() -> None:
     suspect, other = waiting("suspect", alone=True), waiting("other", model=B)
-    assert decide(snapshot(suspect, other, running=1), 0.0) == ()
-    assert decide(snapshot(suspect, other), 0.0) == (Admit(suspect.request_id),)
-    assert decide(snapshot(other, running=1, alone=True), 0.0) == ()
+    assert decisions(snapshot(suspect, other, running=1), 0.0) == ()
+    assert decisions(snapshot(suspect, other), 0.0) == (Admit(suspect.request_id),)
+    assert decisions(snapshot(other, running=1, alone=True), 0.0) == ()
 
 
 def test_batch_size_bounds_what_enters() -> None:
     requests = [waiting(str(i)) for i in range(5)]
-    assert len(decide(snapshot(*requests, num_sequences=6), 0.0)) == 2
+    assert len(decisions(snapshot(*requests, num_sequences=6), 0.0)) == 2
+
+
+def test_what_cannot_be_in_time_comes_behind() -> None:
+    """One long prompt would have made two others late."""
+    long = waiting("long", deadline=10.0, seconds=8.0)
+    short = [waiting(f"s{i}", deadline=11.0 + i, seconds=3.0) for i in range(2)]
+    taken = decisions(snapshot(long, *short), 0.0)
+    assert taken == (Admit(RequestId("s0")), Admit(RequestId("s1")), Admit(RequestId("long"), is_late=True))
+
+
+def test_engines_hold_no_more_than_the_horizon() -> None:
+    requests = [waiting(str(i), deadline=9.0 + i, seconds=1.0) for i in range(5)]
+    base = snapshot(*requests, num_sequences=1)
+    assert len(decisions(replace(base, horizon=2.0), 0.0)) == 2
+    assert len(decisions(replace(base, horizon=2.0, busy=1.5), 0.0)) == 1
+    assert decisions(replace(base, horizon=2.0, busy=2.0), 0.0) == ()
+    idle = replace(base, models={A: load(A), B: load(B)}, horizon=2.0, busy=2.0)
+    assert len(decisions(idle, 0.0)) == 1, "an idle model always takes one"
+
+
+def test_a_load_under_way_counts() -> None:
+    """A request whose model will be there too late is late; one that can still be in time is not."""
+    soon = waiting("soon", deadline=2.0, seconds=0.1, model=B)
+    snap = snapshot(soon)
+    for ready_in, is_late in ((1.5, False), (2.5, True)):
+        models = {A: load(A), B: load(B, ready_in=ready_in, is_arriving=True)}
+        assert decisions(replace(snap, models=models), 0.0) == (Admit(RequestId("soon"), is_late),)
+
+
+def test_tenants_over_their_share_come_behind_those_within() -> None:
+    greedy = [waiting(f"g{i}", deadline=1.0, seconds=0.4, tenant="greedy") for i in range(2)]
+    modest = waiting("m", deadline=2.0, seconds=0.4, tenant="modest")
+    snap = replace(snapshot(*greedy, modest), over_share=frozenset({"greedy"}))
+    names = [d.request_id for d in decisions(snap, 0.0) if isinstance(d, Admit)]
+    assert names == ["m", "g0", "g1"]
+
+
+@given(st.integers(0, 10_000), st.floats(0.5, 1.5))
+def test_nobody_starves(seed: int, pressure: float) -> None:
+    """However many requests in time keep coming, a late one enters when its share has sufficed."""
+    rng = random.Random(seed)
+    late = [waiting(f"late{i}", arrival=-100.0 + i, deadline=-90.0, seconds=0.5) for i in range(5)]
+    now, owed, queue, entered = 0.0, 0.0, list(late), {}
+    bound = sum(r.seconds * (1 + 1 / LATE_SHARE) + 1.0 for r in late) + 5.0  # 1.0: the longest prompt
+    count = 0
+    while len(entered) < len(late):
+        while rng.random() < pressure / (1 + pressure):
+            count += 1
+            queue.append(
+                waiting(f"new{count}", arrival=now, deadline=now + 3.0, seconds=rng.uniform(0.1, 1.0))
+            )
+        snap = replace(snapshot(*queue, num_sequences=1), horizon=1e-9, owed_to_late=owed)
+        chosen, owed = decide(snap, now)
+        for decision in chosen:
+            assert isinstance(decision, Admit)
+            request = next(r for r in queue if r.request_id == decision.request_id)
+            queue.remove(request)
+            now += request.seconds
+            if request in late:
+                entered[request.request_id] = now
+        if not chosen:
+            now += 0.01
+        assert now < bound, "a late request starves"
+    assert list(entered) == sorted(entered), "the oldest first"
+
+
+def test_a_full_decision_over_ten_thousand_is_quick() -> None:
+    """Taken on arrivals and completions; the goal is 15 ms, here with room for a busy machine."""
+    rng = random.Random(1)
+    requests = [
+        waiting(str(i), arrival=i * 1e-3, deadline=rng.uniform(0, 20), seconds=rng.uniform(0.001, 0.1))
+        for i in range(10_000)
+    ]
+    snap = replace(snapshot(*requests, num_sequences=1), horizon=0.5)
+    times = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        decide(snap, 0.0)
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.05, f"{min(times):.4f} s"
