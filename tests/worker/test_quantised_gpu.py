@@ -1,0 +1,63 @@
+"""fp8 weights through a whole worker on a GPU: graphs, one row and many, evictions."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.checkpoints import VOCAB, fake_quantise, make_model, prompts, save
+from tests.worker.test_gpu_worker import SHAPE, margins
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
+    """Saved in bf16; as a reference, what fp8 leaves of it, computed in fp32."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {}
+    for seed, family in enumerate(("llama", "qwen2", "qwen3")):
+        extra = {} if family == "qwen3" else {"head_dim": 64}
+        model = make_model(family, seed=seed, max_position_embeddings=4096, **SHAPE, **extra)
+        path = save(model.bfloat16(), folder / family)
+        loaded = type(model).from_pretrained(path, dtype=torch.float32)
+        made[family] = (fake_quantise(loaded).cuda(), path)
+    return made
+
+
+@pytest.mark.parametrize("spare_slabs", [100, 16])
+def test_texts_are_likely_ones_of_the_quantised_models(
+    models: dict, spare_slabs: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alone, in a batch and, with little memory, between evictions. Activations go through fp8 too, which shifts
+    logits by some hundredths of their spread, so tokens may differ where two are close.
+    """
+    from tests.support.gpu_worker import gpu_worker
+
+    options = {name: {"quantization": "fp8"} for name in models}
+    paths = {name: path for name, (_, path) in models.items()}
+    local = gpu_worker(paths, lanes=2, spare_slabs=spare_slabs, model_options=options)
+    outputs: dict[tuple[str, int], list[int]] = {}
+    with caplog.at_level(logging.WARNING):
+        for name in models:
+            local.submit(f"{name}alone", name, prompts(1, 300, seed=9)[0], max_tokens=30)
+            local.run(rounds=10**6)
+        for name in models:
+            for i, prompt in enumerate(prompts(24, 700, seed=3)):
+                local.submit(f"{name}{i}", name, prompt, max_tokens=20 + i)
+        local.run(rounds=10**6)
+    assert not [record for record in caplog.records if "fp8" in record.message]
+    for name in models:
+        for i, prompt in enumerate([*prompts(24, 700, seed=3), *prompts(1, 300, seed=9)]):
+            output = local.outbox.tokens[f"{name}{i if i < 24 else 'alone'}", 0]
+            outputs[name, i] = output
+            assert max(output) < VOCAB
+            far = margins(models[name][0], prompt, output)  # of a wrong token: 2 to 4
+            limit = 0.5 if i == 24 else 1.0
+            assert float(far.max()) < limit and float((far > 0).float().mean()) < 0.5, (name, i, far)
+    assert len({tuple(output) for output in outputs.values()}) == len(outputs)
+    local.close()
