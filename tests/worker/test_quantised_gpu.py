@@ -33,8 +33,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Pat
 def test_texts_are_likely_ones_of_the_quantised_models(
     models: dict, spare_slabs: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Alone, in a batch and, with little memory, between evictions. Activations go through fp8 too, which shifts
-    logits by some hundredths of their spread, so tokens may differ where two are close.
+    """Alone, in a batch and, with little memory, between evictions.
+
+    Activations go through fp8 too, which shifts logits by some hundredths of their spread: tokens may differ
+    where two are close.
     """
     from tests.support.gpu_worker import gpu_worker
 
