@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Pat
 def test_texts_are_likely_ones_of_the_quantised_models(
     models: dict, spare_slabs: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Alone, in a batch and, with little memory, between evictions.
+    """Alone, in a batch and, with little memory, between evictions; qwen3 takes the plain path.
 
     Activations go through fp8 too, which shifts logits by some hundredths of their spread: tokens may differ
     where two are close.
@@ -52,14 +52,14 @@ def test_texts_are_likely_ones_of_the_quantised_models(
             for i, prompt in enumerate(prompts(24, 700, seed=3)):
                 local.submit(f"{name}{i}", name, prompt, max_tokens=20 + i)
         local.run(rounds=10**6)
-    assert not [record for record in caplog.records if "fp8" in record.message]
+    (said,) = [record.message for record in caplog.records if "fp8" in record.message]
+    assert "its size of heads" in said, "qwen3's heads of 32"
     for name in models:
         for i, prompt in enumerate([*prompts(24, 700, seed=3), *prompts(1, 300, seed=9)]):
             output = local.outbox.tokens[f"{name}{i if i < 24 else 'alone'}", 0]
             outputs[name, i] = output
             assert max(output) < VOCAB
             far = margins(models[name][0], prompt, output)  # of a wrong token: 2 to 4
-            limit = 0.5 if i == 24 else 1.0
-            assert float(far.max()) < limit and float((far > 0).float().mean()) < 0.5, (name, i, far)
+            assert float(far.max()) < 1.0 and float((far > 0).float().mean()) < 0.5, (name, i, far)
     assert len({tuple(output) for output in outputs.values()}) == len(outputs)
     local.close()

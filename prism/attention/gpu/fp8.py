@@ -1,8 +1,8 @@
 """Several rows times fp8 weights on the matrix units, which want both sides in fp8.
 
 So each row is quantised on its way: one scale a row, from its largest number, in the kernel that computes the
-row anyway where there is one (norm, activation). The product then is cuBLAS's, which multiplies by both
-scales at its end. One row alone keeps its precision: it is bound by reading the weights (linear.py).
+row anyway where there is one (norm, activation). The product is cuBLAS's or that of few_rows.py; both
+multiply by the scales at their end. One row alone keeps its precision: reading weights binds it (linear.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from prism.attention.gpu.few_rows import few_linear, is_few
 from prism.attention.gpu.launch import has_fp8, overlap
 from prism.attention.gpu.rows import normed_row, silu_mul_row
 from prism.attention.kernels import Stream, Weight
@@ -59,6 +60,8 @@ def slow_because(spec: ModelSpec) -> str | None:
 def scaled_linear(x: Quantised, weight: Weight, bias: Tensor | None) -> Tensor:
     """Rows times `weight [out, in]` transposed, in bf16."""
     assert weight.scale is not None
+    if is_few(*x.values.shape):
+        return few_linear(x.values, x.scales, weight, bias)
     return torch._scaled_mm(
         x.values,
         weight.values.t(),

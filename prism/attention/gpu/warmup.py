@@ -12,6 +12,8 @@ from torch import Tensor
 
 from prism.attention.gpu.argmax import PARTS, draw_greedy
 from prism.attention.gpu.decode import SCRATCH_BYTES, Split, choose_split, decode_attention
+from prism.attention.gpu.few_rows import PADDED, few_linear, is_few
+from prism.attention.gpu.few_rows import choose_tile as choose_few_tile
 from prism.attention.gpu.fp8 import norm_quantised, quantised, silu_mul_quantised, slow_because
 from prism.attention.gpu.linear import choose_tile, is_supported, vector_linear
 from prism.attention.gpu.prefill import Chunk, prefill_attention, tiles_of
@@ -33,6 +35,8 @@ def load_kernels(device: torch.device, spec: ModelSpec, dtype: torch.dtype, toke
     with torch.inference_mode(), torch.cuda.stream(stream):
         _products(device, spec, dtype)
         _rows(device, spec, dtype)
+        if spec.quantization == "fp8" and slow_because(spec) is None:
+            _few_rows(device, spec)
         _attention(device, spec, dtype, tokens_per_block)
         stream.synchronize()
 
@@ -68,6 +72,23 @@ def _products(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None
             silu=silu,
             tile=choose_tile(size, width, silu=silu, is_fp8=is_fp8),
         )
+
+
+def _few_rows(device: torch.device, spec: ModelSpec) -> None:
+    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
+    all_heads = heads + 2 * spec.num_kv_heads * spec.head_dim
+    for size, width, has_bias in (
+        (all_heads, hidden, spec.attention_bias),
+        (hidden, heads, spec.output_bias),
+        (2 * spec.intermediate_size, hidden, False),
+        (hidden, spec.intermediate_size, False),
+    ):
+        for rows in PADDED if is_few(1, width) else ():
+            values = torch.zeros(64, width, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+            scales = torch.zeros(64, 1, dtype=torch.float32, device=device)
+            bias = torch.zeros(64, dtype=torch.bfloat16, device=device) if has_bias else None
+            tile = choose_few_tile(rows, size, width)
+            few_linear(values[:rows], scales[:rows], Weight(values, scales[:, 0]), bias, tile)
 
 
 def _rows(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None:

@@ -59,8 +59,8 @@ def test_rows_are_quantised_as_torch_does(rows: int, width: int) -> None:
     assert bool((zeros.scales == 1).all()) and not zeros.values.view(torch.uint8).any()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 64, 513])
-@pytest.mark.parametrize(("size", "width"), [(6144, 4096), (1152, 896)])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 65, 513])
+@pytest.mark.parametrize(("size", "width"), [(6144, 4096), (1152, 896), (16400, 2048), (1008, 1040)])
 def test_products_multiply_both_scales(rows: int, size: int, width: int) -> None:
     from prism.attention.gpu import fp8
 
@@ -73,11 +73,9 @@ def test_products_multiply_both_scales(rows: int, size: int, width: int) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "limit"), [(1, 0.01), (2, 0.06), (33, 0.06)])
+@pytest.mark.parametrize("rows", [1, 2, 33, 100])
 @pytest.mark.parametrize(("hidden", "size"), [(2048, 8192), (4096, 14336), (896, 4864), (1000, 2008)])
-def test_products_with_what_is_fused(
-    rows: int, limit: float, hidden: int, size: int, dtype: torch.dtype
-) -> None:
+def test_products_with_what_is_fused(rows: int, hidden: int, size: int, dtype: torch.dtype) -> None:
     """One row keeps its precision. Several go through fp8, unless the format or a width forbids it."""
     from prism.attention.gpu.kernels import GpuKernels
 
@@ -100,22 +98,23 @@ def test_products_with_what_is_fused(
         total = stream.residual if stream.delta is None else stream.residual + stream.delta
         outs.append((first, total, kernels.norm_linear(stream, norm, 1e-5, qkv, None)[0]))
     is_plain = dtype is torch.float16 or hidden % 16 != 0
+    is_precise = is_plain or (rows == 1 and hidden % 256 == 0)
     for actual, expected in zip(*outs, strict=True):
-        assert distance(actual, expected) < (0.01 if is_plain else limit)
+        assert distance(actual, expected) < (0.01 if is_precise else 0.06)
 
 
 def test_products_in_graphs_leave_no_workspaces_behind() -> None:
     from prism.attention.gpu import fp8
 
     torch.manual_seed(0)
-    matrix, x = weight(6144, 4096), random(64, 4096)
+    matrix, x = weight(6144, 4096), random(100, 4096)
     eager = fp8.scaled_linear(fp8.quantised(x), matrix, None)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = fp8.scaled_linear(fp8.quantised(x), matrix, None)
-    x.copy_(random(64, 4096))
+    x.copy_(random(100, 4096))
     graph.replay()
     torch.cuda.synchronize()
     assert not torch.equal(out, eager)
