@@ -194,20 +194,9 @@ def rotate_and_store(
 
 @triton.jit(do_not_specialize=["ROWS"])
 def _inputs_kernel(
-    step,
-    tables,
-    last_tokens,
-    embed,
-    out,
-    positions,
-    slots,
-    table_stride,
-    ROWS,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    step, tables, last_tokens, embed, out, positions, slots, table_stride, ROWS,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One row of a decode step: note its newest block, look up its newest token's embedding."""
     if PDL:
         gdc_launch_dependents()
