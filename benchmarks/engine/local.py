@@ -114,9 +114,8 @@ class LocalModel:
         device.backend.prepare(profile.spec)
 
     def close(self) -> None:
-        """Give all memory back."""
+        """Give all memory back. Its graphs stay with the lane, so no model may follow that captures some."""
         torch.cuda.synchronize()
-        self.device.backend.forget(self.engine.runner)
         self.arena.close()
         for owner in (WeightsOwner(self.name), KvOwner(self.name)):
             self.device.pool.give_back(owner, self.device.pool.owned(owner))

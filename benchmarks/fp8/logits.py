@@ -15,12 +15,16 @@ from local import SHAPES, LocalModel
 from prism.attention.gpu.decode import choose_split
 from prism.attention.gpu.kernels import GpuPlan
 from prism.attention.gpu.prefill import Chunk, tiles_of
+from prism.attention.kernels import Weight
 from prism.engine.gpu.runner import GpuRunner
 
 
 @torch.inference_mode()
 def reference(model: LocalModel, shape: str, prompt: list[int]) -> torch.Tensor:
-    """`[tokens, vocabulary]` of transformers in fp32. It takes 4 bytes a weight beside the pool."""
+    """`[tokens, vocabulary]` of transformers in fp32 over what the model's weights stand for.
+
+    It takes 4 bytes a weight beside the pool.
+    """
     given = {key: value for key, value in SHAPES[shape].items() if key not in ("rope_theta", "torch_dtype")}
     theta = SHAPES[shape]["rope_theta"]
     config = LlamaConfig(**given, rope_parameters={"rope_type": "default", "rope_theta": theta})
@@ -29,7 +33,10 @@ def reference(model: LocalModel, shape: str, prompt: list[int]) -> torch.Tensor:
         exact = LlamaForCausalLM(config).float().eval()
     state = exact.state_dict()
     for entry in model.profile.weights.entries:
-        parts = model.tensors[entry.name].split([source.shape[0] for source in entry.sources])
+        if not entry.sources:
+            continue
+        weight = Weight(model.tensors[entry.name], model.tensors.get(f"{entry.name}_scale"))
+        parts = weight.plain(torch.float32).split([source.shape[0] for source in entry.sources])
         for source, part in zip(entry.sources, parts, strict=True):
             state[source.name].copy_(part)
     return exact(torch.tensor([prompt], device="cuda")).logits[0]

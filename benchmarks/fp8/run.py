@@ -39,21 +39,26 @@ def engine_benchmark() -> Any:
 
 
 def logits(device: Device, shape: str, folder: Path) -> dict[str, Any]:
-    """Both against fp32: tokens in chunks, whose activations go through fp8 too, and tokens one by one."""
+    """All against fp32: tokens in chunks, whose activations go through fp8 too, and tokens one by one.
+
+    `weights` is transformers in fp32 over the quantised weights: what quantising weights alone changes.
+    """
     prompt = torch.randint(0, 128000, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
     sizes = [100] * ((TOKENS - ONE_BY_ONE) // 100) + [1] * ONE_BY_ONE
     results: dict[str, Any] = {}
+    parts = {"chunks": slice(0, TOKENS - ONE_BY_ONE), "one_by_one": slice(TOKENS - ONE_BY_ONE, None)}
     exact: torch.Tensor | None = None
     for kind in KINDS:
         model = LocalModel(device, shape, f"{shape}-{kind}-logits", folder, 1, 64, kind)
-        if exact is None:
-            exact = reference(model, shape, prompt)
-            gc.collect()
-            torch.cuda.empty_cache()
+        theirs = reference(model, shape, prompt)
+        gc.collect()
+        torch.cuda.empty_cache()
+        exact = theirs if exact is None else exact
         mine = ours(model, prompt, sizes)
         assert bool(torch.isfinite(mine).all())
-        parts = {"chunks": slice(0, TOKENS - ONE_BY_ONE), "one_by_one": slice(TOKENS - ONE_BY_ONE, None)}
         results[kind] = {name: compare(mine[part], exact[part]) for name, part in parts.items()}
+        if kind == "fp8":
+            results["weights"] = {name: compare(theirs[part], exact[part]) for name, part in parts.items()}
         model.close()
     return results
 
@@ -62,8 +67,10 @@ def steps(device: Device, shape: str, bandwidth: float, folder: Path) -> dict[st
     """Decode steps and first tokens of both."""
     engine = engine_benchmark()
     results: dict[str, Any] = {}
-    for kind in KINDS:
-        model = LocalModel(device, shape, f"{shape}-{kind}-steps", folder, 24, 64, kind)
+    models = {
+        kind: LocalModel(device, shape, f"{shape}-{kind}-steps", folder, 16, 64, kind) for kind in KINDS
+    }
+    for kind, model in models.items():
         found: dict[str, Any] = {"weights_gb": round(model.profile.weights.total_bytes / 1e9, 3)}
         for batch in (1, 8, 64):
             engine.decode(model, batch, bandwidth, 64)
@@ -71,6 +78,7 @@ def steps(device: Device, shape: str, bandwidth: float, folder: Path) -> dict[st
         for length in (512, 4000):
             found[f"prompt_{length}"] = engine.first_token(model, length)
         results[kind] = found
+    for model in models.values():
         model.close()
     return results
 
@@ -90,11 +98,11 @@ def main() -> None:
         "torch": torch.__version__,
         "copy_tb_s": round(bandwidth / 1e12, 3),
     }
-    device = open_device(Bytes(60 * GiB), batch=64)
-    torch.cuda.set_per_process_memory_fraction(1.0)  # the reference lies beside the pool
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for shape in options.shapes.split(","):
+            device = open_device(Bytes(60 * GiB), batch=64)  # anew: graphs hold addresses of models that end
+            torch.cuda.set_per_process_memory_fraction(1.0)  # the reference lies beside the pool
             if "logits" in wanted:
                 results[f"logits_{shape}"] = logits(device, shape, folder)
                 print(f"logits_{shape}", json.dumps(results[f"logits_{shape}"]), flush=True)
@@ -104,6 +112,9 @@ def main() -> None:
             if "activation" in wanted:
                 results[f"activation_{shape}"] = {k: activation(device, shape, k, folder) for k in KINDS}
                 print(f"activation_{shape}", json.dumps(results[f"activation_{shape}"]), flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+            device.close()
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -29,10 +29,10 @@ class FewTile(NamedTuple):
 
 
 TILES = {
-    (16, False): FewTile(32, 256, 4, 5),
+    (16, False): FewTile(64, 256, 4, 6),
     (16, True): FewTile(64, 256, 4, 4),
-    (64, False): FewTile(64, 256, 4, 4),
-    (64, True): FewTile(64, 256, 4, 4),
+    (64, False): FewTile(64, 128, 4, 8),
+    (64, True): FewTile(64, 256, 4, 3),
 }
 """By padded rows, and whether there are many channels."""
 MANY = 16384
