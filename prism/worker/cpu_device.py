@@ -21,6 +21,7 @@ from prism.weights.copiers import Copier, HostCopier
 from prism.weights.registrations import Pinner
 from prism.worker.device import Device
 from prism.worker.lanes import Work
+from prism.worker.notices import Notices
 
 MAX_SEQUENCES = 65536
 """A CPU keeps no tables for its sequences, so this only has to be more than can ever run."""
@@ -45,6 +46,7 @@ class TorchBackend:
     def __init__(self, device: torch.device) -> None:
         self._kernels = TorchKernels(device)
         self.copier: Copier = HostCopier()
+        self._notices = Notices()
 
     def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
         """See `Backend.runner`."""
@@ -64,6 +66,8 @@ class TorchBackend:
 
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`."""
+        if spec.quantization == "fp8":
+            self._notices.slow_fp8("CPUs have no products of fp8")
         if spec.dtype is DType.BF16:
             self._kernels.cpu_linear.tune()
 

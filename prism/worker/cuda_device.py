@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from prism.attention.gpu.fp8 import slow_because
 from prism.attention.gpu.kernels import HEAD_DIMS
 from prism.attention.gpu.warmup import load_kernels
 from prism.attention.kernels import KvView
@@ -32,9 +33,11 @@ from prism.weights.registrations import Pinner
 from prism.worker.device import Device
 from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
+from prism.worker.notices import Notices
 
 TORCH_RESERVE = 4 * GiB
 """What torch's own allocator may take beside the pool, for the intermediate results of a step."""
+UNUSUAL = "the GPU kernels are not made for fp32 or for its size of heads"
 SLOTS_PER_BATCH = 4
 """Sequences of one lane that may hold blocks, in full batches: several models share it."""
 
@@ -113,6 +116,7 @@ class GpuBackend:
         self._device = device
         self._lanes = lanes
         self._graphs = [Graphs(lane.stream, lane.pool) for lane in lanes]
+        self._notices = Notices()
 
     def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
         """See `Backend.runner`."""
@@ -149,6 +153,8 @@ class GpuBackend:
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`. Compiles on the first use of a machine; later a matter of milliseconds."""
         layout = plan_kv_layout(spec, self._slab_bytes)
+        if spec.quantization == "fp8":
+            self._notices.slow_fp8(UNUSUAL if not is_fused(spec) else slow_because(spec))
         if is_fused(spec) and layout is not None:
             load_kernels(self._device, spec, torch_dtype(spec.dtype), layout.tokens_per_block)
 

@@ -148,7 +148,10 @@ class LocalWorker:
 
     def fetch(self, model: ModelId) -> PackedWeights:
         """Packs on the spot."""
-        return pack_here(WeightSource(model=model, path=str(self.paths[model])))
+        config = self.config.model(model)
+        assert config is not None
+        path, quantization = str(self.paths[model]), config.quantization
+        return pack_here(WeightSource(model=model, path=path, quantization=quantization))
 
     def poison(self, slabs: Iterable[int] | None = None) -> None:
         """Fill free slabs with NaN."""
