@@ -4,16 +4,19 @@ Pure: it mutates sequences and blocks and knows neither torch nor time. Decodes 
 a step. A step is made while the ones before it are still queued: it counts their tokens as computed, and
 the tokens that they draw as pending. Memory is asked for beforehand by the worker (`blocks_wanted`); what
 could not be had bounds the step, and when even the decodes do not fit, the youngest sequence gives its blocks
-back and is recomputed.
+back; what is not found again when it goes on, on the device or in host memory, is computed again.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import NamedTuple
 
-from prism.engine.kv_blocks import KvSpace, Move
+from prism.engine.host_blocks import Fetch, HostTier
+from prism.engine.kv_blocks import BlockKey, Dropped, KvSpace, Move
 from prism.engine.sequence import Sequence
 from prism.types import BlockId, RequestId
 
@@ -34,11 +37,20 @@ class Step:
     chunks: tuple[Chunk, ...]
     new_blocks: tuple[BlockId, ...]
     """Blocks that get their first tokens in this step."""
+    dropped: tuple[Dropped, ...] = ()
+    """Cached blocks whose bytes this step may overwrite: what is to be saved of them is copied before it."""
+    fetches: tuple[Fetch, ...] = ()
+    """Copies that this step reads."""
 
     @property
     def has_prompts(self) -> bool:
         """It computes chunks of prompts, which fill a device; decodes alone do not."""
         return any(chunk.length > 1 for chunk in self.chunks)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of those chunks."""
+        return sum(chunk.length for chunk in self.chunks if chunk.length > 1)
 
 
 class Slots:
@@ -70,6 +82,10 @@ class Scheduler:
         self._slots = slots
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []  # admitted and not started, or preempted
+        self.host: HostTier | None = None
+        """Where blocks wait that have lost their place on the device."""
+        self._dropped: list[Dropped] = []
+        self._fetches: list[Fetch] = []
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         """Tokens looked up in the prefix cache, each sequence once."""
@@ -85,6 +101,7 @@ class Scheduler:
         Queued steps may still read and write them: whoever gets them next is queued behind those.
         """
         sequence.is_ended = True
+        self._publish(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -122,21 +139,43 @@ class Scheduler:
         return wanted
 
     def _prefix(self, sequence: Sequence) -> tuple[int, int]:
-        """Blocks and tokens that the prefix cache would give a waiting sequence."""
+        """Blocks and tokens that a waiting sequence would find: blocks on the device, tokens anywhere."""
         size = self.kv.layout.tokens_per_block
-        found = self.kv.num_published(sequence.full_keys(size, len(sequence.tokens) - 1))
-        return found, found * size
+        held = found = 0
+        for count, is_here in self._runs(sequence.full_keys(size, len(sequence.tokens) - 1)):
+            held += count * is_here
+            found += count
+        return held, found * size
+
+    def _runs(self, keys: list[BlockKey]) -> Iterator[tuple[int, bool]]:
+        """A prefix's blocks that need not be computed: so many on the device, so many in host memory, ..."""
+        found = 0
+        while True:
+            count = self.kv.num_published(islice(keys, found, None))
+            if count:
+                yield count, True
+            found += count
+            if self.host is None or found == len(keys):
+                return
+            missing = takewhile(self.kv.is_missing, islice(keys, found, None))
+            count = self.host.num_worth(missing)
+            if not count:
+                return
+            yield count, False
+            found += count
 
     def schedule(self, budget: int) -> Step | None:
         """The next step of at most `budget` tokens, or None when nothing can run.
 
         1. Running sequences in order: one token each for decodes, a chunk for unfinished prompts. Those that
            can only go on when tokens on their way are known sit out.
-        2. A running sequence without room takes it from the youngest running one (which may be itself).
+        2. A running sequence without room takes it from the prefix cache, then from the youngest running one
+           (which may be itself).
         3. Waiting sequences, prefix cache first, as far as budget, batch size and blocks reach.
         """
         chunks: list[Chunk] = []
         fresh: list[BlockId] = []
+        self._dropped, self._fetches = [], []
         size = self.kv.layout.tokens_per_block
         index = 0
         while index < len(self.running) and budget > 0:  # 1; preemption shortens the list from its end
@@ -154,7 +193,9 @@ class Scheduler:
                 chunks.append(_take(sequence, length))
                 index += 1
         self._start_waiting(budget, chunks, fresh)  # 3
-        return Step(tuple(chunks), tuple(fresh)) if chunks else None
+        if not chunks:
+            return None
+        return Step(tuple(chunks), tuple(fresh), tuple(self._dropped), tuple(self._fetches))
 
     def _make_room(self, sequence: Sequence, length: int, fresh: list[BlockId]) -> int:
         """Blocks for `length` more tokens, or for fewer; 0 when the sequence itself had to give way."""
@@ -162,6 +203,9 @@ class Scheduler:
             fitting = self._extend(sequence, length, fresh)
             if fitting:
                 return fitting
+            if self.kv.num_cached:
+                self._dropped += self.kv.drop_cached(self.kv.layout.num_blocks(length))
+                continue
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -220,15 +264,37 @@ class Scheduler:
         )
 
     def _match_prefix(self, sequence: Sequence) -> None:
-        """Take published blocks; at least one token is left to compute, since its logits are needed."""
+        """Take published blocks, and have others fetched from host memory as far as free blocks reach.
+
+        At least one token is left to compute, since its logits are needed, and one free block for it.
+        """
         size = self.kv.layout.tokens_per_block
-        sequence.blocks = self.kv.match(sequence.full_keys(size, len(sequence.tokens) - 1))
+        keys = sequence.full_keys(size, len(sequence.tokens) - 1)
+        for count, is_here in list(self._runs(keys)):
+            run = keys[len(sequence.blocks) : len(sequence.blocks) + count]
+            if is_here:
+                sequence.blocks += self.kv.match(run)
+                continue
+            fetched = self._fetch(run[: max(0, self.kv.num_free - 1)])
+            sequence.blocks += fetched
+            if len(fetched) < count:
+                break
         sequence.num_published = len(sequence.blocks)
         sequence.num_computed = sequence.num_published * size
         if not sequence.is_started:
             self.num_prefix_queries += len(sequence.tokens)
             self.num_prefix_hits += sequence.num_computed
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
+
+    def _fetch(self, keys: list[BlockKey]) -> list[BlockId]:
+        """Blocks for these keys, published at once: whoever takes them runs behind the copies."""
+        blocks = self.kv.allocate(len(keys))
+        assert blocks is not None and (self.host is not None or not keys)
+        for block, key in zip(blocks, keys, strict=True):
+            assert self.host is not None
+            self.kv.publish(block, key)
+            self._fetches.append(Fetch(self.host.use(key), block))
+        return blocks
 
     # --- afterwards ----------------------------------------------------------------------------------
 
@@ -248,13 +314,14 @@ class Scheduler:
         sequence.num_published = len(keys)
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._publish(sequence)  # of a step that is queued too: who takes these blocks runs behind it
         self.running.remove(sequence)
         self._release(sequence)
         self.num_preemptions += 1
         insort(self.waiting, sequence, key=_rank)
 
     def preempt_youngest(self) -> Sequence | None:
-        """Take the blocks of the youngest sequence; it is recomputed later."""
+        """Take the blocks of the youngest sequence; the full ones are cached until their place is needed."""
         if not self.running:
             return None
         victim = self.running[-1]

@@ -29,6 +29,8 @@ from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType, GiB, LaneId
 from prism.weights.copiers import Copier, CudaCopier
 from prism.weights.registrations import Pinner
+from prism.worker.copies import Run
+from prism.worker.costs import Guess
 from prism.worker.device import Device
 from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
@@ -83,6 +85,22 @@ class Event:
         return done
 
 
+class Copies(Event):
+    """Copies queued on the current stream, behind what is there."""
+
+    def __init__(self, driver: CudaDriver, runs: Sequence[Run], stream: torch.cuda.Stream) -> None:
+        self._begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._begin.record(stream)
+        driver.copy_async(runs, stream.cuda_stream)
+        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.event.record(stream)
+
+    def seconds(self) -> float:
+        """See `CopyWork.seconds`."""
+        elapsed: float = self._begin.elapsed_time(self.event)
+        return elapsed / 1e3
+
+
 class PlainRunner:
     """Steps in torch operations on a lane's stream, for what the GPU kernels are not made for; they wait."""
 
@@ -102,9 +120,15 @@ class PlainRunner:
 class GpuBackend:
     """See `Backend`."""
 
-    def __init__(self, device: torch.device, lanes: list[GpuLane], slab_bytes: Bytes, pinner: Pinner) -> None:
+    guess = Guess(operations=2e14, bytes=2e10)
+
+    def __init__(
+        self, device: torch.device, lanes: list[GpuLane], slab_bytes: Bytes, driver: CudaDriver
+    ) -> None:
         self.copier: Copier = CudaCopier(device)
-        self.pinner: Pinner | None = pinner
+        self.pinner: Pinner | None = driver
+        self._driver = driver
+        self._swap = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._slab_bytes = slab_bytes
         self.num_lanes = len(lanes)
         self.max_sequences = lanes[0].shape.max_sequences
@@ -126,6 +150,18 @@ class GpuBackend:
             sources, targets = places.to(self._device, non_blocking=True)
             kv.pages.index_copy_(0, targets, kv.pages.index_select(0, sources))
             return Event()
+
+    def copy_out(self, runs: Sequence[Run], lane: LaneId, *, aside: bool) -> Copies:
+        """See `Backend.copy_out`."""
+        stream = self._lanes[lane].stream
+        if aside:
+            self._swap.wait_stream(stream)
+            stream = self._swap
+        return Copies(self._driver, runs, stream)
+
+    def copy_in(self, runs: Sequence[Run], lane: LaneId) -> Copies:
+        """See `Backend.copy_in`."""
+        return Copies(self._driver, runs, self._lanes[lane].stream)
 
     def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
         """See `Backend.wait_for`. Nothing waits on the host."""

@@ -1,0 +1,39 @@
+"""Copies between device and host memory, as values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from prism.types import Address, Bytes
+
+
+class Run(NamedTuple):
+    """Copy so many bytes."""
+
+    source: Address
+    target: Address
+    size: Bytes
+
+
+class CopyWork(Protocol):
+    """Copies that have been queued."""
+
+    def is_done(self) -> bool:
+        """They have run."""
+        ...
+
+    def seconds(self) -> float:
+        """How long they ran, once they have; 0 if nobody knows."""
+        ...
+
+
+def merged(runs: list[Run]) -> list[Run]:
+    """Neighbours on both sides become one copy."""
+    found: list[Run] = []
+    for run in runs:
+        last = found[-1] if found else None
+        if last is not None and (last.source + last.size, last.target + last.size) == run[:2]:
+            found[-1] = Run(last.source, last.target, Bytes(last.size + run.size))
+        else:
+            found.append(run)
+    return found
