@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import itemgetter
 from typing import NamedTuple
 
 from prism.engine.kv_layout import KvLayout
@@ -40,6 +41,8 @@ class Dropped(NamedTuple):
 
     key: BlockKey
     block: BlockId
+    last_use: int
+    """Grows with each block that is released into the cache; a sequence's beginning comes after its end."""
 
 
 class Gathered(NamedTuple):
@@ -62,6 +65,7 @@ class _Block:
 
     references: int = 1
     key: BlockKey | None = None
+    last_use: int = 0
 
 
 class DroppedGroup:
@@ -77,15 +81,14 @@ class DroppedGroup:
 
     def __iter__(self) -> Iterator[Dropped]:
         """By place."""
-        for block in sorted(self._records):
-            key = self._records[block].key
-            assert key is not None
-            yield Dropped(key, block)
+        for block, record in sorted(self._records.items(), key=itemgetter(0)):
+            assert record.key is not None
+            yield Dropped(record.key, block, record.last_use)
 
 
 def grouped(dropped: Iterable[Dropped]) -> DroppedGroup:
     """Blocks that were dropped one by one."""
-    return DroppedGroup({block: _Block(0, key) for key, block in dropped})
+    return DroppedGroup({block: _Block(0, key, last_use) for key, block, last_use in dropped})
 
 
 class _Slab:
@@ -262,7 +265,7 @@ class KvSpace:
             if not record.references and record.key is not None:
                 del self._published[record.key], self._cached[record.key]
                 self._put_free(block)
-                dropped.append(Dropped(record.key, block))
+                dropped.append(Dropped(record.key, block, record.last_use))
         return dropped
 
     def _vacate(self, slab: SlabId) -> tuple[Move, ...]:
@@ -306,7 +309,7 @@ class KvSpace:
             self._num_used -= 1
             if record.key is not None and self._published.get(record.key) == block:
                 self._serial += 1
-                home.last_use = self._serial
+                home.last_use = record.last_use = self._serial
                 self._cached[record.key] = None
             else:
                 self._put_free(block)
@@ -355,8 +358,9 @@ class KvSpace:
         for _ in range(max(0, min(count, len(self._cached)))):
             key, _none = self._cached.popitem(last=False)
             block = self._published.pop(key)
+            last_use = self._slabs[self._slab_of(block)].records[block].last_use
             self._put_free(block)
-            dropped.append(Dropped(key, block))
+            dropped.append(Dropped(key, block, last_use))
         return dropped
 
     def _slab_of(self, block: BlockId) -> SlabId:

@@ -125,11 +125,11 @@ class Scheduler:
         num_running = len(self.running)
         size = self.kv.layout.tokens_per_block
         for place, sequence in enumerate([*self.running, *self.waiting][: self.max_batch_size]):
-            held, computed = len(sequence.blocks), sequence.num_computed
-            if place >= num_running:
-                held, computed = self._prefix(sequence)
-            elif not sequence.can_step:
+            if place < num_running and not sequence.can_step:
                 continue
+            held, computed = len(sequence.blocks), sequence.num_computed
+            if sequence.num_missing > size:
+                held, computed = self._prefix(sequence)
             length = min(sequence.num_total - computed, budget)
             if length == 0:
                 break
@@ -139,17 +139,19 @@ class Scheduler:
         return wanted
 
     def _prefix(self, sequence: Sequence) -> tuple[int, int]:
-        """Blocks and tokens that a waiting sequence would find: blocks on the device, tokens anywhere."""
-        size = self.kv.layout.tokens_per_block
-        held = found = 0
-        for count, is_here in self._runs(sequence.full_keys(size, len(sequence.tokens) - 1)):
+        """Blocks that a sequence has or would find on the device, and tokens that it need not compute."""
+        held, computed = len(sequence.blocks), sequence.num_computed
+        for count, is_here in self._runs(sequence):
             held += count * is_here
-            found += count
-        return held, found * size
+            computed += count * self.kv.layout.tokens_per_block
+        return held, computed
 
-    def _runs(self, keys: list[BlockKey]) -> Iterator[tuple[int, bool]]:
-        """A prefix's blocks that need not be computed: so many on the device, so many in host memory, ..."""
-        found = 0
+    def _runs(self, sequence: Sequence) -> Iterator[tuple[int, bool]]:
+        """What a prompt need not compute next: so many blocks on the device, so many in host memory, ..."""
+        size, found = self.kv.layout.tokens_per_block, len(sequence.blocks)
+        if sequence.num_missing <= size or sequence.num_computed != found * size:
+            return
+        keys = sequence.full_keys(size, len(sequence.tokens) - 1)
         while True:
             count = self.kv.num_published(islice(keys, found, None))
             if count:
@@ -184,6 +186,8 @@ class Scheduler:
                 index += 1
                 continue
             missing = sequence.num_missing
+            if missing > size:
+                missing = self._find_prefix(sequence)
             if missing == 1 and sequence.num_computed < len(sequence.blocks) * size:
                 length = 1  # the common case: a decode whose block has room
             else:
@@ -235,8 +239,7 @@ class Scheduler:
                 passed.append(sequence)
                 continue
             sequence.slot = self._slots.take()
-            self._match_prefix(sequence)
-            length = self._extend(sequence, min(sequence.num_missing, budget), fresh)
+            length = self._extend(sequence, min(self._match_prefix(sequence), budget), fresh)
             if length == 0:
                 self._release(sequence)
                 passed.append(sequence)
@@ -263,28 +266,38 @@ class Scheduler:
             for other in self.running
         )
 
-    def _match_prefix(self, sequence: Sequence) -> None:
-        """Take published blocks, and have others fetched from host memory as far as free blocks reach.
-
-        At least one token is left to compute, since its logits are needed, and one free block for it.
-        """
-        size = self.kv.layout.tokens_per_block
-        keys = sequence.full_keys(size, len(sequence.tokens) - 1)
-        for count, is_here in list(self._runs(keys)):
-            run = keys[len(sequence.blocks) : len(sequence.blocks) + count]
-            if is_here:
-                sequence.blocks += self.kv.match(run)
-                continue
-            fetched = self._fetch(run[: max(0, self.kv.num_free - 1)])
-            sequence.blocks += fetched
-            if len(fetched) < count:
-                break
-        sequence.num_published = len(sequence.blocks)
-        sequence.num_computed = sequence.num_published * size
+    def _match_prefix(self, sequence: Sequence) -> int:
+        """A waiting sequence takes what there is of its prefix; tokens that it should compute next."""
+        length = self._find_prefix(sequence)
         if not sequence.is_started:
             self.num_prefix_queries += len(sequence.tokens)
-            self.num_prefix_hits += sequence.num_computed
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
+        return length
+
+    def _find_prefix(self, sequence: Sequence) -> int:
+        """Take published blocks and have others fetched, as far as free blocks reach; tokens left to compute.
+
+        One token at least is left, since its logits are needed, and one free block for it. If it is for want
+        of blocks that not all is fetched, one block is computed, and then there may be room for the rest.
+        """
+        size = self.kv.layout.tokens_per_block
+        runs = list(self._runs(sequence))
+        if not runs:
+            return sequence.num_missing
+        self._publish(sequence)
+        wanted = len(sequence.blocks) + sum(count for count, _ in runs)
+        for count, is_here in runs:
+            begin = len(sequence.blocks)
+            keys = sequence.keys[begin : begin + count]
+            found = self.kv.match(keys) if is_here else self._fetch(keys[: max(0, self.kv.num_free - 1)])
+            sequence.blocks += found
+            if len(found) < count:
+                break
+        if not sequence.is_started:
+            self.num_prefix_hits += len(sequence.blocks) * size - sequence.num_computed
+        sequence.num_published = len(sequence.blocks)
+        sequence.num_computed = sequence.num_published * size
+        return sequence.num_missing if sequence.num_published == wanted else size
 
     def _fetch(self, keys: list[BlockKey]) -> list[BlockId]:
         """Blocks for these keys, published at once: whoever takes them runs behind the copies."""

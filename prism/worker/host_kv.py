@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
 from prism.engine.host_blocks import Fetch, HostBlocks, HostPlace
@@ -175,7 +176,7 @@ class HostKv:
         work = self._save(model, chosen, aside=True)
         self._device.swap.queue(model.name, work)
         units = self._device.slab_bytes // self._members[model.name].layout.unit
-        return frozenset(SlabId(block // units) for _, block in chosen)
+        return frozenset(SlabId(item.block // units) for item in chosen)
 
     def save_dropped(self, model: Model, dropped: Iterable[Dropped]) -> None:
         """Save blocks whose place the model itself fills again: copied on its lane, before what follows."""
@@ -222,7 +223,7 @@ class HostKv:
 
         1. None, if they are computed again as quickly.
         2. As many as the link carries in `SAVE_SECONDS`, less what is on its way, and as there is room for.
-        3. The most recently used groups first; in a group by place, as a sequence fills it.
+        3. Those used last; in a group by place, as a sequence fills it.
         4. Not more copies than a stream takes.
         """
         member = self._members.get(model.name)
@@ -256,7 +257,7 @@ class HostKv:
         assert model.lane is not None
         member, size = self._members[model.name], self._members[model.name].layout.block_bytes
         runs, places = [], []
-        for key, block in chosen:
+        for key, block, _ in chosen:
             place = self.blocks.put(member.name, key, size)
             assert place is not None, "there was room"
             places.append(place)
@@ -287,12 +288,13 @@ class HostKv:
         self.blocks.check_references(place for item in self._pending for place in item.places)
 
 
-def _take(items: Iterator[Dropped], limit: int, max_runs: int, step: int) -> list[Dropped]:
-    """The first ones, `limit` at most, that lie in no more than so many runs of neighbours."""
+def _take(items: Iterable[Dropped], limit: int, max_runs: int, step: int) -> list[Dropped]:
+    """`limit` at most, those used last; by place, in no more than so many runs of neighbours."""
+    newest = sorted(items, key=attrgetter("last_use"), reverse=True)[:limit]
     taken: list[Dropped] = []
-    for item in items:
+    for item in sorted(newest, key=attrgetter("block")):
         max_runs -= not taken or item.block != taken[-1].block + step
-        if max_runs < 0 or len(taken) == limit:
+        if max_runs < 0:
             break
         taken.append(item)
     return taken

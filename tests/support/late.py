@@ -96,8 +96,8 @@ class LateCopies:
 
 
 class LateFetches(LateCopies):
-    """Run at once, since what follows on the lane is computed at once; until they are done nobody may write to
-    their sources."""
+    """Run at once, since what follows on the lane is computed at once; nobody may write to their sources
+    before they are done."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         super().__init__(runs)
