@@ -28,7 +28,7 @@ from prism.weights.client import PackedWeights, pack_here
 from prism.weights.copiers import Copier
 from prism.weights.link import Traffic
 from prism.weights.protocol import WeightSource
-from prism.weights.registrations import Registrations
+from prism.weights.registrations import Pinner, Registrations
 from prism.weights.transfers import Transfer
 from prism.worker.cpu_device import cpu_device
 from prism.worker.device import Backend, Device
@@ -67,8 +67,8 @@ class InlineLink:
 class InlineChunks(HostChunks):
     """Host memory that is there as soon as it is asked for; `fail_at` counts chunks from 0."""
 
-    def __init__(self, budget: int, fail_at: int | None = None) -> None:
-        super().__init__(SLAB, budget // SLAB, None)
+    def __init__(self, budget: int, fail_at: int | None = None, pinner: Pinner | None = None) -> None:
+        super().__init__(SLAB, budget // SLAB, pinner)
         self.fail_at = fail_at
 
     def ask(self, count: int) -> None:
@@ -148,7 +148,9 @@ class LocalWorker:
             driver or HostDriver(Bytes(num_slabs * SLAB)), num_slabs, backend
         )
         self.poison()
-        self.chunks = chunks or (InlineChunks(host_kv) if host_kv else None)
+        self.chunks = chunks or (
+            InlineChunks(host_kv, pinner=self.device.backend.pinner) if host_kv else None
+        )
         self.worker = Worker(
             self.config,
             self.config.devices[0],
