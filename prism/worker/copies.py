@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from prism.types import Address, Bytes
@@ -27,7 +28,14 @@ class CopyWork(Protocol):
         ...
 
 
-def merged(runs: list[Run]) -> list[Run]:
+class Grid(NamedTuple):
+    """Memory whose pieces of this size the driver knows one by one: no copy crosses from one to the next."""
+
+    base: Address
+    piece: Bytes
+
+
+def merged(runs: Iterable[Run]) -> list[Run]:
     """Neighbours on both sides become one copy."""
     found: list[Run] = []
     for run in runs:
@@ -37,3 +45,17 @@ def merged(runs: list[Run]) -> list[Run]:
         else:
             found.append(run)
     return found
+
+
+def cut(runs: Iterable[Run], source: Grid, target: Grid) -> Iterator[Run]:
+    """The same copies, none of which crosses a border on either side."""
+    for begin, end, size in runs:
+        done = 0
+        while done < size:
+            step = min(
+                size - done,
+                source.piece - (begin + done - source.base) % source.piece,
+                target.piece - (end + done - target.base) % target.piece,
+            )
+            yield Run(Address(begin + done), Address(end + done), Bytes(step))
+            done += step

@@ -31,6 +31,8 @@ class Chunks(Protocol):
     max_chunks: int
     base: Address
     """Chunk i lies at `base + i * chunk_bytes`."""
+    piece_bytes: Bytes
+    """No copy may cross a border between pieces of this size, counted from `base`."""
     num_ready: int
     """Only grows."""
     error: str | None
@@ -48,6 +50,7 @@ class HostChunks:
         """Takes addresses only."""
         self.chunk_bytes = chunk_bytes
         self.max_chunks = max_chunks
+        self.piece_bytes = min(chunk_bytes, REGISTER_BYTES)
         self.base = memfd.reserve_addresses(Bytes(chunk_bytes * max_chunks))
         self.num_ready = 0
         self.error: str | None = None

@@ -20,7 +20,7 @@ from prism.engine.host_blocks import Fetch, HostBlocks, HostPlace
 from prism.engine.kv_blocks import BlockKey, Dropped, DroppedGroup, grouped
 from prism.engine.kv_layout import KvLayout
 from prism.types import Address, Bytes, ModelId, SlabId
-from prism.worker.copies import CopyWork, Run, merged
+from prism.worker.copies import CopyWork, Grid, Run, cut, merged
 from prism.worker.costs import (
     LEAST_BYTES,
     LEAST_TOKENS,
@@ -97,6 +97,9 @@ class HostKv:
         self.fetching = Average(guess.bytes)
         self._members: dict[ModelId, _Member] = {}
         self._pending: list[_Pending] = []
+        self._grids = (Grid(device.pool.window, device.slab_bytes), Grid(Address(0), size))
+        if chunks is not None:
+            self._grids = (self._grids[0], Grid(chunks.base, chunks.piece_bytes))
         self._aside: dict[HostPlace, CopyWork] = {}  # saves that no lane's order covers
 
     # --- what there is -----------------------------------------------------------------------------
@@ -196,8 +199,8 @@ class HostKv:
             backend.wait_for(lane.lane_id, tuple(late.values()))
         pairs = sorted((self._address(member.layout, block), self._place(member, p)) for p, block in fetches)
         size = member.layout.block_bytes
-        runs = merged([Run(source, target, size) for target, source in pairs])
-        work = backend.copy_in(runs, lane.lane_id)
+        runs = merged(Run(source, target, size) for target, source in pairs)
+        work = backend.copy_in(tuple(cut(runs, *self._grids[::-1])), lane.lane_id)
         lane.queue(model.name, work)
         self._note(work, tuple(place for place, _ in fetches), member, self.fetching)
         member.num_fetched += len(fetches)
@@ -262,7 +265,8 @@ class HostKv:
             assert place is not None, "there was room"
             places.append(place)
             runs.append(Run(self._address(member.layout, block), self._place(member, place), size))
-        work = self._device.backend.copy_out(merged(runs), model.lane.lane_id, aside=aside)
+        cuts = tuple(cut(merged(runs), *self._grids))
+        work = self._device.backend.copy_out(cuts, model.lane.lane_id, aside=aside)
         if aside:
             self._aside.update(dict.fromkeys(places, work))
         self._note(work, tuple(places), member, self.saving)

@@ -16,6 +16,7 @@ from prism.memory.tensors import tensor_at
 from prism.messages import Evict
 from prism.types import Address, Bytes, GiB, LaneId, MiB, ModelId
 from prism.worker.copies import Run
+from prism.worker.costs import Guess
 from prism.worker.device import Device
 from prism.worker.host_chunks import HostChunks
 from prism.worker.needs import LEAST
@@ -108,7 +109,7 @@ def test_copies_aside_run_behind_the_lanes_steps(
 def test_a_lane_is_not_held_up_by_copies_aside(device: Device, host: HostChunks, slabs: torch.Tensor) -> None:
     """A small kernel on the lane runs while a GiB of its model's blocks is still on its way out."""
     lane = device.backend._lanes[LANE]  # type: ignore[attr-defined]
-    small = torch.rand(1024, device=device.device)
+    small = torch.rand(1024, device=device.device).mul_(1.5)  # loads the kernel
     torch.cuda.synchronize()
     copies = device.backend.copy_out(runs(slabs.data_ptr(), host.base, GiB, 64), LANE, aside=True)
     begin = time.perf_counter()
@@ -150,6 +151,15 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+def slow_worker(paths: dict[str, Path], spare_slabs: int) -> Any:
+    """Takes its GPU for so slow that it is worth moving the KV of models as small as these."""
+    from tests.support.gpu_worker import gpu_worker
+
+    local = gpu_worker(paths, lanes=2, spare_slabs=spare_slabs)
+    local.device.backend.guess = Guess(operations=1e9, bytes=2e10)
+    return local
+
+
 def table(local: Any, name: str, count: int) -> torch.Tensor:
     engine = local.worker.models[name].engine
     (sequence,) = engine.scheduler.running
@@ -161,9 +171,7 @@ def table(local: Any, name: str, count: int) -> torch.Tensor:
 
 
 def test_a_model_that_returns_finds_its_kv_bit_by_bit(paths: dict[str, Path]) -> None:
-    from tests.support.gpu_worker import gpu_worker
-
-    local = gpu_worker(paths, lanes=2)
+    local = slow_worker(paths, spare_slabs=100)
     prompt = prompts(1, 2, seed=1)[0] * 1000 + prompts(1, 1000, seed=2)[0]
     contents, texts = [], []
     for name in ("first", "second"):
@@ -192,10 +200,8 @@ def test_conversations_under_pressure(paths: dict[str, Path]) -> None:
 
     Where blocks come late one or two are computed instead, in other chunks: bf16 may end in another text.
     """
-    from tests.support.gpu_worker import gpu_worker
-
-    local = gpu_worker(paths, lanes=2, spare_slabs=22)
-    roomy = gpu_worker(paths, lanes=2, spare_slabs=200)
+    local = slow_worker(paths, spare_slabs=22)
+    roomy = slow_worker(paths, spare_slabs=200)
     history = {name: prompts(1, 600, seed=i)[0] for i, name in enumerate(paths)}
     same_texts = same_cached = 0
     for turn in range(4):
