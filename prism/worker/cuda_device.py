@@ -29,8 +29,9 @@ from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType, GiB, LaneId
 from prism.weights.copiers import Copier, CudaCopier
 from prism.weights.registrations import Pinner
-from prism.worker.copies import Run
+from prism.worker.copies import CopyWork, Run
 from prism.worker.costs import Guess
+from prism.worker.cuda_copies import Copies, Event, Leaving, SwapStream
 from prism.worker.device import Device
 from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
@@ -72,35 +73,6 @@ def _open_lane(pool: SlabPool, device: torch.device, lane: LaneId, shape: LaneSh
     return GpuLane(device, memory, shape)
 
 
-class Event:
-    """Work queued on the current stream until now."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.event.record()
-
-    def is_done(self) -> bool:
-        """It has run."""
-        done: bool = self.event.query()  # type: ignore[no-untyped-call]
-        return done
-
-
-class Copies(Event):
-    """Copies queued on the current stream, behind what is there."""
-
-    def __init__(self, driver: CudaDriver, runs: Sequence[Run], stream: torch.cuda.Stream) -> None:
-        self._begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._begin.record(stream)
-        driver.copy_async(runs, stream.cuda_stream)
-        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self.event.record(stream)
-
-    def seconds(self) -> float:
-        """See `CopyWork.seconds`."""
-        elapsed: float = self._begin.elapsed_time(self.event)
-        return elapsed / 1e3
-
-
 class PlainRunner:
     """Steps in torch operations on a lane's stream, for what the GPU kernels are not made for; they wait."""
 
@@ -128,7 +100,7 @@ class GpuBackend:
         self.copier: Copier = CudaCopier(device)
         self.pinner: Pinner | None = driver
         self._driver = driver
-        self._swap = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._swap = SwapStream(driver, device)
         self._slab_bytes = slab_bytes
         self.num_lanes = len(lanes)
         self.max_sequences = lanes[0].shape.max_sequences
@@ -151,13 +123,10 @@ class GpuBackend:
             kv.pages.index_copy_(0, targets, kv.pages.index_select(0, sources))
             return Event()
 
-    def copy_out(self, runs: Sequence[Run], lane: LaneId, *, aside: bool) -> Copies:
+    def copy_out(self, runs: Sequence[Run], lane: LaneId, *, aside: bool) -> CopyWork:
         """See `Backend.copy_out`."""
         stream = self._lanes[lane].stream
-        if aside:
-            self._swap.wait_stream(stream)
-            stream = self._swap
-        return Copies(self._driver, runs, stream)
+        return self._swap.start(runs, stream) if aside else Copies(self._driver, runs, stream)
 
     def copy_in(self, runs: Sequence[Run], lane: LaneId) -> Copies:
         """See `Backend.copy_in`."""
@@ -166,7 +135,10 @@ class GpuBackend:
     def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
         """See `Backend.wait_for`. Nothing waits on the host."""
         for work in works:
-            if isinstance(work, GpuFlight | Event):
+            if isinstance(work, Leaving):
+                work.queue_all()
+            if isinstance(work, GpuFlight | Event | Leaving):
+                assert work.event is not None
                 self._lanes[lane].stream.wait_event(work.event)
 
     def prepare(self, spec: ModelSpec) -> None:

@@ -25,6 +25,7 @@ from prism.worker.cpu_device import TorchBackend, copy_runs
 from prism.worker.lanes import Work
 
 LOOKS = 3
+COPY_LOOKS = 12
 
 
 class LateFlight:
@@ -73,7 +74,7 @@ class LateRunner:
 
 
 class LateCopies:
-    """Done at the `LOOKS`th look, and run no earlier, unless something is queued that waits for them."""
+    """Done at the `COPY_LOOKS`th look, and run no earlier, unless something is queued that waits for them."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = tuple(runs)
@@ -87,9 +88,9 @@ class LateCopies:
 
     def is_done(self) -> bool:
         self._looks += 1
-        if self._looks >= LOOKS:
+        if self._looks >= COPY_LOOKS:
             self.run()
-        return self._looks >= LOOKS
+        return self._looks >= COPY_LOOKS
 
     def seconds(self) -> float:
         return 0.0

@@ -167,9 +167,10 @@ def test_copies_name_the_slabs_they_read(models: dict, start: Any, monkeypatch: 
 # --- under pressure --------------------------------------------------------------------------------
 
 
-def test_preempted_sequences_are_not_computed_again(models: dict, start: Any) -> None:
-    """More sequences than their KV has room for: the youngest wait in host memory."""
-    local = start("llama", model_options=LIMITED)
+@pytest.mark.parametrize("host_kv", [2 * SLAB, 16 * SLAB])
+def test_preempted_sequences_are_not_computed_again(host_kv: int, models: dict, start: Any) -> None:
+    """More sequences than their KV has room for: the youngest wait in host memory, as far as there is any."""
+    local = start("llama", model_options=LIMITED, host_kv=host_kv)
     many = prompts(40, 200, seed=7)
     for i, prompt in enumerate(many):
         local.submit(str(i), "llama", prompt)
@@ -222,26 +223,48 @@ def test_neighbours_take_cached_slabs_and_the_cache_is_found_again(models: dict,
 
 
 def test_blocks_that_move_make_way_in_order(models: dict, start: Any) -> None:
-    """Compaction writes where dropped blocks are: they are saved before."""
-    local = start("llama", "qwen2", num_slabs=6)
-    shared = prompts(1, 200, seed=20)[0]
-    for i, prompt in enumerate(prompts(30, 300, seed=21)):
+    """Moved blocks are written where dropped ones are: those have been saved before."""
+    local = start("llama", num_slabs=8)
+    fill = [[i, i + 1] * 104 for i in range(20)]
+    for i, prompt in enumerate(fill):
         local.submit(f"fill{i}", "llama", prompt, max_tokens=1)
+        local.run()
+    for i in range(4):
+        local.submit(f"long{i}", "llama", [i] * 400, max_tokens=100)
+    local.run(until=lambda: all(len(local.outbox.tokens.get((f"long{i}", 0), [])) > 50 for i in range(4)))
+    kv, reclaimer = model(local, "llama").kv, local.worker.reclaimer
+    assert kv is not None
+    moves: list[Any] = []
+    move_blocks = local.device.move_blocks
+    local.device.move_blocks = lambda *args: (moves.extend(args[2]), move_blocks(*args))  # type: ignore[method-assign,assign,return-value]
+    while not moves:
+        assert reclaimer._release_slabs(model(local, "llama"), 1) == 1
+    assert len(moves) > 20 and counts(local, "llama")[0] > 100
     local.run()
-    for i in range(6):
-        local.submit(f"long{i}", "llama", [i] * 200, max_tokens=280)
-    local.run(until=lambda: all(len(local.outbox.tokens.get((f"long{i}", 0), [])) > 150 for i in range(6)))
-    for i in range(20):
-        local.submit(f"b{i}", "qwen2", shared + [i] * 100, max_tokens=30)
-    local.run(until=lambda: local.poison() or not len(local.worker.requests))
-    for i in range(6):
-        expected = reference(models["llama"][0], [i] * 200, 280)
-        assert local.outbox.tokens[f"long{i}", 0] == expected
-    for i, prompt in enumerate(prompts(30, 300, seed=21)):
-        local.submit(f"again{i}", "llama", prompt, max_tokens=4)
+    local.poison()
+    for i in range(4):
+        assert local.outbox.tokens[f"long{i}", 0] == reference(models["llama"][0], [i] * 400, 100)
+    for i, prompt in enumerate(fill):
+        local.submit(f"again{i}", "llama", prompt, max_tokens=20)
+        local.run()
+        assert local.outbox.tokens[f"again{i}", 0] == reference(models["llama"][0], prompt, 20)
+    assert counts(local, "llama")[1] > 100
+
+
+def test_blocks_are_fetched_behind_the_copies_that_save_them(models: dict, start: Any) -> None:
+    """They are wanted again while they are still on their way out."""
+    local = start("llama", num_slabs=4)
+    prompt = prompts(1, 2, seed=1)[0] * 100 + [1, 2, 3] * 40
+    local.submit("first", "llama", prompt, max_tokens=1)
     local.run()
-    for i, prompt in enumerate(prompts(30, 300, seed=21)):
-        assert local.outbox.tokens[f"again{i}", 0] == reference(models["llama"][0], prompt, 4)
+    kv = model(local, "llama").kv
+    assert kv is not None and kv.num_cached > 10
+    local.worker.reclaimer._release_slabs(model(local, "llama"), 1)
+    assert kv.num_cached == 0
+    local.submit("second", "llama", prompt, max_tokens=20)
+    local.run()
+    assert local.outbox.started["second"].cached_tokens == (len(prompt) - 1) // 16 * 16
+    assert local.outbox.tokens["second", 0] == reference(models["llama"][0], prompt, 20)
 
 
 # --- budget and cost -------------------------------------------------------------------------------
