@@ -1,7 +1,8 @@
 """Copies of KV between a GPU and registered host memory.
 
-A GPU has one engine for each direction, which takes copies of all streams in turn: a gibibyte queued at once
-delayed the tokens of every lane by 19 ms. What leaves aside is therefore queued piece by piece.
+A GPU has one engine for each direction, which stays with a stream for as long as it has copies: a gibibyte
+held up the tokens of all lanes for 19 ms, queued at once or with always one piece behind the one that runs. So
+what leaves aside is queued piece by piece, each when the one before has been seen to have run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from prism.worker.copies import Run
 
 PIECE = Bytes(16 * MiB)
 """0.3 ms of a PCIe 5 link."""
-DEPTH = 2
+DEPTH = 1
 """Pieces on their way: what else leaves the device waits for these at most."""
 
 
