@@ -163,13 +163,15 @@ class LimitsConfig(_Section):
 
 
 class HostMemoryConfig(_Section):
-    """Packed weights in host memory."""
+    """Packed weights and KV in host memory."""
 
     budget: Size = 16 * GiB
     pack_ahead: bool = True
     """Models are packed before anybody asks, as far as budget and machine have room."""
     registered: Size | None = None
     """Most of it that each GPU's worker registers with CUDA, for fast loads; None is all, 0 nothing."""
+    kv: Size = GiB
+    """Most that each worker keeps of KV which lost its place on the device; 0 computes it again."""
 
 
 class Config(_Section):

@@ -3,9 +3,9 @@
     step = gemm(tokens) + per_pair * pairs + per_context * context
 
 `gemm` goes through measured knots (matrix products wait for weights at few tokens, for arithmetic at
-many); `pairs` counts (prompt token, token it attends to); `context` counts the tokens whose KV decodes read. A
-profile (`prism profile`) has measured knots; without one they come from the shape and from rates that the worker
-measured when it opened the device. Either is the start: measured steps correct it (`Corrections`).
+many); `pairs` counts (prompt token, token it attends to); `context` counts the tokens whose KV decodes read.
+A profile (`prism profile`) has measured knots; without one they come from the shape and from rates that the
+worker measured when it opened the device. Either is the start: measured steps correct it (`Corrections`).
 """
 
 from __future__ import annotations
@@ -152,9 +152,9 @@ def measured(knots: Sequence[tuple[int, float]], per_pair: float, per_context: f
 class Corrections:
     """Factors between predicted and measured times: one of decodes, one of steps with prompts, one of loads.
 
-    Exponentially weighted means of the logarithm would not follow zero; these are of the ratio, each measurement
-    clipped to a factor of `CLIP` of the present one, so that a single outlier (a kernel compiled, a host that
-    paused) moves little.
+    Exponentially weighted means of the logarithm would not follow zero; these are of the ratio, each
+    measurement clipped to a factor of `CLIP` of the present one, so that a single outlier (a kernel compiled,
+    a host that paused) moves little.
     """
 
     WEIGHT = 0.05
@@ -185,8 +185,8 @@ class Corrections:
     def apply(self, costs: Costs) -> Costs:
         """The costs as they are now believed to be.
 
-        The factor of decodes holds up to 64 tokens a step and for context, that of prompts from 256 and for pairs;
-        between them it changes linearly.
+        The factor of decodes holds up to 64 tokens a step and for context, that of prompts from 256 and for
+        pairs; between them it changes linearly.
         """
         steps = costs.steps
         knots = [(tokens, seconds * self._factor(tokens)) for tokens, seconds in steps.knots]

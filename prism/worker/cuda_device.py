@@ -30,6 +30,9 @@ from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType, GiB, LaneId
 from prism.weights.copiers import Copier, CudaCopier
 from prism.weights.registrations import Pinner
+from prism.worker.copies import CopyWork, Run
+from prism.worker.costs import Guess
+from prism.worker.cuda_copies import Copies, Event, Leaving, SwapStream
 from prism.worker.device import Device
 from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
@@ -74,19 +77,6 @@ def _open_lane(pool: SlabPool, device: torch.device, lane: LaneId, shape: LaneSh
     return GpuLane(device, memory, shape)
 
 
-class Event:
-    """Work queued on the current stream until now."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.event.record()
-
-    def is_done(self) -> bool:
-        """It has run."""
-        done: bool = self.event.query()  # type: ignore[no-untyped-call]
-        return done
-
-
 class PlainRunner:
     """Steps in torch operations on a lane's stream, for what the GPU kernels are not made for; they wait."""
 
@@ -106,9 +96,15 @@ class PlainRunner:
 class GpuBackend:
     """See `Backend`."""
 
-    def __init__(self, device: torch.device, lanes: list[GpuLane], slab_bytes: Bytes, pinner: Pinner) -> None:
+    guess = Guess(operations=2e14, bytes=2e10)
+
+    def __init__(
+        self, device: torch.device, lanes: list[GpuLane], slab_bytes: Bytes, driver: CudaDriver
+    ) -> None:
         self.copier: Copier = CudaCopier(device)
-        self.pinner: Pinner | None = pinner
+        self.pinner: Pinner | None = driver
+        self._driver = driver
+        self._swap = SwapStream(driver, device)
         self._slab_bytes = slab_bytes
         self.num_lanes = len(lanes)
         self.max_sequences = lanes[0].shape.max_sequences
@@ -133,10 +129,22 @@ class GpuBackend:
             kv.pages.index_copy_(0, targets, kv.pages.index_select(0, sources))
             return Event()
 
+    def copy_out(self, runs: Sequence[Run], lane: LaneId, *, aside: bool) -> CopyWork:
+        """See `Backend.copy_out`."""
+        stream = self._lanes[lane].stream
+        return self._swap.start(runs, stream) if aside else Copies(self._driver, runs, stream)
+
+    def copy_in(self, runs: Sequence[Run], lane: LaneId) -> Copies:
+        """See `Backend.copy_in`."""
+        return Copies(self._driver, runs, self._lanes[lane].stream)
+
     def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
         """See `Backend.wait_for`. Nothing waits on the host."""
         for work in works:
-            if isinstance(work, GpuFlight | Event):
+            if isinstance(work, Leaving):
+                work.queue_all()
+            if isinstance(work, GpuFlight | Event | Leaving):
+                assert work.event is not None
                 self._lanes[lane].stream.wait_event(work.event)
 
     def check(self, spec: ModelSpec) -> None:
