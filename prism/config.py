@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from prism.types import GiB, MiB, Slo
+from prism.types import GiB, MiB, Quantization, Slo
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TIMES = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -90,6 +90,8 @@ class ModelConfig(_Section):
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """`dummy` needs no weights in the directory: it makes random ones of the shape that config.json tells."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    quantization: Quantization = "none"
+    """`fp8` halves the layers' matrices when they are packed: one scale for each output channel."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt plus output in tokens; the default is the model's own."""
     slo: SloConfig = SloConfig()
@@ -161,13 +163,15 @@ class LimitsConfig(_Section):
 
 
 class HostMemoryConfig(_Section):
-    """Packed weights in host memory."""
+    """Packed weights and KV in host memory."""
 
     budget: Size = 16 * GiB
     pack_ahead: bool = True
     """Models are packed before anybody asks, as far as budget and machine have room."""
     registered: Size | None = None
     """Most of it that each GPU's worker registers with CUDA, for fast loads; None is all, 0 nothing."""
+    kv: Size = GiB
+    """Most that each worker keeps of KV which lost its place on the device; 0 computes it again."""
 
 
 class Config(_Section):

@@ -227,6 +227,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     registered_bytes: int = 0
     """Packed weights in host memory from which this worker can load at full speed."""
+    kv_host_bytes: int = 0
+    """Blocks that wait in host memory for when they are wanted again."""
 
 
 class Report(Message, frozen=True, kw_only=True):
@@ -244,6 +246,10 @@ class Report(Message, frozen=True, kw_only=True):
     """Host memory that is registered with the device."""
     registration_error: str | None = None
     """Why some of it could not be registered: loads are slower."""
+    kv_host_bytes: int = 0
+    """Host memory taken for KV."""
+    kv_host_error: str | None = None
+    """Why no more of it could be taken: what has no place there is computed again."""
 
 
 class Demand(Message, frozen=True, kw_only=True):

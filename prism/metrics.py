@@ -36,6 +36,9 @@ class Metrics:
         self.prefix_cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up")
         self.prefix_cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found")
         self.num_preemptions = self._counter("num_preemptions", "Sequences that gave their KV up")
+        self.kv_host_bytes = self._gauge("kv_host_bytes", "KV that waits in host memory", "livesum")
+        self.kv_blocks_saved = self._counter("kv_blocks_saved", "KV blocks copied to host memory")
+        self.kv_blocks_fetched = self._counter("kv_blocks_fetched", "KV blocks copied back to the device")
 
     def _declare_requests(self) -> None:
         """Written by gateways."""

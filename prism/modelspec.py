@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prism.errors import CheckpointError
-from prism.types import Bytes, DType
+from prism.types import Bytes, DType, Quantization
 
 _FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -69,6 +69,13 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float | int]
     """temperature, top_p, top_k, min_p, repetition_penalty where generation_config.json sets them."""
+    quantization: Quantization = "none"
+    """Of the layers' matrices; everything else is of `dtype`."""
+
+    @property
+    def matrix_dtype(self) -> DType:
+        """Number format of the layers' matrices."""
+        return DType.F8 if self.quantization == "fp8" else self.dtype
 
     @property
     def kv_bytes_per_token(self) -> Bytes:
@@ -120,7 +127,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_spec(directory: str | Path, *, dtype: str = "auto", max_len: int | None = None) -> ModelSpec:
+def read_spec(
+    directory: str | Path,
+    *,
+    dtype: str = "auto",
+    max_len: int | None = None,
+    quantization: Quantization = "none",
+) -> ModelSpec:
     """The spec of a model directory.
 
     `dtype` is "auto" (the checkpoint's own), "bf16", "fp16" or "fp32"; `max_len` lowers the context length.
@@ -157,6 +170,7 @@ def read_spec(directory: str | Path, *, dtype: str = "auto", max_len: int | None
         dtype=_dtype(fields, dtype),
         eos_token_ids=tuple(token for token in eos if 0 <= token < vocab_size),  # others are never drawn
         default_sampling=sampling,
+        quantization=quantization,
     )
 
 

@@ -7,7 +7,7 @@ in bytes and times in seconds unless a name says otherwise. Nothing here has beh
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import NamedTuple, NewType
+from typing import Literal, NamedTuple, NewType
 
 import msgspec
 
@@ -60,16 +60,27 @@ class ModelState(StrEnum):
 
 
 class DType(StrEnum):
-    """Number formats that weights and KV may have, by their safetensors names."""
+    """Number formats by their safetensors names. `F8` is that of quantised weights only."""
 
     BF16 = "BF16"
     F16 = "F16"
     F32 = "F32"
+    F8 = "F8_E4M3"
 
     @property
     def itemsize(self) -> int:
         """Bytes of one number."""
-        return 4 if self is DType.F32 else 2
+        match self:
+            case DType.F32:
+                return 4
+            case DType.F8:
+                return 1
+            case DType.BF16 | DType.F16:
+                return 2
+
+
+Quantization = Literal["none", "fp8"]
+"""What a model's linear weights are converted to when they are packed."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -74,6 +74,11 @@ colour: red
     ]
 
 
+def test_quantisation_that_nobody_knows_is_named(folder: Path) -> None:
+    (problem,) = problems("models: [{name: a, path: a, quantization: int4}]", folder)
+    assert problem.startswith("models[0].quantization: ") and "'none' or 'fp8'" in problem
+
+
 def test_problems_of_whole_lists_are_listed_at_once(folder: Path) -> None:
     text = """
 models: [{name: a, path: a}, {name: a, path: b}]

@@ -17,7 +17,7 @@ from prism.engine.kv_blocks import KvSpace
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.models.decoder import Decoder
 from prism.models.rotary import rotary_table
-from prism.types import Bytes, GiB, MiB, ModelId, RequestId, SamplingParams
+from prism.types import Bytes, GiB, MiB, ModelId, Quantization, RequestId, SamplingParams
 from prism.worker.cuda_device import open_cuda
 from prism.worker.device import Device
 from prism.worker.lanes import Lane
@@ -64,25 +64,45 @@ def open_device(memory: Bytes, *, lanes: int = 1, batch: int = 512) -> Device:
     return open_cuda(config, ModelNeeds(8192, 128256))
 
 
+def fill(tensors: dict[str, torch.Tensor]) -> None:
+    """The same random numbers for every model of a shape; quantised matrices get those of bf16, quantised."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for key, tensor in tensors.items():
+        if key.endswith("_scale"):
+            continue
+        scale = tensors.get(f"{key}_scale")
+        target = tensor if scale is None else torch.empty(tensor.shape, dtype=torch.bfloat16, device="cuda")
+        spread = 0.0 if key.endswith("norm") else 0.02
+        target.normal_(1.0 if key.endswith("norm") else 0.0, spread, generator=generator)
+        if scale is not None:
+            scale.copy_(target.abs().amax(1).float() / 448)
+            tensor.copy_(target.float() / scale[:, None])
+
+
 class LocalModel:
     """One engine with random weights and so many GiB of KV."""
 
     def __init__(
-        self, device: Device, shape: str, name: str, folder: Path, kv_gib: float, batch: int = 512
+        self,
+        device: Device,
+        shape: str,
+        name: str,
+        folder: Path,
+        kv_gib: float,
+        batch: int = 512,
+        quantization: Quantization = "none",
     ) -> None:
         path = folder / name
         path.mkdir()
         (path / "config.json").write_text(json.dumps(SHAPES[shape]))
-        profile = read_profile(ModelConfig(name=name, path=str(path)), device.slab_bytes)
+        config = ModelConfig(name=name, path=str(path), quantization=quantization)
+        profile = read_profile(config, device.slab_bytes)
         self.profile, self.device, self.name = profile, device, ModelId(name)
         arena = self.arena = device.new_arena(profile.arena_bytes)
         slabs = device.pool.take(WeightsOwner(ModelId(name)), profile.weight_slabs)
         arena.map([device.pool.handle(slab) for slab in slabs])
-        tensors = device.weight_tensors(profile, arena)
-        generator = torch.Generator("cuda").manual_seed(0)
-        for key, tensor in tensors.items():
-            spread = 0.0 if key.endswith("norm") else 0.02
-            tensor.normal_(1.0 if key.endswith("norm") else 0.0, spread, generator=generator)
+        self.tensors = device.weight_tensors(profile, arena)
+        fill(self.tensors)
         rotary = device.rotary_tensor(profile, arena)
         rotary.copy_(rotary_table(profile.spec.rope, profile.spec.head_dim, profile.spec.max_position))
         torch.cuda.synchronize()
@@ -90,10 +110,17 @@ class LocalModel:
         for slab in device.pool.take(KvOwner(ModelId(name)), int(kv_gib * GiB) // device.slab_bytes):
             kv.add_slab(slab)
         self.lane: Lane = device.bind()
-        decoder = Decoder(profile.spec, tensors, rotary)
+        decoder = Decoder(profile.spec, self.tensors, rotary)
         runner = device.backend.runner(decoder, device.kv_view(profile.spec, profile.kv), self.lane.lane_id)
         self.engine = Engine(kv, runner, self.lane.slots, max_len=8192, max_batch_size=batch)
         device.backend.prepare(profile.spec)
+
+    def close(self) -> None:
+        """Give all memory back. Its graphs stay with the lane, so no model may follow that captures some."""
+        torch.cuda.synchronize()
+        self.arena.close()
+        for owner in (WeightsOwner(self.name), KvOwner(self.name)):
+            self.device.pool.give_back(owner, self.device.pool.owned(owner))
 
     def read_bytes(self) -> int:
         """Weights that a decode step reads: all but the input embedding, unless it is the head as well."""

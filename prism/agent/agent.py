@@ -71,6 +71,7 @@ class Agent:
                     path=model.path,
                     load_format=model.load_format,
                     dtype=model.dtype,
+                    quantization=model.quantization,
                 )
                 for model in config.models
             ],

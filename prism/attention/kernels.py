@@ -63,6 +63,23 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix `[out, in]` that rows are multiplied by, transposed.
+
+    With a `scale`, fp32 `[out]`, the values are fp8 and row i of the matrix is `values[i] * scale[i]`.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """The matrix itself; a quantised one is written out anew."""
+        if self.scale is None:
+            return self.values
+        return (self.values.to(torch.float32) * self.scale[:, None]).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class HeadNorms:
     """Weights `[dim]` of the norms of query and key heads."""
 
@@ -95,17 +112,19 @@ class Kernels(Protocol):
         stream: Stream,
         norm: Tensor,
         eps: float,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Stream]:
         """The stream's RMS norm times `weight [out, in]` transposed, into `out` if that is given."""
         ...
 
-    def norm_gate_up(self, stream: Stream, norm: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Stream]:
-        """silu(first half) times second half of the norm times `weight [2 out, in]` transposed."""
+    def add_linear(self, stream: Stream, x: Tensor, weight: Weight, bias: Tensor | None) -> Stream:
+        """The stream plus `x [tokens, in]` times `weight [out, in]` transposed."""
         ...
 
-    def add_linear(self, stream: Stream, x: Tensor, weight: Tensor, bias: Tensor | None) -> Stream:
-        """The stream plus `x [tokens, in]` times `weight [out, in]` transposed."""
+    def add_mlp(self, stream: Stream, norm: Tensor, eps: float, gate_up: Weight, down: Weight) -> Stream:
+        """The stream plus `down [in, inner]` of silu(first half) times second half of `gate_up [2 inner, in]`
+        of the stream's norm.
+        """
         ...

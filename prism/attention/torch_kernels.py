@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prism.attention.cpu_linear import CpuLinear
-from prism.attention.kernels import AttentionPlan, BatchLayout, HeadNorms, KvView, Stream
+from prism.attention.kernels import AttentionPlan, BatchLayout, HeadNorms, KvView, Stream, Weight
 from prism.attention.slots import token_slots
 
 
@@ -135,24 +135,27 @@ class TorchKernels:
         stream: Stream,
         norm: Tensor,
         eps: float,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Stream]:
         """See `Kernels.norm_linear`."""
         x, stream = _norm_stream(stream, norm, eps)
-        result = self.cpu_linear(x, weight, bias)
+        result = self._linear(x, weight, bias)
         return (result if out is None else out.copy_(result)), stream
 
-    def norm_gate_up(self, stream: Stream, norm: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Stream]:
-        """See `Kernels.norm_gate_up`."""
-        x, stream = _norm_stream(stream, norm, eps)
-        gate, up = self.cpu_linear(x, weight).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up), stream
-
-    def add_linear(self, stream: Stream, x: Tensor, weight: Tensor, bias: Tensor | None) -> Stream:
+    def add_linear(self, stream: Stream, x: Tensor, weight: Weight, bias: Tensor | None) -> Stream:
         """See `Kernels.add_linear`."""
-        return Stream(stream.residual, self.cpu_linear(x, weight, bias))
+        return Stream(stream.residual, self._linear(x, weight, bias))
+
+    def add_mlp(self, stream: Stream, norm: Tensor, eps: float, gate_up: Weight, down: Weight) -> Stream:
+        """See `Kernels.add_mlp`."""
+        x, stream = _norm_stream(stream, norm, eps)
+        gate, up = self._linear(x, gate_up).chunk(2, dim=-1)
+        return Stream(stream.residual, self._linear(F.silu(gate).mul_(up), down))
+
+    def _linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        return self.cpu_linear(x, weight.plain(x.dtype), bias)
 
     def _rope(self, heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
         """Rotation of the two halves of each head, in fp32."""

@@ -12,7 +12,7 @@ from rich.table import Table
 from prism.types import GiB, MiB
 
 _TEXTS = ("MODEL", "WORKER", "STATE")
-_NUMBERS = ("WEIGHTS", "KV USED", "CACHED", "HELD", "LIMIT", "RUN", "WAIT", "IDLE")
+_NUMBERS = ("WEIGHTS", "KV USED", "CACHED", "HELD", "HOST", "LIMIT", "RUN", "WAIT", "IDLE")
 
 
 _COLUMNS = 1000
@@ -29,7 +29,7 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
         free = device["num_free_slabs"] * device["slab_bytes"]
         console.print(
             f"{device['worker']} on {device['device']}: {_size(total)} in slabs of "
-            f"{_size(device['slab_bytes'])}, {_size(free)} free{_registered(device)}"
+            f"{_size(device['slab_bytes'])}, {_size(free)} free{_host_memory(device)}"
         )
     table = models_table(answer)
     # as wide as it must be: a narrow terminal wraps a line, but no name and no number is cut
@@ -42,11 +42,14 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
             console.print(f"{entry['model']}: {entry['report']['error']}")
 
 
-def _registered(device: dict[str, Any]) -> str:
-    """Host memory from which the device loads at full speed, and what went wrong with it."""
+def _host_memory(device: dict[str, Any]) -> str:
+    """Host memory from which the device loads at full speed and where KV waits; what went wrong with it."""
     size, error = device["registered_bytes"], device["registration_error"]
     text = f", {_size(size)} of host memory registered" if size else ""
-    return text if error is None else f"{text}; not all could be registered: {error}"
+    text = text if error is None else f"{text}; not all could be registered: {error}"
+    size, error = device["kv_host_bytes"], device["kv_host_error"]
+    text += f", {_size(size)} of host memory for KV" if size else ""
+    return text if error is None else f"{text}; no more could be taken for KV: {error}"
 
 
 def models_table(answer: dict[str, Any]) -> Table:
@@ -74,6 +77,7 @@ def _cells(report: dict[str, Any] | None) -> list[str]:
         _size(report["kv_used_bytes"]),
         _size(report["kv_cached_bytes"]),
         _size(report["kv_slab_bytes"]),
+        _size(report["kv_host_bytes"]),
         "-" if limit is None else _size(limit),
         str(report["num_running"]),
         str(report["num_waiting"]),

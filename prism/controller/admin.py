@@ -131,6 +131,8 @@ def describe(service: ControllerService) -> dict[str, Any]:
             "num_free_slabs": report.num_free_slabs,
             "registered_bytes": report.registered_bytes,
             "registration_error": report.registration_error,
+            "kv_host_bytes": report.kv_host_bytes,
+            "kv_host_error": report.kv_host_error,
         }
         for report in state.reports.values()
     ]

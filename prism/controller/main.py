@@ -91,11 +91,11 @@ def initial_homes(config: Config) -> dict[ModelId, WorkerId]:
 def _weights_bytes(model: ModelConfig) -> int:
     """Size of the weights as the model's shape tells; 0 for a directory that cannot be read."""
     try:
-        spec = read_spec(model.path, dtype=model.dtype)
+        spec = read_spec(model.path, dtype=model.dtype, quantization=model.quantization)
     except CheckpointError as error:
         log.error("model %s: %s", model.name, error)
         return 0
     attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
     layer = attention + 3 * spec.hidden_size * spec.intermediate_size
     embeddings = (1 if spec.tied_embeddings else 2) * spec.vocab_size * spec.hidden_size
-    return (spec.num_layers * layer + embeddings) * spec.dtype.itemsize
+    return spec.num_layers * layer * spec.matrix_dtype.itemsize + embeddings * spec.dtype.itemsize

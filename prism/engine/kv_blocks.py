@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import itemgetter
 from typing import NamedTuple
 
 from prism.engine.kv_layout import KvLayout
@@ -35,11 +36,22 @@ class Move(NamedTuple):
     target: BlockId
 
 
+class Dropped(NamedTuple):
+    """A cached block that has lost its place; its bytes are there until later work overwrites them."""
+
+    key: BlockKey
+    block: BlockId
+    last_use: int
+    """Grows with each block that is released into the cache; a sequence's beginning comes after its end."""
+
+
 class Gathered(NamedTuple):
     """Slabs that are empty once `moves` have been carried out."""
 
     slabs: tuple[SlabId, ...]
     moves: tuple[Move, ...]
+    dropped: tuple[DroppedGroup, ...] = ()
+    """By slab, the one first that was used least recently."""
 
 
 def block_key(parent: BlockKey, tokens: Iterable[int]) -> BlockKey:
@@ -53,6 +65,30 @@ class _Block:
 
     references: int = 1
     key: BlockKey | None = None
+    last_use: int = 0
+
+
+class DroppedGroup:
+    """Cached blocks of one slab that were dropped together; nothing is listed before somebody wants it."""
+
+    __slots__ = ("_records",)
+
+    def __init__(self, records: dict[BlockId, _Block]) -> None:
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Dropped]:
+        """By place."""
+        for block, record in sorted(self._records.items(), key=itemgetter(0)):
+            assert record.key is not None
+            yield Dropped(record.key, block, record.last_use)
+
+
+def grouped(dropped: Iterable[Dropped]) -> DroppedGroup:
+    """Blocks that were dropped one by one."""
+    return DroppedGroup({block: _Block(0, key, last_use) for key, block, last_use in dropped})
 
 
 class _Slab:
@@ -184,19 +220,20 @@ class KvSpace:
            rewritten, and its bytes copied, before the next step.
         """
         found = list(self._empty)[:count]  # 1
+        dropped: list[DroppedGroup] = []
         if len(found) < count:  # 2
             idle = [slab for slab, home in self._slabs.items() if not home.num_used and not home.is_empty]
             idle.sort(key=lambda slab: self._slabs[slab].last_use)
             for slab in idle[: count - len(found)]:
-                self._drop_slab(slab)
+                dropped.append(self._drop_slab(slab))
                 found.append(slab)
         if found or not count or not self.num_gatherable:
-            return Gathered(tuple(found), ())
+            return Gathered(tuple(found), (), tuple(dropped))
         slab = min(self._slabs, key=lambda slab: self._slabs[slab].num_used)  # 3
-        self._drop_records(slab)
+        records = self._drop_records(slab)
         home = self._slabs[slab]
-        self.drop_cached(home.num_used + home.num_free - self._num_free)
-        return Gathered((slab,), self._vacate(slab))
+        records += self.drop_cached(home.num_used + home.num_free - self._num_free)
+        return Gathered((slab,), self._vacate(slab), (grouped(records),))
 
     def compact(self, count: int) -> Gathered:
         """Empty up to `count` slabs, or one by moving all its blocks, without any loss to the cache.
@@ -209,7 +246,7 @@ class KvSpace:
         slab = min(self._slabs, key=lambda slab: len(self._slabs[slab].records))
         return Gathered((slab,), self._vacate(slab))
 
-    def _drop_slab(self, slab: SlabId) -> None:
+    def _drop_slab(self, slab: SlabId) -> DroppedGroup:
         """Forget all cached blocks of a slab that has no used ones."""
         home = self._slabs[slab]
         for record in home.records.values():
@@ -219,14 +256,17 @@ class KvSpace:
         self._slabs[slab] = _Slab(self.layout, slab)
         self._partial.pop(slab, None)
         self._empty[slab] = None
+        return DroppedGroup(home.records)
 
-    def _drop_records(self, slab: SlabId) -> None:
+    def _drop_records(self, slab: SlabId) -> list[Dropped]:
         """Free the cached blocks of a slab that has used ones too."""
-        records = list(self._slabs[slab].records.items())
-        for block, record in records:
+        dropped = []
+        for block, record in list(self._slabs[slab].records.items()):
             if not record.references and record.key is not None:
                 del self._published[record.key], self._cached[record.key]
                 self._put_free(block)
+                dropped.append(Dropped(record.key, block, record.last_use))
+        return dropped
 
     def _vacate(self, slab: SlabId) -> tuple[Move, ...]:
         """Move all blocks of a slab into free blocks of others, which are known to suffice."""
@@ -269,7 +309,7 @@ class KvSpace:
             self._num_used -= 1
             if record.key is not None and self._published.get(record.key) == block:
                 self._serial += 1
-                home.last_use = self._serial
+                home.last_use = record.last_use = self._serial
                 self._cached[record.key] = None
             else:
                 self._put_free(block)
@@ -308,12 +348,19 @@ class KvSpace:
             count += 1
         return count
 
-    def drop_cached(self, count: int) -> int:
-        """Free the least recently used cached blocks, `count` at most; returns how many."""
-        dropped = max(0, min(count, len(self._cached)))
-        for _ in range(dropped):
+    def is_missing(self, key: BlockKey) -> bool:
+        """Whether no block here has this content."""
+        return key not in self._published
+
+    def drop_cached(self, count: int) -> list[Dropped]:
+        """Free the least recently used cached blocks, `count` at most."""
+        dropped = []
+        for _ in range(max(0, min(count, len(self._cached)))):
             key, _none = self._cached.popitem(last=False)
-            self._put_free(self._published.pop(key))
+            block = self._published.pop(key)
+            last_use = self._slabs[self._slab_of(block)].records[block].last_use
+            self._put_free(block)
+            dropped.append(Dropped(key, block, last_use))
         return dropped
 
     def _slab_of(self, block: BlockId) -> SlabId:

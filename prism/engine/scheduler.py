@@ -4,7 +4,7 @@ Pure: it mutates sequences and blocks and knows neither torch nor time. Decodes 
 a step. A step is made while the ones before it are still queued: it counts their tokens as computed, and
 the tokens that they draw as pending. Memory is asked for beforehand by the worker (`blocks_wanted`); what
 could not be had bounds the step, and when even the decodes do not fit, the youngest sequence gives its blocks
-back and is recomputed.
+back; what is not found again when it goes on, on the device or in host memory, is computed again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple
 
-from prism.engine.kv_blocks import KvSpace, Move
+from prism.engine.host_blocks import Fetch, HostTier
+from prism.engine.kv_blocks import BlockKey, Dropped, KvSpace, Move
 from prism.engine.sequence import Sequence
 from prism.types import BlockId, RequestId
 
@@ -38,11 +39,20 @@ class Step:
     chunks: tuple[Chunk, ...]
     new_blocks: tuple[BlockId, ...]
     """Blocks that get their first tokens in this step."""
+    dropped: tuple[Dropped, ...] = ()
+    """Cached blocks whose bytes this step may overwrite: what is to be saved of them is copied before it."""
+    fetches: tuple[Fetch, ...] = ()
+    """Copies that this step reads."""
 
     @property
     def has_prompts(self) -> bool:
         """It computes chunks of prompts, which fill a device; decodes alone do not."""
         return any(chunk.length > 1 for chunk in self.chunks)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of those chunks."""
+        return sum(chunk.length for chunk in self.chunks if chunk.length > 1)
 
 
 class Slots:
@@ -76,6 +86,10 @@ class Scheduler:
         self._slots = slots
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []  # admitted and not started, or preempted
+        self.host: HostTier | None = None
+        """Where blocks wait that have lost their place on the device."""
+        self._dropped: list[Dropped] = []
+        self._fetches: list[Fetch] = []
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         """Tokens looked up in the prefix cache, each sequence once."""
@@ -91,6 +105,7 @@ class Scheduler:
         Queued steps may still read and write them: whoever gets them next is queued behind those.
         """
         sequence.is_ended = True
+        self._publish(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -114,7 +129,7 @@ class Scheduler:
         size = self.kv.layout.tokens_per_block
         for sequence in self._could_run():
             held, computed = len(sequence.blocks), sequence.num_computed
-            if sequence.slot is None:
+            if sequence.num_missing > size:
                 held, computed = self._prefix(sequence)
             length = min(sequence.num_total - computed, budget)
             if length == 0:
@@ -132,10 +147,32 @@ class Scheduler:
         yield from islice(able, max(0, places))
 
     def _prefix(self, sequence: Sequence) -> tuple[int, int]:
-        """Blocks and tokens that the prefix cache would give a waiting sequence."""
-        size = self.kv.layout.tokens_per_block
-        found = self.kv.num_published(sequence.full_keys(size, len(sequence.tokens) - 1))
-        return found, found * size
+        """Blocks that a sequence has or would find on the device, and tokens that it need not compute."""
+        held, computed = len(sequence.blocks), sequence.num_computed
+        for count, is_here in self._runs(sequence):
+            held += count * is_here
+            computed += count * self.kv.layout.tokens_per_block
+        return held, computed
+
+    def _runs(self, sequence: Sequence) -> Iterator[tuple[int, bool]]:
+        """What a prompt need not compute next: so many blocks on the device, so many in host memory, ..."""
+        size, found = self.kv.layout.tokens_per_block, len(sequence.blocks)
+        if sequence.num_missing <= size or sequence.num_computed != found * size:
+            return
+        keys = sequence.full_keys(size, len(sequence.tokens) - 1)
+        while True:
+            count = self.kv.num_published(islice(keys, found, None))
+            if count:
+                yield count, True
+            found += count
+            if self.host is None or found == len(keys):
+                return
+            missing = takewhile(self.kv.is_missing, islice(keys, found, None))
+            count = self.host.num_worth(missing)
+            if not count:
+                return
+            yield count, False
+            found += count
 
     def schedule(self, budget: int) -> Step | None:
         """The next step of at most `budget` tokens, or None when nothing can run.
@@ -143,11 +180,13 @@ class Scheduler:
         1. Running sequences in order: one token each for decodes, a chunk for unfinished prompts. Those that
            can only go on when tokens on their way are known sit out, and those whose tables the step cannot
            bring along beside the others'.
-        2. A running sequence without room takes it from the youngest running one (which may be itself).
+        2. A running sequence without room takes it from the prefix cache, then from the youngest running one
+           (which may be itself).
         3. Waiting sequences, prefix cache first, as far as budget, batch size, tables and blocks reach.
         """
         chunks: list[Chunk] = []
         fresh: list[BlockId] = []
+        self._dropped, self._fetches = [], []
         size = self.kv.layout.tokens_per_block
         entries = self._slots.max_entries
         index = 0
@@ -158,6 +197,8 @@ class Scheduler:
                 index += 1
                 continue
             missing = sequence.num_missing
+            if missing > size:
+                missing = self._find_prefix(sequence)
             if missing == 1 and sequence.num_computed < len(sequence.blocks) * size:
                 length = 1  # the common case: a decode whose block has room
             else:
@@ -168,7 +209,9 @@ class Scheduler:
                 chunks.append(_take(sequence, length))
                 index += 1
         self._start_waiting(budget, entries, chunks, fresh)  # 3
-        return Step(tuple(chunks), tuple(fresh)) if chunks else None
+        if not chunks:
+            return None
+        return Step(tuple(chunks), tuple(fresh), tuple(self._dropped), tuple(self._fetches))
 
     def _make_room(self, sequence: Sequence, length: int, fresh: list[BlockId]) -> int:
         """Blocks for `length` more tokens, or for fewer; 0 when the sequence itself had to give way."""
@@ -176,6 +219,9 @@ class Scheduler:
             fitting = self._extend(sequence, length, fresh)
             if fitting:
                 return fitting
+            if self.kv.num_cached:
+                self._dropped += self.kv.drop_cached(self.kv.layout.num_blocks(length))
+                continue
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -209,8 +255,7 @@ class Scheduler:
                 passed.append(sequence)
                 break
             sequence.slot = self._slots.take()
-            self._match_prefix(sequence)
-            length = self._extend(sequence, min(sequence.num_missing, budget), fresh)
+            length = self._extend(sequence, min(self._match_prefix(sequence), budget), fresh)
             if length == 0:
                 self._release(sequence)
                 passed.append(sequence)
@@ -238,16 +283,48 @@ class Scheduler:
             for other in self.running
         )
 
-    def _match_prefix(self, sequence: Sequence) -> None:
-        """Take published blocks; at least one token is left to compute, since its logits are needed."""
-        size = self.kv.layout.tokens_per_block
-        sequence.blocks = self.kv.match(sequence.full_keys(size, len(sequence.tokens) - 1))
-        sequence.num_published = len(sequence.blocks)
-        sequence.num_computed = sequence.num_published * size
+    def _match_prefix(self, sequence: Sequence) -> int:
+        """A waiting sequence takes what there is of its prefix; tokens that it should compute next."""
+        length = self._find_prefix(sequence)
         if not sequence.is_started:
             self.num_prefix_queries += len(sequence.tokens)
-            self.num_prefix_hits += sequence.num_computed
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
+        return length
+
+    def _find_prefix(self, sequence: Sequence) -> int:
+        """Take published blocks and have others fetched, as far as free blocks reach; tokens left to compute.
+
+        One token at least is left, since its logits are needed, and one free block for it. If it is for want
+        of blocks that not all is fetched, one block is computed, and then there may be room for the rest.
+        """
+        size = self.kv.layout.tokens_per_block
+        runs = list(self._runs(sequence))
+        if not runs:
+            return sequence.num_missing
+        self._publish(sequence)
+        wanted = len(sequence.blocks) + sum(count for count, _ in runs)
+        for count, is_here in runs:
+            begin = len(sequence.blocks)
+            keys = sequence.keys[begin : begin + count]
+            found = self.kv.match(keys) if is_here else self._fetch(keys[: max(0, self.kv.num_free - 1)])
+            sequence.blocks += found
+            if len(found) < count:
+                break
+        if not sequence.is_started:
+            self.num_prefix_hits += len(sequence.blocks) * size - sequence.num_computed
+        sequence.num_published = len(sequence.blocks)
+        sequence.num_computed = sequence.num_published * size
+        return sequence.num_missing if sequence.num_published == wanted else size
+
+    def _fetch(self, keys: list[BlockKey]) -> list[BlockId]:
+        """Blocks for these keys, published at once: whoever takes them runs behind the copies."""
+        blocks = self.kv.allocate(len(keys))
+        assert blocks is not None and (self.host is not None or not keys)
+        for block, key in zip(blocks, keys, strict=True):
+            assert self.host is not None
+            self.kv.publish(block, key)
+            self._fetches.append(Fetch(self.host.use(key), block))
+        return blocks
 
     # --- afterwards ----------------------------------------------------------------------------------
 
@@ -267,13 +344,14 @@ class Scheduler:
         sequence.num_published = len(keys)
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._publish(sequence)  # of a step that is queued too: who takes these blocks runs behind it
         self.running.remove(sequence)
         self._release(sequence)
         self.num_preemptions += 1
         insort(self.waiting, sequence, key=_rank)
 
     def preempt_youngest(self) -> Sequence | None:
-        """Take the blocks of the youngest sequence; it is recomputed later."""
+        """Take the blocks of the youngest sequence; the full ones are cached until their place is needed."""
         if not self.running:
             return None
         victim = self.running[-1]

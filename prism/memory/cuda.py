@@ -6,6 +6,7 @@ that their file descriptors can be exported to other processes. Calls release th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -90,6 +91,12 @@ class CudaDriver:
         """Undo `register_host` of the range that begins at `address`."""
         self._enter()
         _call(cuda.cuMemHostUnregister, address)
+
+    def copy_async(self, runs: Iterable[tuple[Address, Address, Bytes]], stream: int) -> None:
+        """Queue copies (source, target, size) on a stream, between any memory that this device can reach."""
+        self._enter()
+        for source, target, size in runs:
+            _call(cuda.cuMemcpyAsync, target, source, size, stream)
 
     def close(self) -> None:
         """See `Driver.close`."""

@@ -35,8 +35,15 @@ _CODES = {
     torch.uint8: (_UINT, 8),
     torch.int32: (_INT, 32),
     torch.int64: (_INT, 64),
+    torch.float8_e4m3fn: (_UINT, 8),  # handed over as bytes: DLPack knows the format only in later versions
 }
-_TORCH_DTYPES = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
+_F8 = torch.float8_e4m3fn
+_TORCH_DTYPES = {
+    DType.BF16: torch.bfloat16,
+    DType.F16: torch.float16,
+    DType.F32: torch.float32,
+    DType.F8: torch.float8_e4m3fn,
+}
 
 
 class _ManagedTensor(ctypes.Structure):
@@ -80,7 +87,8 @@ def tensor_at(
     assert all(length >= 0 for length in shape), f"negative size in {list(shape)}"
     assert device.type in _DEVICE_TYPES and dtype in _CODES, f"no tensors of {dtype} on {device}"
     record = _new_record(address, shape, strides, dtype, device)
-    return from_dlpack(_new_capsule(record, _CAPSULE_NAME, None))
+    tensor = from_dlpack(_new_capsule(record, _CAPSULE_NAME, None))
+    return tensor if dtype is not _F8 else tensor.view(_F8)
 
 
 def _new_record(

@@ -1,7 +1,7 @@
 """The dense decoder that Llama, Mistral, Qwen2 and Qwen3 share.
 
 They differ in biases, query and key norms and rotary tables, all of which the spec tells. Weights are views
-of one flat buffer; the names are those of weights/layout.
+of one flat buffer; the names are those of weights/layout. A quantised matrix comes with its scales.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from prism.attention.kernels import AttentionPlan, HeadNorms, Kernels, Stream
+from prism.attention.kernels import AttentionPlan, HeadNorms, Kernels, Stream, Weight
 from prism.modelspec import ModelSpec
 
 
@@ -21,21 +21,36 @@ class LayerWeights:
     """One layer's tensors; H, K and D are heads, KV heads and head dimension."""
 
     input_norm: Tensor
-    qkv: Tensor  # [(H + 2 K) D, hidden]
+    qkv: Weight  # [(H + 2 K) D, hidden]
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Tensor  # [hidden, H D]
+    o: Weight  # [hidden, H D]
     o_bias: Tensor | None
     post_norm: Tensor
-    gate_up: Tensor  # [2 intermediate, hidden]
-    down: Tensor  # [hidden, intermediate]
+    gate_up: Weight  # [2 intermediate, hidden]
+    down: Weight  # [hidden, intermediate]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], layer: int) -> LayerWeights:
         """Picks `layers.{layer}.*`; tensors that the model does not have are None."""
-        names = cls.__dataclass_fields__
-        return cls(**{name: tensors.get(f"layers.{layer}.{name}") for name in names})  # type: ignore[arg-type]
+        prefix = f"layers.{layer}."
+
+        def weight(name: str) -> Weight:
+            return Weight(tensors[prefix + name], tensors.get(f"{prefix}{name}_scale"))
+
+        return cls(
+            input_norm=tensors[prefix + "input_norm"],
+            qkv=weight("qkv"),
+            qkv_bias=tensors.get(prefix + "qkv_bias"),
+            q_norm=tensors.get(prefix + "q_norm"),
+            k_norm=tensors.get(prefix + "k_norm"),
+            o=weight("o"),
+            o_bias=tensors.get(prefix + "o_bias"),
+            post_norm=tensors[prefix + "post_norm"],
+            gate_up=weight("gate_up"),
+            down=weight("down"),
+        )
 
 
 class Decoder:
@@ -46,7 +61,7 @@ class Decoder:
         self.embed = tensors["embed"]
         self.weights = [LayerWeights.of(tensors, i) for i in range(spec.num_layers)]
         self.norm = tensors["norm"]
-        self.lm_head = tensors.get("lm_head", self.embed)
+        self.lm_head = Weight(tensors.get("lm_head", self.embed))
         self.rotary = rotary
 
     def embedded(self, tokens: Tensor) -> Stream:
@@ -69,8 +84,7 @@ class Decoder:
                 if not len(rows):
                     break
             stream = kernels.add_linear(stream, heads, layer.o, layer.o_bias)
-            x, stream = kernels.norm_gate_up(stream, layer.post_norm, eps, layer.gate_up)
-            stream = kernels.add_linear(stream, x, layer.down, None)
+            stream = kernels.add_mlp(stream, layer.post_norm, eps, layer.gate_up, layer.down)
         return stream
 
     def logits(self, kernels: Kernels, stream: Stream, out: Tensor | None = None) -> Tensor:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from prism.types import Bytes, DType
 from prism.weights.convert import convert
 from prism.weights.layout import Entry, Layout
-from prism.weights.pieces import Piece, Span, spans
+from prism.weights.pieces import Piece, QuantisedPlace, Span, row_spans, spans
+from prism.weights.quantise import quantise
 
 _BLOCK = (1 << 20) + 7
 
@@ -28,23 +29,49 @@ class _Spread(NamedTuple):
     deviation: float
 
 
-def dummy_pieces(layout: Layout, model: str) -> Iterator[Piece]:
-    """Random content for every entry."""
+class _Run(NamedTuple):
+    """One tensor: an endless repetition of a block, from `start` on."""
+
+    block: NDArray[np.generic]
+    dtype: DType
+    start: int
+
+    def write(self, span: Span, numbers: NDArray[np.generic]) -> None:
+        """Some of its numbers."""
+        done, at = 0, (self.start + span.first) % len(self.block)
+        while done < span.num_numbers:
+            length = min(span.num_numbers - done, len(self.block) - at)
+            numbers[done : done + length] = self.block[at : at + length]
+            done, at = done + length, 0
+
+
+def dummy_pieces(layout: Layout, model: str, plain: DType) -> Iterator[Piece]:
+    """Random content for every entry. Quantised matrices are those of the format `plain`, quantised."""
     rng = np.random.default_rng(int.from_bytes(blake2b(model.encode(), digest_size=8).digest()))
     normal = rng.standard_normal(_BLOCK, np.float32)
     blocks: dict[tuple[_Spread, DType], NDArray[np.generic]] = {}
+    scales = layout.scales
     for entry in layout.entries:
-        key = _spread(entry), entry.dtype
+        if not entry.sources:
+            continue  # scales come with their matrix
+        dtype = plain if entry.name in scales else entry.dtype
+        key = _spread(entry), dtype
         if key not in blocks:
             blocks[key] = _block(normal, *key)
-        start = int(rng.integers(_BLOCK))
-        for span in spans(prod(entry.shape), entry.dtype):
-            fill = partial(_fill, blocks[key], start, span)
-            yield Piece(
-                Bytes(entry.offset + span.first * entry.dtype.itemsize),
-                Bytes(span.num_numbers * entry.dtype.itemsize),
-                fill,
-            )
+        run = _Run(blocks[key], dtype, int(rng.integers(_BLOCK)))
+        if entry.name in scales:
+            yield from _quantised_pieces(run, entry, scales[entry.name])
+            continue
+        for span in spans(prod(entry.shape), dtype):
+            begin, size = entry.offset + span.first * dtype.itemsize, span.num_numbers * dtype.itemsize
+            yield Piece(Bytes(begin + size), partial(_fill, run, span, slice(begin, begin + size)))
+
+
+def _quantised_pieces(run: _Run, entry: Entry, scales: Entry) -> Iterator[Piece]:
+    for rows in row_spans(entry, entry.shape[0]):
+        place = QuantisedPlace.of(entry, scales, rows)
+        span = Span(rows.first * entry.shape[1], rows.num_numbers * entry.shape[1])
+        yield Piece(place.values.stop, partial(_fill_quantised, run, span, place))
 
 
 def _spread(entry: Entry) -> _Spread:
@@ -61,11 +88,12 @@ def _block(normal: NDArray[np.float32], spread: _Spread, dtype: DType) -> NDArra
     return convert(numbers, DType.F32, dtype)
 
 
-def _fill(block: NDArray[np.generic], start: int, span: Span, target: NDArray[np.uint8]) -> None:
-    """Numbers `first`, `first + 1`, ... of an endless repetition of the block."""
-    numbers = target.view(block.dtype)
-    done, at = 0, (start + span.first) % len(block)
-    while done < span.num_numbers:
-        length = min(span.num_numbers - done, len(block) - at)
-        numbers[done : done + length] = block[at : at + length]
-        done, at = done + length, 0
+def _fill(run: _Run, span: Span, place: slice, buffer: NDArray[np.uint8]) -> None:
+    run.write(span, buffer[place].view(run.block.dtype))
+
+
+def _fill_quantised(run: _Run, span: Span, place: QuantisedPlace, buffer: NDArray[np.uint8]) -> None:
+    numbers = np.empty(span.num_numbers, run.block.dtype)
+    run.write(span, numbers)
+    wide = convert(numbers, run.dtype, DType.F32).view(np.float32)
+    quantise(wide.reshape(-1, place.columns), place.within(buffer))

@@ -16,6 +16,8 @@ from prism.types import Bytes, DType
 
 ALIGNMENT = 256
 """Bytes; what vectorised loads and CUDA's libraries like best."""
+SCALE = "_scale"
+"""Ends the name of the entry behind a quantised matrix: one number for each of its rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of the buffer: its sources, one after the other along their first dimension."""
+    """A tensor of the buffer: its sources, one after the other along their first dimension.
+
+    Scales have no sources: they are computed with the matrix before them.
+    """
 
     name: str
     offset: Bytes
@@ -56,6 +61,16 @@ class Layout:
         return self.group_ends[-1]
 
     @property
+    def num_parameters(self) -> int:
+        """Numbers of the checkpoint, in whatever format."""
+        return sum(prod(entry.shape) for entry in self.entries if entry.sources)
+
+    @property
+    def scales(self) -> dict[str, Entry]:
+        """By name of the quantised matrix, where its scales lie."""
+        return {e.name.removesuffix(SCALE): e for e in self.entries if e.name.endswith(SCALE)}
+
+    @property
     def fingerprint(self) -> str:
         """Equal for equal layouts only: both ends of a transfer compare it."""
         return blake2b(repr(self).encode(), digest_size=16).hexdigest()
@@ -64,15 +79,32 @@ class Layout:
 def plan_layout(spec: ModelSpec) -> Layout:
     """The buffer of one model. Groups: embedding, each layer, head."""
     groups = [[_embedding(spec)], *(list(_layer(spec, i)) for i in range(spec.num_layers)), list(_head(spec))]
-    entries, ends, offset = [], [], 0
+    entries: list[Entry] = []
+    ends, offset = [], 0
+
+    def place(name: str, shape: tuple[int, ...], dtype: DType, sources: tuple[Source, ...]) -> None:
+        nonlocal offset
+        entries.append(Entry(name, Bytes(offset), shape, dtype, sources))
+        offset += -(-entries[-1].size // ALIGNMENT) * ALIGNMENT
+
     for group in groups:
         for name, sources in group:
             rows = sum(source.shape[0] for source in sources)
-            shape = (rows, *sources[0].shape[1:])
-            entries.append(Entry(name, Bytes(offset), shape, spec.dtype, sources))
-            offset += -(-entries[-1].size // ALIGNMENT) * ALIGNMENT
+            dtype = spec.matrix_dtype if _is_quantised(name) else spec.dtype
+            place(name, (rows, *sources[0].shape[1:]), dtype, sources)
+            if dtype is DType.F8:
+                place(name + SCALE, (rows,), DType.F32, ())
         ends.append(Bytes(offset))
     return Layout(tuple(entries), tuple(ends))
+
+
+def _is_quantised(name: str) -> bool:
+    """Whether quantisation applies to an entry: to the four matrices of a layer.
+
+    Embeddings and head stay as they are. The head's errors would be errors of logits, with nothing behind
+    to average them; it has 7 % of the bytes of an 8B model, and where it is tied, it is the embedding too.
+    """
+    return name.rpartition(".")[2] in ("qkv", "o", "gate_up", "down")
 
 
 _Fused = tuple[str, tuple[Source, ...]]

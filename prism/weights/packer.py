@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from prism.errors import CheckpointError, HostMemoryError
 from prism.memory import memfd
-from prism.modelspec import read_spec
+from prism.modelspec import ModelSpec, read_spec
 from prism.types import Bytes
 from prism.weights import checksum, protocol
 from prism.weights.dummy import dummy_pieces
@@ -34,7 +34,11 @@ _MAX_THREADS = 4  # a page cache fills memory at 5 GB/s a thread; more would onl
 
 def plan_source(source: protocol.WeightSource) -> Layout:
     """The layout of a model's weights; raises `CheckpointError`."""
-    return plan_layout(read_spec(source.path, dtype=source.dtype))
+    return plan_layout(_spec(source))
+
+
+def _spec(source: protocol.WeightSource) -> ModelSpec:
+    return read_spec(source.path, dtype=source.dtype, quantization=source.quantization)
 
 
 def pack(source: protocol.WeightSource, fd: int, on_progress: Callable[[Bytes], None]) -> None:
@@ -60,7 +64,7 @@ def pack(source: protocol.WeightSource, fd: int, on_progress: Callable[[Bytes], 
 def _pieces(layout: Layout, source: protocol.WeightSource) -> Iterable[Piece]:
     """All of the work, the checkpoint's headers checked."""
     if source.load_format == "dummy":
-        return dummy_pieces(layout, source.model)
+        return dummy_pieces(layout, source.model, _spec(source).dtype)
     directory = Path(source.path)
     return checkpoint_pieces(layout, locate(layout, read_checkpoint(directory), directory))
 
@@ -69,8 +73,8 @@ def _fill(buffer: NDArray[np.uint8], pieces: Iterable[Piece], threads: ThreadPoo
     """Do all pieces; yields the bytes that are in place, in order. The first error ends the rest."""
 
     def fill(piece: Piece) -> Bytes:
-        piece.fill(buffer[piece.offset : piece.offset + piece.size])
-        return Bytes(piece.offset + piece.size)
+        piece.fill(buffer)
+        return piece.end
 
     try:
         yield from threads.map(fill, pieces)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from prism.types import Bytes, ModelId
+from prism.types import Bytes, ModelId, Quantization
 from prism.weights.checksum import table_bytes
 
 
@@ -27,6 +27,7 @@ class WeightSource(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     dtype: str = "auto"
+    quantization: Quantization = "none"
 
 
 class PackJob(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from prism.weights.layout import Layout, Source
 _SINGLE, _SHARDED = "model.safetensors", "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # the format's own limit
-_USABLE = frozenset(dtype.value for dtype in DType)
+_USABLE = frozenset((DType.BF16.value, DType.F16.value, DType.F32.value))
 _WHOLE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),

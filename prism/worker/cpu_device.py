@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Sequence
 
 import torch
@@ -19,8 +21,11 @@ from prism.modelspec import ModelSpec
 from prism.types import DType, LaneId
 from prism.weights.copiers import Copier, HostCopier
 from prism.weights.registrations import Pinner
+from prism.worker.copies import CopyWork, Run
+from prism.worker.costs import Guess
 from prism.worker.device import Device
 from prism.worker.lanes import Work
+from prism.worker.notices import Notices
 
 MAX_SEQUENCES = 65536
 """A CPU keeps no tables for its sequences, so this only has to be more than can ever run."""
@@ -29,9 +34,16 @@ MAX_SEQUENCES = 65536
 class Copied:
     """Work that has run."""
 
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+
     def is_done(self) -> bool:
         """Always."""
         return True
+
+    def seconds(self) -> float:
+        """See `CopyWork.seconds`."""
+        return self._seconds
 
 
 class TorchBackend:
@@ -41,10 +53,12 @@ class TorchBackend:
     max_sequences = MAX_SEQUENCES
     max_entries = UNBOUNDED
     pinner: Pinner | None = None
+    guess = Guess(operations=5e10, bytes=4e9)
 
     def __init__(self, device: torch.device) -> None:
         self._kernels = TorchKernels(device)
         self.copier: Copier = HostCopier()
+        self._notices = Notices()
 
     def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
         """See `Backend.runner`."""
@@ -56,6 +70,14 @@ class TorchBackend:
         copy_blocks(kv, moves)
         return Copied()
 
+    def copy_out(self, runs: Sequence[Run], lane: LaneId, *, aside: bool) -> CopyWork:
+        """See `Backend.copy_out`."""
+        return copy_runs(runs)
+
+    def copy_in(self, runs: Sequence[Run], lane: LaneId) -> CopyWork:
+        """See `Backend.copy_in`."""
+        return copy_runs(runs)
+
     def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
         """See `Backend.wait_for`: there are no other lanes."""
 
@@ -64,6 +86,8 @@ class TorchBackend:
 
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`."""
+        if spec.quantization == "fp8":
+            self._notices.slow_fp8("CPUs have no products of fp8")
         if spec.dtype is DType.BF16:
             self._kernels.cpu_linear.tune()
 
@@ -77,6 +101,14 @@ def copy_blocks(kv: KvView, moves: tuple[Move, ...]) -> None:
     sources = torch.tensor([move.source for move in moves], device=device)
     targets = torch.tensor([move.target for move in moves], device=device)
     kv.pages.index_copy_(0, targets, kv.pages.index_select(0, sources))
+
+
+def copy_runs(runs: Sequence[Run]) -> Copied:
+    """Memory to memory, now."""
+    begin = time.perf_counter()
+    for source, target, size in runs:
+        ctypes.memmove(target, source, size)
+    return Copied(time.perf_counter() - begin)
 
 
 def cpu_device(driver: Driver, pool: SlabPool, name: str) -> Device:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from prism.attention.gpu.fp8 import slow_because
 from prism.attention.gpu.kernels import HEAD_DIMS
 from prism.attention.gpu.warmup import load_kernels
 from prism.attention.kernels import KvView
@@ -29,12 +30,17 @@ from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType, GiB, LaneId
 from prism.weights.copiers import Copier, CudaCopier
 from prism.weights.registrations import Pinner
+from prism.worker.copies import CopyWork, Run
+from prism.worker.costs import Guess
+from prism.worker.cuda_copies import Copies, Event, Leaving, SwapStream
 from prism.worker.device import Device
 from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
+from prism.worker.notices import Notices
 
 TORCH_RESERVE = 4 * GiB
 """What torch's own allocator may take beside the pool, for the intermediate results of a step."""
+UNUSUAL = "the GPU kernels are not made for fp32 or for its size of heads"
 SLOTS_PER_BATCH = 4
 """Sequences of one lane that may hold blocks, in full batches: several models share it."""
 
@@ -71,19 +77,6 @@ def _open_lane(pool: SlabPool, device: torch.device, lane: LaneId, shape: LaneSh
     return GpuLane(device, memory, shape)
 
 
-class Event:
-    """Work queued on the current stream until now."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.event.record()
-
-    def is_done(self) -> bool:
-        """It has run."""
-        done: bool = self.event.query()  # type: ignore[no-untyped-call]
-        return done
-
-
 class PlainRunner:
     """Steps in torch operations on a lane's stream, for what the GPU kernels are not made for; they wait."""
 
@@ -103,9 +96,15 @@ class PlainRunner:
 class GpuBackend:
     """See `Backend`."""
 
-    def __init__(self, device: torch.device, lanes: list[GpuLane], slab_bytes: Bytes, pinner: Pinner) -> None:
+    guess = Guess(operations=2e14, bytes=2e10)
+
+    def __init__(
+        self, device: torch.device, lanes: list[GpuLane], slab_bytes: Bytes, driver: CudaDriver
+    ) -> None:
         self.copier: Copier = CudaCopier(device)
-        self.pinner: Pinner | None = pinner
+        self.pinner: Pinner | None = driver
+        self._driver = driver
+        self._swap = SwapStream(driver, device)
         self._slab_bytes = slab_bytes
         self.num_lanes = len(lanes)
         self.max_sequences = lanes[0].shape.max_sequences
@@ -113,6 +112,7 @@ class GpuBackend:
         self._device = device
         self._lanes = lanes
         self._graphs = [Graphs(lane.stream, lane.pool) for lane in lanes]
+        self._notices = Notices()
 
     def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
         """See `Backend.runner`."""
@@ -129,10 +129,22 @@ class GpuBackend:
             kv.pages.index_copy_(0, targets, kv.pages.index_select(0, sources))
             return Event()
 
+    def copy_out(self, runs: Sequence[Run], lane: LaneId, *, aside: bool) -> CopyWork:
+        """See `Backend.copy_out`."""
+        stream = self._lanes[lane].stream
+        return self._swap.start(runs, stream) if aside else Copies(self._driver, runs, stream)
+
+    def copy_in(self, runs: Sequence[Run], lane: LaneId) -> Copies:
+        """See `Backend.copy_in`."""
+        return Copies(self._driver, runs, self._lanes[lane].stream)
+
     def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
         """See `Backend.wait_for`. Nothing waits on the host."""
         for work in works:
-            if isinstance(work, GpuFlight | Event):
+            if isinstance(work, Leaving):
+                work.queue_all()
+            if isinstance(work, GpuFlight | Event | Leaving):
+                assert work.event is not None
                 self._lanes[lane].stream.wait_event(work.event)
 
     def check(self, spec: ModelSpec) -> None:
@@ -149,6 +161,8 @@ class GpuBackend:
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`. Compiles on the first use of a machine; later a matter of milliseconds."""
         layout = plan_kv_layout(spec, self._slab_bytes)
+        if spec.quantization == "fp8":
+            self._notices.slow_fp8(UNUSUAL if not is_fused(spec) else slow_because(spec))
         if is_fused(spec) and layout is not None:
             load_kernels(self._device, spec, torch_dtype(spec.dtype), layout.tokens_per_block)
 

@@ -25,6 +25,8 @@ from prism.types import Address, Bytes, LaneId, ModelId
 from prism.weights.copiers import Copier
 from prism.weights.registrations import Pinner
 from prism.weights.views import view_weights
+from prism.worker.copies import CopyWork, Run
+from prism.worker.costs import Guess
 from prism.worker.lanes import Lane, Work
 from prism.worker.models import Profile
 
@@ -41,6 +43,8 @@ class Backend(Protocol):
     """Brings weights in."""
     pinner: Pinner | None
     """Registers host memory, where copies are faster from there."""
+    guess: Guess
+    """Speeds before they are measured."""
 
     def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
         """Binds a model to a lane."""
@@ -48,6 +52,18 @@ class Backend(Protocol):
 
     def copy_blocks(self, kv: KvView, moves: tuple[Move, ...], lane: LaneId) -> Work:
         """Copy blocks within a model's KV, behind the lane's queued steps."""
+        ...
+
+    def copy_out(self, runs: Sequence[Run], lane: LaneId, *, aside: bool) -> CopyWork:
+        """Copy from the window to host memory, behind what is queued on the lane.
+
+        What is queued on the lane later runs behind these copies, too, unless they are made `aside`: then
+        only what waits for them does.
+        """
+        ...
+
+    def copy_in(self, runs: Sequence[Run], lane: LaneId) -> CopyWork:
+        """Copy from host memory to the window, in the order of the lane."""
         ...
 
     def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
@@ -83,6 +99,8 @@ class Device:
             Lane(LaneId(i), Slots(backend.max_sequences, backend.max_entries))
             for i in range(backend.num_lanes)
         )
+        self.swap = Lane(LaneId(backend.num_lanes), Slots(0))
+        """Not for steps: copies of KV that leaves the device, so that stamps can name them."""
 
     def bind(self) -> Lane:
         """The lane with the fewest models gets one more."""

@@ -34,7 +34,13 @@ class Gauges:
             if kv is not None and (total := kv.num_slabs * kv.layout.blocks_per_slab):
                 share = kv.num_used / total
             self._metrics.kv_cache_usage_perc.labels(model.name).set(share)
+            self._metrics.kv_host_bytes.labels(model.name).set(worker.host.blocks.bytes_of(model.name))
             self._count(model)
+            saved, fetched = worker.host.counts(model.name)
+            self._metrics.kv_blocks_saved.labels(model.name).inc(self._added(model.name, "saved", saved))
+            self._metrics.kv_blocks_fetched.labels(model.name).inc(
+                self._added(model.name, "fetched", fetched)
+            )
 
     def _count(self, model: Model) -> None:
         """Add to the counters what has come since the last time."""

@@ -26,11 +26,18 @@ class Flight(NamedTuple):
     work: Work
     model: ModelId
     step: InFlight | None
+    begin: float
+    """When a step was queued."""
 
     @property
     def has_prompts(self) -> bool:
         """It is a step with chunks of prompts."""
         return self.step is not None and self.step.step.has_prompts
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of those chunks."""
+        return 0 if self.step is None else self.step.step.num_prompt_tokens
 
 
 class Lane:
@@ -42,16 +49,18 @@ class Lane:
         self.num_queued = 0
         self.num_completed = 0
         self.num_models = 0
+        self.last_end = 0.0
+        """When its latest step was seen to have run."""
         self.flights: deque[Flight] = deque()
 
     def stamp(self) -> Stamp:
         """Names the last work that has been queued."""
         return Stamp(self.lane_id, self.num_queued)
 
-    def queue(self, model: ModelId, work: Work, step: InFlight | None = None) -> None:
+    def queue(self, model: ModelId, work: Work, step: InFlight | None = None, begin: float = 0.0) -> None:
         """Count work that is on the device."""
         self.num_queued += 1
-        self.flights.append(Flight(self.num_queued, work, model, step))
+        self.flights.append(Flight(self.num_queued, work, model, step, begin))
 
     def finished(self) -> Iterator[Flight]:
         """Takes out, in order, what has run."""

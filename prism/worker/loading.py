@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Protocol
 
 from prism.errors import CheckpointError, PrismError
@@ -31,6 +32,8 @@ class Loaded:
     model: ModelId
     seconds: float
     error: Exception | None
+    digest: bytes = b""
+    """Of the weights' checksums, when the load has ended well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +152,12 @@ class Load:
         """Copy, map, verify. Nothing writes to the slabs afterwards, but the arena may be mapped."""
         begin = self._clock()
         try:
-            self._load()
+            digest = self._load()
         except Exception as error:  # the loop must learn of any failure, or the model loads for ever
             return Loaded(self._plan.model, self._clock() - begin, error)
-        return Loaded(self._plan.model, self._clock() - begin, None)
+        return Loaded(self._plan.model, self._clock() - begin, None, digest)
 
-    def _load(self) -> None:
+    def _load(self) -> bytes:
         model = self._plan.model
         with self._fetch(model) as packed, self._registered() as registered:
             if packed.fingerprint != self._plan.layout.fingerprint:
@@ -175,6 +178,7 @@ class Load:
                 raise transfer.error
             if not transfer.has_arrived:
                 raise LoadCancelled
+            return blake2b(packed.checksums.tobytes(), digest_size=16).digest()
 
     def _map(self) -> None:
         self._plan.prepare()

@@ -37,6 +37,8 @@ from prism.worker.commands import carry_out
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
 from prism.worker.entry import check_submit
+from prism.worker.host_chunks import Chunks
+from prism.worker.host_kv import HostKv
 from prism.worker.loading import Fetch, JobEvent, Jobs, Loaded, Unloaded
 from prism.worker.models import Model, likely_order, limit_slabs, slabs_up
 from prism.worker.outbox import Outbox
@@ -70,6 +72,7 @@ class Worker:
         name: WorkerId,
         incarnation: Incarnation,
         registrations: Registrations | None = None,
+        chunks: Chunks | None = None,
     ) -> None:
         self.name = name
         self.incarnation = incarnation
@@ -81,6 +84,7 @@ class Worker:
         self.models = {m.name: _new_model(m, device.slab_bytes) for m in config.models}
         self.requests = Requests()
         self.registrations = registrations
+        self.host = HostKv(device, chunks)
         self._outbox = outbox
         self._clock = clock
         self._needs_admission = False
@@ -88,15 +92,18 @@ class Worker:
         self._delivery = Delivery(outbox, incarnation)
         self._patience = max(LEAST_PATIENCE, self.limits.min_residency)
         self.residency = Residency(
-            device, jobs, outbox, fetch, link, registrations, clock, self.max_batch_size
+            device, jobs, outbox, fetch, link, registrations, self.host, clock, self.max_batch_size
         )
         self.residency.worker_id = name
-        self.reclaimer = Reclaimer(device, self.models, self.requests, self.evict, self.limits.min_residency)
+        self.reclaimer = Reclaimer(
+            device, self.models, self.requests, self.evict, self.host, self.limits.min_residency
+        )
         self._stepper = Stepper(
             device,
             self.models,
             self.requests,
             self.reclaimer,
+            self.host,
             self._delivery,
             self,
             clock,
@@ -193,6 +200,7 @@ class Worker:
         """Do what can be done now; whether there is more to do at once."""
         now = self._clock()
         self._stepper.collect()
+        self.host.tend(self.models)
         self._move_models(now)
         self._admit(now)
         return self._stepper.step(now)
@@ -200,7 +208,7 @@ class Worker:
     @property
     def is_device_busy(self) -> bool:
         """Work is queued whose end will not be told: it has to be looked for."""
-        return any(lane.flights for lane in self.device.lanes)
+        return any(lane.flights for lane in (*self.device.lanes, self.device.swap))
 
     def next_timer(self) -> float | None:
         """The time at which `advance` must be called even if nothing comes in."""
@@ -359,6 +367,7 @@ class Worker:
     def check(self) -> None:
         """Conservation: every slab and every block has exactly one state and one owner."""
         self.device.pool.check()
+        self.host.check()
         for model in self.models.values():
             assert model.weight_slabs in ((), model.arena_slabs), f"{model.name}: slabs that no arena shows"
             if model.kv is not None:

@@ -50,6 +50,7 @@ from prism.weights.link import ThreadLink
 from prism.weights.registrations import Registrations, RegistrationThread
 from prism.worker.device import Device
 from prism.worker.gauges import Gauges
+from prism.worker.host_chunks import ChunkThread, HostChunks
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker, index_of
 from prism.worker.open_device import open_device
@@ -242,6 +243,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     jobs = ThreadJobs()
     registrations = new_registrations(run_dir / "store.sock", device, config)
     link = ThreadLink(device.backend.copier)
+    chunks = new_chunks(device, config)
     worker = Worker(
         config,
         device_config,
@@ -254,6 +256,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
         name=WorkerId(name),
         incarnation=Incarnation(incarnation),
         registrations=registrations,
+        chunks=chunks,
     )
     metrics = Metrics()
     if incarnation > 1:
@@ -263,8 +266,11 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     address = sockets.address
     sockets.to_agent(Ready(role=Role.WORKER, name=name, incarnation=incarnation, address=address))
     registering = None if registrations is None else RegistrationThread(registrations)
+    taking = None if chunks is None else ChunkThread(chunks)
     process.run()
     link.close()
+    if taking is not None:
+        taking.close()
     if registering is not None:
         registering.close()
     return 0
@@ -283,6 +289,12 @@ def new_registrations(store: Path, device: Device, config: Config) -> Registrati
 
     likely = sorted(config.models, key=lambda model: not (model.pinned or model.preload))
     return Registrations(pinner, borrow, Bytes(budget), [ModelId(model.name) for model in likely])
+
+
+def new_chunks(device: Device, config: Config) -> HostChunks | None:
+    """None if the configuration has no room for one chunk, which is as large as a slab."""
+    count = config.host_memory.kv // device.slab_bytes
+    return HostChunks(device.slab_bytes, count, device.backend.pinner) if count else None
 
 
 def device_of(config: Config, name: str) -> DeviceConfig:

@@ -35,7 +35,12 @@ class Profile:
 
 def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
     """Reads a model directory. Raises `CheckpointError`."""
-    spec = read_spec(config.path, dtype=config.dtype, max_len=config.max_model_len)
+    spec = read_spec(
+        config.path,
+        dtype=config.dtype,
+        max_len=config.max_model_len,
+        quantization=config.quantization,
+    )
     weights = plan_layout(spec)
     kv = plan_kv_layout(spec, slab_bytes)
     if kv is None:
@@ -47,7 +52,6 @@ def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
     rotary_offset = Bytes(-(-weights.total_bytes // 256) * 256)
     arena = rotary_offset + spec.max_position * spec.head_dim * 4
     slabs = -(-arena // slab_bytes)
-    operations = 2 * weights.total_bytes / spec.dtype.itemsize
     return Profile(
         spec=spec,
         weights=weights,
@@ -55,7 +59,7 @@ def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
         arena_bytes=Bytes(slabs * slab_bytes),
         rotary_offset=rotary_offset,
         weight_slabs=slabs,
-        recompute_cost=operations / spec.kv_bytes_per_token,
+        recompute_cost=2 * weights.num_parameters / spec.kv_bytes_per_token,
     )
 
 

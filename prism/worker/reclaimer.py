@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
-from prism.engine.kv_blocks import Gathered
+from prism.engine.kv_blocks import DroppedGroup, Gathered
 from prism.memory.slabs import KvOwner
 from prism.types import LaneId, SlabId
 from prism.worker import reclaim
 from prism.worker.device import Device
+from prism.worker.host_kv import HostKv
 from prism.worker.models import Model
 from prism.worker.requests import Requests
 from prism.worker.snapshot import Holding, MemorySnapshot, Need
@@ -24,9 +25,11 @@ class Reclaimer:
         models: dict[str, Model],
         requests: Requests,
         evict: Callable[[Model], None],
+        host: HostKv,
         min_residency: float,
     ) -> None:
         self._device = device
+        self._host = host
         self._pool = device.pool
         self._models = models
         self._requests = requests
@@ -97,7 +100,9 @@ class Reclaimer:
                 return self._release_slabs(self._models[name], slabs) > 0
             case reclaim.DropOwnCache():
                 assert model.kv is not None
-                return model.kv.drop_cached(model.kv.layout.blocks_per_slab) > 0
+                dropped = model.kv.drop_cached(model.kv.layout.blocks_per_slab)
+                self._host.save_dropped(model, dropped)
+                return bool(dropped)
             case reclaim.PreemptYoungest(model=name):
                 engine = self._models[name].engine
                 assert engine is not None
@@ -121,21 +126,30 @@ class Reclaimer:
         return self._free(victim, victim.kv.gather(count))
 
     def _free(self, victim: Model, gathered: Gathered) -> int:
-        """Copy what has to move, and give the slabs back."""
+        """Copy what has to move and what is worth saving, and give the slabs back."""
         assert victim.engine is not None and victim.lane is not None
-        view = victim.engine.runner.kv
-        self._device.move_blocks(victim.name, view, gathered.moves, victim.lane)
-        victim.engine.scheduler.rename_blocks(gathered.moves)
-        self._give_back(victim, gathered.slabs)
+        if gathered.moves:
+            # blocks may move to where the dropped ones are: those are saved on the lane, before that
+            self._host.save_dropped(victim, (block for group in gathered.dropped for block in group))
+            view = victim.engine.runner.kv
+            self._device.move_blocks(victim.name, view, gathered.moves, victim.lane)
+            victim.engine.scheduler.rename_blocks(gathered.moves)
+            self._give_back(victim, gathered.slabs)
+        else:
+            self._give_back(victim, gathered.slabs, gathered.dropped)
         return len(gathered.slabs)
 
-    def _give_back(self, model: Model, slabs: Sequence[SlabId]) -> None:
-        """Free once everything that is queued on the model's lane has run."""
+    def _give_back(self, model: Model, slabs: Sequence[SlabId], dropped: Sequence[DroppedGroup] = ()) -> None:
+        """Free once everything that is queued on the model's lane has run, and the copies that read them."""
         assert model.kv is not None and model.lane is not None
+        read = self._host.save_leaving(model, dropped)
         for slab in slabs:
             model.kv.remove_slab(slab)
-        self._pool.give_back(KvOwner(model.name), slabs, model.lane.stamp())
+        owner, swap = KvOwner(model.name), self._device.swap
+        self._pool.give_back(owner, [s for s in slabs if s not in read], model.lane.stamp())
+        self._pool.give_back(owner, [s for s in slabs if s in read], swap.stamp())
         self._device.settle(model.lane)
+        self._device.settle(swap)
 
     def trim(self, model: Model) -> None:
         """Give slabs back that the model may not or need not keep.
@@ -160,9 +174,8 @@ class Reclaimer:
 
     def release_kv(self, model: Model) -> None:
         """Give up all KV of a model that runs nothing."""
-        assert model.kv is not None
-        model.kv.drop_cached(model.kv.num_cached)
-        self._give_back(model, model.kv.empty_slabs)
+        assert model.kv is not None and not model.kv.num_used
+        self._free(model, model.kv.gather(model.kv.num_slabs))
         assert model.kv.num_slabs == 0
 
     # --- what the policy sees -----------------------------------------------------------------------

@@ -21,6 +21,8 @@ def make_report(worker: Worker, now: float) -> Report:
         num_free_slabs=pool.num_free,
         registered_bytes=0 if worker.registrations is None else worker.registrations.total_bytes,
         registration_error=None if worker.registrations is None else worker.registrations.error,
+        kv_host_bytes=worker.host.total_bytes,
+        kv_host_error=worker.host.error,
         models=[_model(worker, model, now) for model in worker.models.values()],
     )
 
@@ -37,6 +39,7 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         weights_bytes=len(model.weight_slabs) * slab,
         kv_used_bytes=0 if kv is None else kv.num_used * block,
         kv_cached_bytes=0 if kv is None else kv.num_cached * block,
+        kv_host_bytes=worker.host.blocks.bytes_of(model.name),
         kv_slab_bytes=0 if kv is None else kv.num_slabs * slab,
         kv_floor_bytes=model.kv_floor * slab,
         kv_limit_bytes=None if model.kv_limit is None else model.kv_limit * slab,

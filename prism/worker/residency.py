@@ -30,6 +30,7 @@ from prism.weights.link import Link
 from prism.weights.registrations import Registrations
 from prism.weights.transfers import Places
 from prism.worker.device import Device
+from prism.worker.host_kv import HostKv
 from prism.worker.loading import Fetch, Jobs, Load, LoadCancelled, Loaded, LoadPlan, Unloaded, unload
 from prism.worker.models import Model, Profile, read_profile
 from prism.worker.outbox import Outbox
@@ -62,6 +63,7 @@ class Residency:
         fetch: Fetch,
         link: Link,
         registrations: Registrations | None,
+        host: HostKv,
         clock: Callable[[], float],
         max_batch_size: int,
     ) -> None:
@@ -71,6 +73,7 @@ class Residency:
         self._fetch = fetch
         self._link = link
         self._registrations = registrations
+        self._host = host
         self._leaving: list[tuple[Stamp | None, Model]] = []
         self._clock = clock
         self._max_batch_size = max_batch_size
@@ -177,6 +180,7 @@ class Residency:
         if model.engine is None:
             model.engine = self._new_engine(model, profile, arena, kv)
         model.engine.attach(kv)
+        self._host.open(model, event.digest)
         now = self._clock()
         model.state = ModelState.ACTIVE
         model.active_since = model.last_used = now

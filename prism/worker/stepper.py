@@ -16,6 +16,7 @@ from prism.types import RequestId
 from prism.worker import turns
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
+from prism.worker.host_kv import HostKv
 from prism.worker.lanes import Flight, Lane
 from prism.worker.models import Model
 from prism.worker.reclaimer import Reclaimer
@@ -51,6 +52,7 @@ class Stepper:
         models: Mapping[str, Model],
         requests: Requests,
         reclaimer: Reclaimer,
+        host: HostKv,
         delivery: Delivery,
         listener: Listener,
         clock: Callable[[], float],
@@ -63,6 +65,7 @@ class Stepper:
         self._models = models
         self._requests = requests
         self._reclaimer = reclaimer
+        self._host = host
         self._delivery = delivery
         self._listener = listener
         self._clock = clock
@@ -97,8 +100,11 @@ class Stepper:
             return True
         self._announce(model, {RequestId(chunk.sequence.request_id) for chunk in step.chunks})
         self._device.take_turns(lane, step)
+        self._host.save_dropped(model, step.dropped)
+        self._host.fetch(model, step.fetches)
+        begin = self._clock()
         flight = engine.run(step)
-        lane.queue(model.name, flight, flight)
+        lane.queue(model.name, flight, flight, begin)
         self.collect()
         return True
 
@@ -124,9 +130,10 @@ class Stepper:
     def collect(self) -> None:
         """Commit, in order, what has run on any lane, and tell when slabs have become free."""
         pool = self._device.pool
-        for lane in self._device.lanes:
+        self._host.settle()
+        for lane in (*self._device.lanes, self._device.swap):
             for flight in lane.finished():
-                self._commit(flight)
+                self._commit(lane, flight)
             pool.completed(lane.lane_id, lane.num_completed)
         if pool.num_free > self._num_free:  # whoever gave them back, a compaction between two rounds too
             self._listener.memory_changed()
@@ -138,15 +145,20 @@ class Stepper:
         while model.engine is not None and model.engine.num_queued:
             assert model.lane is not None
             for flight in model.lane.finished():
-                self._commit(flight)
+                self._commit(model.lane, flight)
             if time.monotonic() > deadline:
                 raise DriverError("step", f"not done within {DRAIN_SECONDS:g} s")
             time.sleep(LOOK_SECONDS)
 
-    def _commit(self, flight: Flight) -> None:
+    def _commit(self, lane: Lane, flight: Flight) -> None:
         model = self._models[flight.model]
         if flight.step is not None:
             assert model.engine is not None
+            now = self._clock()
+            self._host.prompts_ran(
+                model.name, flight.num_prompt_tokens, now - max(flight.begin, lane.last_end)
+            )
+            lane.last_end = now
             model.stalled_until = 0.0  # what waited for these tokens, or for a place, may go on
             self._account(model, model.engine.commit(flight.step))
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from prism.attention.kernels import BatchLayout, HeadNorms, KvView, Stream
+from prism.attention.kernels import BatchLayout, HeadNorms, KvView, Stream, Weight
 from prism.attention.torch_kernels import TorchKernels
 from prism.types import BlockId
+from tests.support.checkpoints import quantised
 
 LAYERS, TOKENS, KV_HEADS, DIM = 2, 4, 2, 8
 UNROTATED = torch.cat((torch.ones(64, DIM // 2), torch.zeros(64, DIM // 2)), dim=-1)
@@ -105,7 +106,11 @@ def test_heads_are_normed_before_they_rotate() -> None:
 def test_norm_and_activation_in_half_precision_round_as_the_reference_models_do() -> None:
     kernels = TorchKernels(torch.device("cpu"))
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
-    norm, weight = torch.rand(16).bfloat16(), torch.randn(24, 16).bfloat16()
+    norm, weight, down = (
+        torch.rand(16).bfloat16(),
+        torch.randn(24, 16).bfloat16(),
+        torch.randn(16, 12).bfloat16(),
+    )
 
     def normed(x: Tensor) -> Tensor:
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
@@ -114,11 +119,37 @@ def test_norm_and_activation_in_half_precision_round_as_the_reference_models_do(
     def exact(actual: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
-    out, stream = kernels.norm_linear(Stream(x), norm, 1e-6, weight, None)
-    exact(out, torch.nn.functional.linear(normed(x), weight))
-    stream = kernels.add_linear(stream, x, weight[:16], None)
-    act, stream = kernels.norm_gate_up(stream, norm, 1e-6, weight)
-    total = x + torch.nn.functional.linear(x, weight[:16])
+    linear = torch.nn.functional.linear
+    out, stream = kernels.norm_linear(Stream(x), norm, 1e-6, Weight(weight), None)
+    exact(out, linear(normed(x), weight))
+    stream = kernels.add_linear(stream, x, Weight(weight[:16]), None)
+    stream = kernels.add_mlp(stream, norm, 1e-6, Weight(weight), Weight(down))
+    total = x + linear(x, weight[:16])
     exact(stream.residual, total)
-    gate, up = torch.nn.functional.linear(normed(total), weight).chunk(2, dim=-1)
-    exact(act, torch.nn.functional.silu(gate) * up)
+    gate, up = linear(normed(total), weight).chunk(2, dim=-1)
+    assert stream.delta is not None
+    exact(stream.delta, linear(torch.nn.functional.silu(gate) * up, down))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_weights_count_as_what_they_stand_for(dtype: torch.dtype) -> None:
+    kernels = TorchKernels(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+
+    def weight(*shape: int) -> tuple[Weight, Weight]:
+        values, scales = quantised(torch.randn(*shape, generator=generator))
+        return Weight(values, scales), Weight((values.float() * scales[:, None]).to(dtype))
+
+    x, bias = torch.randn(3, 16, generator=generator).to(dtype), torch.rand(24).to(dtype)
+    norm = torch.rand(16, generator=generator).to(dtype)
+    results = []
+    for qkv, o, gate_up, down in zip(
+        weight(24, 16), weight(16, 16), weight(24, 16), weight(16, 12), strict=True
+    ):
+        out, stream = kernels.norm_linear(Stream(x.clone()), norm, 1e-6, qkv, bias)
+        stream = kernels.add_linear(stream, x, o, None)
+        results.append((out, kernels.add_mlp(stream, norm, 1e-6, gate_up, down)))
+    assert torch.equal(results[0][0], results[1][0])
+    first, second = (stream for _, stream in results)
+    assert first.delta is not None and second.delta is not None
+    assert torch.equal(first.residual + first.delta, second.residual + second.delta)

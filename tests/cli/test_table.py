@@ -10,7 +10,7 @@ import pytest
 from prism.cli.table import print_models
 from prism.types import GiB, MiB
 
-LONG_NAME = "Qwen/Qwen2.5-7B-Instruct"
+LONG_NAME = "Qwen/Qwen2.5-7B"
 
 
 def entry(name: str, worker: str = "worker-0", **changes: Any) -> dict[str, Any]:
@@ -21,6 +21,7 @@ def entry(name: str, worker: str = "worker-0", **changes: Any) -> dict[str, Any]
         "kv_used_bytes": 3 * MiB // 2,
         "kv_cached_bytes": 0,
         "kv_slab_bytes": 96 * MiB,
+        "kv_host_bytes": 0,
         "kv_floor_bytes": 0,
         "kv_limit_bytes": None,
         "num_running": 12,
@@ -45,6 +46,8 @@ def answer(*models: dict[str, Any]) -> dict[str, Any]:
         "num_free_slabs": 2,
         "registered_bytes": 0,
         "registration_error": None,
+        "kv_host_bytes": 0,
+        "kv_host_error": None,
     }
     return {"epoch": 1, "devices": [device], "models": list(models)}
 
@@ -59,9 +62,9 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     limited = entry("b", kv_limit_bytes=2 * GiB, num_running=0, idle_seconds=61.4, pinned=True)
     assert lines(capsys, entry(LONG_NAME), limited) == [
         "worker-0 on cuda:0: 128G in slabs of 32M, 64M free",
-        "MODEL                     STATE           WEIGHTS  KV USED  CACHED  HELD  LIMIT  RUN  WAIT  IDLE",
-        "Qwen/Qwen2.5-7B-Instruct  active              15G     1.5M       0   96M      -   12     3    0s",
-        "b                         active, pinned      15G     1.5M       0   96M  2048M    0     3   61s",
+        "MODEL            STATE           WEIGHTS  KV USED  CACHED  HELD  HOST  LIMIT  RUN  WAIT  IDLE",
+        "Qwen/Qwen2.5-7B  active              15G     1.5M       0   96M     0      -   12     3    0s",
+        "b                active, pinned      15G     1.5M       0   96M     0  2048M    0     3   61s",
     ]
 
 
@@ -102,6 +105,16 @@ def test_registered_memory_and_what_went_wrong_with_it(capsys: pytest.CaptureFix
     assert first.endswith(
         "64M free, 3072M of host memory registered; not all could be registered: a: refused"
     )
+
+
+def test_kv_in_host_memory_and_what_went_wrong_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    of_all = answer(entry("a", kv_host_bytes=12 * MiB))
+    of_all["devices"][0] |= {"kv_host_bytes": 64 * MiB, "kv_host_error": "refused"}
+    print_models(of_all, as_json=False)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].endswith("64M of host memory for KV; no more could be taken for KV: refused")
+    assert shown[1].split().index("HOST") - shown[1].split().index("HELD") == 1
+    assert " 12M " in shown[2]
 
 
 def test_json_is_what_the_server_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,8 @@ async def test_models_with_and_without_a_worker(client: httpx.AsyncClient, servi
             "num_free_slabs": 6,
             "registered_bytes": 0,
             "registration_error": None,
+            "kv_host_bytes": 0,
+            "kv_host_error": None,
         }
     ]
     first, second = answer["models"]

@@ -64,7 +64,8 @@ class Server:
     """`prism serve` on free ports, with a run directory of its own. Use as a context manager.
 
     Leaving it stops the server and checks that it ended with status 0, left no process and no run
-    directory, and logged no traceback. `sections` are those of the configuration.
+    directory, and logged no traceback. `sections` are those of the configuration; `model`
+    is for all models.
     """
 
     def __init__(self, models: dict[str, Path] = DEMO, **sections: Any) -> None:
@@ -75,7 +76,8 @@ class Server:
         self._children: dict[int, psutil.Process] = {}
         device = {"memory": "64MiB", "slab": "2MiB", "threads": 1} | sections.pop("device", {})
         server = {"port": self.port, "admin_port": self.admin_port} | sections.pop("server", {})
-        named = [{"name": name, "path": str(path)} for name, path in models.items()]
+        common = sections.pop("model", {})
+        named = [{"name": name, "path": str(path)} | common for name, path in models.items()]
         self.config = {"models": named, "devices": [device], "server": server, **sections}
         (self.home / "prism.yaml").write_text(json.dumps(self.config))
         RUNNING.append(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,13 @@ from tests.support.local_worker import LocalWorker
 SLAB = Bytes(2 * MiB)
 
 
-def gpu_worker(models: dict[str, Path], *, lanes: int, spare_slabs: int = 100) -> LocalWorker:
+def gpu_worker(
+    models: dict[str, Path],
+    *,
+    lanes: int,
+    spare_slabs: int = 100,
+    model_options: dict[str, dict[str, Any]] | None = None,
+) -> LocalWorker:
     """`spare_slabs` is what the lanes' workspaces leave for models."""
     needs = needs_of([ModelConfig(name=name, path=str(path)) for name, path in models.items()])
     settings = {"kind": "cuda", "slab": SLAB, "lanes": lanes, "max_batch_size": 64}
@@ -26,4 +33,4 @@ def gpu_worker(models: dict[str, Path], *, lanes: int, spare_slabs: int = 100) -
         DeviceConfig.model_validate(settings | {"memory": (taken + spare_slabs) * SLAB}), needs
     )
     torch.cuda.synchronize()
-    return LocalWorker(models, spare_slabs, device=device)
+    return LocalWorker(models, spare_slabs, device=device, model_options=model_options)

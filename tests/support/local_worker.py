@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prism.config import Config
+from prism.errors import DriverError
 from prism.memory.driver import Driver
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
@@ -27,10 +28,11 @@ from prism.weights.client import PackedWeights, pack_here
 from prism.weights.copiers import Copier
 from prism.weights.link import Traffic
 from prism.weights.protocol import WeightSource
-from prism.weights.registrations import Registrations
+from prism.weights.registrations import Pinner, Registrations
 from prism.weights.transfers import Transfer
 from prism.worker.cpu_device import cpu_device
 from prism.worker.device import Backend, Device
+from prism.worker.host_chunks import HostChunks
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker
 
@@ -60,6 +62,24 @@ class InlineLink:
     def wait(self, transfer: Transfer) -> None:
         while not transfer.has_ended.is_set():
             assert self.traffic.step() or transfer.has_ended.is_set()
+
+
+class InlineChunks(HostChunks):
+    """Host memory that is there as soon as it is asked for; `fail_at` counts chunks from 0."""
+
+    def __init__(self, budget: int, fail_at: int | None = None, pinner: Pinner | None = None) -> None:
+        super().__init__(SLAB, budget // SLAB, pinner)
+        self.fail_at = fail_at
+
+    def ask(self, count: int) -> None:
+        super().ask(count)
+        while self.make():
+            pass
+
+    def _take(self, number: int) -> None:
+        if number == self.fail_at:
+            raise DriverError("cuMemHostRegister", "injected")
+        super()._take(number)
 
 
 class RecordingOutbox:
@@ -109,6 +129,8 @@ class LocalWorker:
         registrations: Registrations | None = None,
         backend: Backend | None = None,
         device: Device | None = None,
+        chunks: HostChunks | None = None,
+        host_kv: int = 64 * MiB,
         **settings: Any,
     ) -> None:
         options = model_options or {}
@@ -126,6 +148,9 @@ class LocalWorker:
             driver or HostDriver(Bytes(num_slabs * SLAB)), num_slabs, backend
         )
         self.poison()
+        self.chunks = chunks or (
+            InlineChunks(host_kv, pinner=self.device.backend.pinner) if host_kv else None
+        )
         self.worker = Worker(
             self.config,
             self.config.devices[0],
@@ -138,6 +163,7 @@ class LocalWorker:
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
             registrations=registrations,
+            chunks=self.chunks,
         )
 
     def _cpu_device(self, driver: Driver, num_slabs: int, backend: Backend | None) -> Device:
@@ -148,7 +174,10 @@ class LocalWorker:
 
     def fetch(self, model: ModelId) -> PackedWeights:
         """Packs on the spot."""
-        return pack_here(WeightSource(model=model, path=str(self.paths[model])))
+        config = self.config.model(model)
+        assert config is not None
+        path, quantization = str(self.paths[model]), config.quantization
+        return pack_here(WeightSource(model=model, path=path, quantization=quantization))
 
     def poison(self, slabs: Iterable[int] | None = None) -> None:
         """Fill free slabs with NaN."""
@@ -214,10 +243,14 @@ class LocalWorker:
             model.is_wanted = False
             if model.is_active:
                 self.worker.evict(model)
-        while self.jobs.queue:
-            self.worker.on_job(self.jobs.queue.pop(0)())
+        while self.jobs.queue or self.worker.is_device_busy:
+            self.worker.advance()
+            if self.jobs.queue:
+                self.worker.on_job(self.jobs.queue.pop(0)())
         for model in self.worker.models.values():
             if model.arena is not None:
                 model.arena.close()
         assert self.device.pool.num_free == self.device.num_slabs, self.device.pool.owners()
+        if self.chunks is not None:
+            self.chunks.close()
         self.device.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from prism.types import ModelId
+from prism.types import ModelId, Quantization
 from prism.weights.protocol import WeightSource
 
 CONFIG = {
@@ -30,15 +30,19 @@ def write_config(directory: Path, **overrides: object) -> Path:
     return directory
 
 
-def dummy_source(directory: Path, name: str = "m", **overrides: object) -> WeightSource:
+def dummy_source(
+    directory: Path, name: str = "m", quantization: Quantization = "none", **overrides: object
+) -> WeightSource:
     """Random weights of a small model."""
     path = write_config(directory / name, **overrides)
-    return WeightSource(model=ModelId(name), path=str(path), load_format="dummy")
+    return WeightSource(model=ModelId(name), path=str(path), load_format="dummy", quantization=quantization)
 
 
-def checkpoint_source(directory: Path, name: str = "m", dtype: str = "auto") -> WeightSource:
+def checkpoint_source(
+    directory: Path, name: str = "m", dtype: str = "auto", quantization: Quantization = "none"
+) -> WeightSource:
     """The checkpoint in `directory`."""
-    return WeightSource(model=ModelId(name), path=str(directory), dtype=dtype)
+    return WeightSource(model=ModelId(name), path=str(directory), dtype=dtype, quantization=quantization)
 
 
 def state_of(directory: Path) -> dict[str, torch.Tensor]:

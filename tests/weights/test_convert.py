@@ -11,7 +11,7 @@ from prism.types import DType
 from prism.weights.convert import convert, storage_dtype
 
 TORCH = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
-PAIRS = [(source, target) for source in DType for target in DType]
+PAIRS = [(source, target) for source in TORCH for target in TORCH]
 
 
 def samples(dtype: DType) -> NDArray[np.uint8]:

@@ -42,7 +42,8 @@ specs = st.builds(
     attention_bias=st.booleans(),
     output_bias=st.booleans(),
     qk_norm=st.booleans(),
-    dtype=st.sampled_from(list(DType)),
+    dtype=st.sampled_from([DType.BF16, DType.F16, DType.F32]),
+    quantization=st.sampled_from(["none", "fp8"]),
 )
 
 
@@ -98,14 +99,20 @@ def test_fused_entries_keep_this_order() -> None:
 @given(specs)
 def test_entries_are_aligned_in_order_and_apart(spec: ModelSpec) -> None:
     layout = plan_layout(spec)
-    end = 0
+    before, end = layout.entries[0], 0
     for entry in layout.entries:
         assert entry.offset % ALIGNMENT == 0
         assert end <= entry.offset < end + ALIGNMENT
-        assert entry.dtype is spec.dtype
-        assert sum(source.shape[0] for source in entry.sources) == entry.shape[0]
+        name = entry.name.rpartition(".")[2]
+        if spec.quantization == "fp8" and name.endswith("_scale"):
+            assert entry.dtype is DType.F32 and not entry.sources
+            assert layout.scales[before.name] is entry and before.shape[0] == entry.shape[0]
+        else:
+            quantised = spec.quantization == "fp8" and name in ("qkv", "o", "gate_up", "down")
+            assert entry.dtype is (DType.F8 if quantised else spec.dtype)
+            assert sum(source.shape[0] for source in entry.sources) == entry.shape[0]
         assert all(source.shape[1:] == entry.shape[1:] for source in entry.sources)
-        end = entry.offset + entry.size
+        before, end = entry, entry.offset + entry.size
     assert layout.total_bytes == -(-end // ALIGNMENT) * ALIGNMENT
 
 
@@ -113,15 +120,36 @@ def test_entries_are_aligned_in_order_and_apart(spec: ModelSpec) -> None:
 def test_a_group_is_complete_where_its_last_entry_ends(spec: ModelSpec) -> None:
     layout = plan_layout(spec)
     assert len(layout.group_ends) == spec.num_layers + 2
-    names = ["embed", *(f"layers.{i}.down" for i in range(spec.num_layers)), layout.entries[-1].name]
+    down = "down_scale" if spec.quantization == "fp8" else "down"
+    names = ["embed", *(f"layers.{i}.{down}" for i in range(spec.num_layers)), layout.entries[-1].name]
     ends = {entry.name: entry.offset + entry.size for entry in layout.entries}
     for name, group_end in zip(names, layout.group_ends, strict=True):
         assert 0 <= group_end - ends[name] < ALIGNMENT
 
 
 @pytest.mark.parametrize(
-    "change", [{"dtype": DType.F16}, {"num_heads": 2}, {"qk_norm": True}, {"tied_embeddings": True}]
+    "change",
+    [
+        {"dtype": DType.F16},
+        {"num_heads": 2},
+        {"qk_norm": True},
+        {"tied_embeddings": True},
+        {"quantization": "fp8"},
+    ],
 )
 def test_different_layouts_have_different_fingerprints(change: dict[str, object]) -> None:
     assert plan_layout(SPEC).fingerprint == plan_layout(replace(SPEC, norm_eps=1.0)).fingerprint
     assert plan_layout(SPEC).fingerprint != plan_layout(replace(SPEC, **change)).fingerprint  # type: ignore[arg-type]
+
+
+@given(specs)
+def test_quantisation_changes_bytes_and_nothing_else(spec: ModelSpec) -> None:
+    plain, small = (plan_layout(replace(spec, quantization=kind)) for kind in ("none", "fp8"))
+    assert small.num_parameters == plain.num_parameters
+    scales = {entry.name for entry in small.scales.values()}
+    assert [e.name for e in small.entries if e.name not in scales] == [e.name for e in plain.entries]
+    assert not plain.scales and len(scales) == 4 * spec.num_layers
+    sizes = [{e.name: e.size for e in layout.entries} for layout in (plain, small)]
+    for name in small.scales:
+        assert sizes[0][name] == spec.dtype.itemsize * sizes[1][name]
+        assert sizes[1][f"{name}_scale"] == 4 * small.scales[name].shape[0]

@@ -170,7 +170,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(llama: Path, tmp_path: 
     truncated(tmp_path)
     *_, last = pieces.checkpoint_pieces(layout, located)
     with pytest.raises(CheckpointError, match="the file ends early"):
-        last.fill(np.empty(last.size, np.uint8))
+        last.fill(np.empty(layout.total_bytes, np.uint8))
 
 
 # --- random weights --------------------------------------------------------------------------------

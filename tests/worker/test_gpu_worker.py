@@ -103,7 +103,8 @@ def test_evictions_under_pressure_keep_texts(models: dict) -> None:
     local.close()
 
 
-def test_no_kernel_is_compiled_while_models_serve(models: dict) -> None:
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_no_kernel_is_compiled_while_models_serve(models: dict, quantization: str) -> None:
     """Odd places of a step's inputs made Triton compile kernels anew, half a second each, on the loop."""
     import triton
 
@@ -111,7 +112,8 @@ def test_no_kernel_is_compiled_while_models_serve(models: dict) -> None:
     from tests.support.gpu_worker import gpu_worker
 
     compiled: list[str] = []
-    local = gpu_worker({name: path for name, (_, path) in models.items()}, lanes=2)
+    options = {name: {"quantization": quantization} for name in models}
+    local = gpu_worker({name: path for name, (_, path) in models.items()}, lanes=2, model_options=options)
     triton.knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event["fn"].name)
     try:
         for number, name in enumerate(models):

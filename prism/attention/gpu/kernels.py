@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prism.attention.gpu.decode import Split, decode_attention
+from prism.attention.gpu.fp8 import is_scaled, norm_quantised, quantised, scaled_linear, silu_mul_quantised
 from prism.attention.gpu.linear import is_supported, vector_linear
 from prism.attention.gpu.prefill import prefill_attention
 from prism.attention.gpu.rows import rms_norm, rotate_and_store, silu_mul
-from prism.attention.kernels import AttentionPlan, HeadNorms, KvView, Stream
+from prism.attention.kernels import AttentionPlan, HeadNorms, KvView, Stream, Weight
 
 HEAD_DIMS = (64, 128, 256)
 """What the attention kernels are made for."""
@@ -67,34 +68,49 @@ class GpuKernels:
         stream: Stream,
         norm: Tensor,
         eps: float,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Stream]:
         """See `Kernels.norm_linear`."""
-        rows, width = stream.residual.shape
-        if rows == 1 and stream.delta is None and is_supported(width):
+        rest = Stream(stream.residual)
+        if _is_one_row(stream, weight):
             if out is None:
-                out = stream.residual.new_empty(1, weight.shape[0])
-            return vector_linear(stream.residual, weight, out, norm=norm, eps=eps, bias=bias), stream
+                out = rest.residual.new_empty(1, weight.values.shape[0])
+            return vector_linear(rest.residual, weight, out, norm=norm, eps=eps, bias=bias), stream
+        if is_scaled(weight, rest.residual.dtype):
+            product = scaled_linear(norm_quantised(stream, norm, eps), weight, bias)
+            return (product if out is None else out.copy_(product)), rest
         x = rms_norm(stream, norm, eps)
         if out is None:
-            return F.linear(x, weight, bias), Stream(stream.residual)
+            return F.linear(x, weight.plain(x.dtype), bias), rest
         assert bias is None
-        return torch.mm(x, weight.t(), out=out), Stream(stream.residual)
+        return torch.mm(x, weight.plain(x.dtype).t(), out=out), rest
 
-    def norm_gate_up(self, stream: Stream, norm: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Stream]:
-        """See `Kernels.norm_gate_up`."""
-        rows, width = stream.residual.shape
-        if rows == 1 and stream.delta is None and is_supported(width):
-            out = stream.residual.new_empty(1, weight.shape[0] // 2)
-            return vector_linear(stream.residual, weight, out, norm=norm, eps=eps, silu=True), stream
-        x = rms_norm(stream, norm, eps)
-        return silu_mul(F.linear(x, weight)), Stream(stream.residual)
-
-    def add_linear(self, stream: Stream, x: Tensor, weight: Tensor, bias: Tensor | None) -> Stream:
+    def add_linear(self, stream: Stream, x: Tensor, weight: Weight, bias: Tensor | None) -> Stream:
         """See `Kernels.add_linear`."""
-        if x.shape[0] == 1 and stream.delta is None and is_supported(x.shape[1]):
-            residual = stream.residual
+        residual = stream.residual
+        if _is_one_row(stream, weight):
             return Stream(vector_linear(x, weight, residual, bias=bias, residual=residual))
-        return Stream(stream.residual, F.linear(x, weight, bias))
+        if is_scaled(weight, x.dtype):
+            return Stream(residual, scaled_linear(quantised(x), weight, bias))
+        return Stream(residual, F.linear(x, weight.plain(x.dtype), bias))
+
+    def add_mlp(self, stream: Stream, norm: Tensor, eps: float, gate_up: Weight, down: Weight) -> Stream:
+        """See `Kernels.add_mlp`."""
+        residual = stream.residual
+        if _is_one_row(stream, gate_up):
+            out = residual.new_empty(1, down.values.shape[1])
+            x = vector_linear(residual, gate_up, out, norm=norm, eps=eps, silu=True)
+            return self.add_linear(stream, x, down, None)
+        both, stream = self.norm_linear(stream, norm, eps, gate_up, None)
+        if is_scaled(down, both.dtype):
+            return Stream(residual, scaled_linear(silu_mul_quantised(both), down, None))
+        return self.add_linear(stream, silu_mul(both), down, None)
+
+
+def _is_one_row(stream: Stream, weight: Weight) -> bool:
+    """Whether the fused matrix-vector kernels serve; they write into the residual."""
+    is_fp8 = weight.scale is not None
+    rows = stream.residual.shape[0]
+    return rows == 1 and stream.delta is None and is_supported(weight.values.shape[1], is_fp8=is_fp8)

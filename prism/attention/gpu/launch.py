@@ -13,7 +13,13 @@ from typing import Any
 import torch
 
 HOPPER = (9, 0)
-"""The first capability that has it."""
+"""The first capability that has it, and fast products of fp8 with a scale for each row and channel."""
+
+
+@cache
+def has_fp8() -> bool:
+    """Whether this device's matrix units take fp8 as this package uses it."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= HOPPER
 
 
 @cache

@@ -5,8 +5,8 @@ bandwidth and leaves norm, activation and residual to kernels of their own; here
 
     out = [residual +] act( norm(x) @ weight.T [+ bias] )
 
-The norm's factor is one number, so the product is taken of `x * norm_weight` and scaled afterwards. From two
-rows on cuBLAS is as fast (figures in benchmarks/engine).
+The norm's factor is one number, so the product is taken of `x * norm_weight` and scaled afterwards, as are
+the channels of fp8 weights. From two rows on cuBLAS is as fast (figures in benchmarks/engine).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from prism.attention.gpu.launch import overlap
+from prism.attention.gpu.launch import has_fp8, overlap
+from prism.attention.kernels import Weight
 
 
 class Tile(NamedTuple):
@@ -33,6 +34,7 @@ class Tile(NamedTuple):
 def _vector_kernel(
     x,
     weight,
+    scales,
     out,
     residual,
     norm,
@@ -40,6 +42,7 @@ def _vector_kernel(
     eps,
     N,
     K: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -81,10 +84,15 @@ def _vector_kernel(
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
     result = tl.sum(acc, 1) * scale
+    second_result = tl.sum(up, 1) * scale
+    if HAS_SCALES:
+        result *= tl.load(scales + rows, mask=rows < N, other=0.0)
+        if SILU:
+            second_result *= tl.load(scales + N + rows, mask=rows < N, other=0.0)
     if HAS_BIAS:
         result += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
     if SILU:
-        result = result / (1 + tl.exp(-result)) * (tl.sum(up, 1) * scale)
+        result = result / (1 + tl.exp(-result)) * second_result
     if HAS_RESIDUAL:
         result += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
     tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
@@ -92,7 +100,7 @@ def _vector_kernel(
 
 def vector_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     out: Tensor,
     *,
     norm: Tensor | None = None,
@@ -107,10 +115,12 @@ def vector_linear(
     With `silu` the weight is `[2 outputs, in]`, gate before up. `residual [1, outputs]` may be `out` itself.
     """
     size, width = out.shape[1], x.shape[1]
-    tile = choose_tile(size, width, silu=silu) if tile is None else tile
+    has_scales = weight.scale is not None
+    tile = choose_tile(size, width, silu=silu, is_fp8=has_scales) if tile is None else tile
     _vector_kernel[(triton.cdiv(size, tile.rows),)](
         x,
-        weight,
+        weight.values,
+        weight.scale,
         out,
         residual,
         norm,
@@ -118,6 +128,7 @@ def vector_linear(
         eps,
         size,
         width,
+        HAS_SCALES=has_scales,
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None,
@@ -131,13 +142,15 @@ def vector_linear(
     return out
 
 
-def is_supported(width: int) -> bool:
-    """Whether rows of such a width can be cut into whole turns."""
-    return width % 256 == 0
+def is_supported(width: int, *, is_fp8: bool = False) -> bool:
+    """Whether rows of such a width can be cut into whole turns, and the device knows the format."""
+    return width % 256 == 0 and (not is_fp8 or has_fp8())
 
 
-def choose_tile(size: int, width: int, *, silu: bool) -> Tile:
+def choose_tile(size: int, width: int, *, silu: bool, is_fp8: bool = False) -> Tile:
     """The best or within 2 % of it on an H200 for the products of the 1B and 8B Llama shapes."""
+    if is_fp8 and width % 2048 == 0:
+        return Tile(4, 1024, 2) if silu and width >= 4096 else Tile(4, 2048, 4)
     if not silu and size <= 4096 <= width and width % 1024 == 0:
         return Tile(8, 1024, 4)
     for columns, warps in ((2048, 8), (1024, 4), (512, 2)):

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_M = 128
-BLOCK_N = 64
 LOG2_E = 1.4426950408889634
 
 
@@ -25,6 +24,25 @@ class Chunk(NamedTuple):
     query: int
     context: int
     slot: int
+
+
+class Cut(NamedTuple):
+    """Keys of a turn, warps, turns that are loaded ahead."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+def choose_cut(dim: int) -> Cut:
+    """The best of nine for 4,000 tokens and 32 heads on an H200: 432 -> 399 us (128), 223 -> 204 us (64)."""
+    match dim:
+        case 128:
+            return Cut(128, 8, 2)
+        case 64:
+            return Cut(64, 8, 3)
+        case _:
+            return Cut(64, 4, 3)
 
 
 def tiles_of(chunks: Sequence[Chunk]) -> list[list[int]]:
@@ -113,9 +131,10 @@ def prefill_attention(q: Tensor, pages: Tensor, tables: Tensor, tiles: Tensor, o
     `tables [slot, block]` int32; `tiles [count, 5]` int32 as `tiles_of` lists them, on the device.
     """
     heads, dim = q.shape[1], q.shape[2]
+    cut = choose_cut(dim)
     _prefill_kernel[heads, tiles.shape[0]](
         q, pages, tables, tiles, out, q.stride(0), tables.stride(0), pages.stride(0), pages.stride(1),
         dim**-0.5 * LOG2_E,
         HEADS=heads, KV_HEADS=pages.shape[3], DIM=dim, TOKENS=pages.shape[2],
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, num_stages=3,
+        BLOCK_M=BLOCK_M, BLOCK_N=cut.keys, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip

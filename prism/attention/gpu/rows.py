@@ -13,24 +13,10 @@ from prism.attention.kernels import HeadNorms, Stream
 
 
 @triton.jit
-def _norm_kernel(
-    x,
-    residual,
-    weight,
-    out,
-    eps,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """out = norm(x [+ residual]) * weight; the sum replaces the residual."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, PADDED)
-    mask = columns < WIDTH
+def normed_row(
+    x, residual, weight, row, columns, mask, eps, WIDTH: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """norm(x [+ residual]) * weight of one row; the sum replaces the residual."""
     value = tl.load(x + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         value += tl.load(residual + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
@@ -39,7 +25,22 @@ def _norm_kernel(
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
     factor = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + columns, (value * scale * factor).to(out.dtype.element_ty), mask=mask)
+    return value * scale * factor
+
+
+@triton.jit
+def _norm_kernel(
+    x, residual, weight, out, eps,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, PADDED)
+    mask = columns < WIDTH
+    value = normed_row(x, residual, weight, row, columns, mask, eps, WIDTH, HAS_RESIDUAL)
+    tl.store(out + row * WIDTH + columns, value.to(out.dtype.element_ty), mask=mask)
 
 
 def rms_norm(stream: Stream, weight: Tensor, eps: float) -> Tensor:
@@ -64,6 +65,14 @@ def rms_norm(stream: Stream, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
+def silu_mul_row(gate_up, row, columns, mask, WIDTH: tl.constexpr):
+    """silu(first half) times second half of a part of one row."""
+    gate = tl.load(gate_up + row * (2 * WIDTH) + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    return gate / (1 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _silu_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
@@ -71,11 +80,8 @@ def _silu_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
-    gate = tl.load(gate_up + row * (2 * WIDTH) + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(
-        out + row * WIDTH + columns, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=mask
-    )
+    value = silu_mul_row(gate_up, row, columns, mask, WIDTH)
+    tl.store(out + row * WIDTH + columns, value.to(out.dtype.element_ty), mask=mask)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -188,20 +194,9 @@ def rotate_and_store(
 
 @triton.jit(do_not_specialize=["ROWS"])
 def _inputs_kernel(
-    step,
-    tables,
-    last_tokens,
-    embed,
-    out,
-    positions,
-    slots,
-    table_stride,
-    ROWS,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    step, tables, last_tokens, embed, out, positions, slots, table_stride, ROWS,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One row of a decode step: note its newest block, look up its newest token's embedding."""
     if PDL:
         gdc_launch_dependents()

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from prism.attention.gpu.argmax import PARTS, draw_greedy
 from prism.attention.gpu.decode import SCRATCH_BYTES, Split, choose_split, decode_attention
+from prism.attention.gpu.few_rows import PADDED, few_linear, is_few
+from prism.attention.gpu.few_rows import choose_tile as choose_few_tile
+from prism.attention.gpu.fp8 import norm_quantised, quantised, silu_mul_quantised, slow_because
 from prism.attention.gpu.linear import choose_tile, is_supported, vector_linear
 from prism.attention.gpu.prefill import Chunk, prefill_attention, tiles_of
 from prism.attention.gpu.rows import decode_inputs, rms_norm, rotate_and_store, silu_mul
-from prism.attention.kernels import HeadNorms, Stream
+from prism.attention.kernels import HeadNorms, Stream, Weight
+from prism.memory.tensors import torch_dtype
 from prism.modelspec import ModelSpec
 
 SPLITS = (
@@ -31,6 +35,8 @@ def load_kernels(device: torch.device, spec: ModelSpec, dtype: torch.dtype, toke
     with torch.inference_mode(), torch.cuda.stream(stream):
         _products(device, spec, dtype)
         _rows(device, spec, dtype)
+        if spec.quantization == "fp8" and slow_because(spec) is None:
+            _few_rows(device, spec)
         _attention(device, spec, dtype, tokens_per_block)
         stream.synchronize()
 
@@ -38,30 +44,51 @@ def load_kernels(device: torch.device, spec: ModelSpec, dtype: torch.dtype, toke
 def _products(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None:
     hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
     all_heads = heads + 2 * spec.num_kv_heads * spec.head_dim
-    for size, width, silu, has_norm, has_bias in (
-        (all_heads, hidden, False, True, spec.attention_bias),
-        (hidden, heads, False, False, spec.output_bias),
-        (spec.intermediate_size, hidden, True, True, False),
-        (hidden, spec.intermediate_size, False, False, False),
-        (spec.vocab_size, hidden, False, True, False),
+    of_layers = torch_dtype(spec.matrix_dtype)
+    for size, width, silu, has_norm, has_bias, kind in (
+        (all_heads, hidden, False, True, spec.attention_bias, of_layers),
+        (hidden, heads, False, False, spec.output_bias, of_layers),
+        (spec.intermediate_size, hidden, True, True, False, of_layers),
+        (hidden, spec.intermediate_size, False, False, False, of_layers),
+        (spec.vocab_size, hidden, False, True, False, dtype),
     ):
-        if not is_supported(width):
+        is_fp8 = kind is torch.float8_e4m3fn
+        if not is_supported(width, is_fp8=is_fp8):
             continue
         rows = 16 if size % 16 == 0 else 17  # a kernel is compiled for sizes that 16 divides, or for any
         x = torch.zeros(1, width, dtype=dtype, device=device)
-        weight = torch.zeros(rows * (1 + silu), width, dtype=dtype, device=device)
+        values = torch.zeros(rows * (1 + silu), width, dtype=torch.uint8, device=device)
+        values = values.view(kind) if is_fp8 else values.to(dtype)
+        scale = torch.zeros(len(values), dtype=torch.float32, device=device) if is_fp8 else None
         out = torch.zeros(1, rows, dtype=dtype, device=device)
         vector_linear(
             x,
-            weight,
+            Weight(values, scale),
             out,
             norm=x[0] if has_norm else None,
             eps=spec.norm_eps,
             bias=out[0] if has_bias else None,
             residual=None if has_norm else out,
             silu=silu,
-            tile=choose_tile(size, width, silu=silu),
+            tile=choose_tile(size, width, silu=silu, is_fp8=is_fp8),
         )
+
+
+def _few_rows(device: torch.device, spec: ModelSpec) -> None:
+    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
+    all_heads = heads + 2 * spec.num_kv_heads * spec.head_dim
+    for size, width, has_bias in (
+        (all_heads, hidden, spec.attention_bias),
+        (hidden, heads, spec.output_bias),
+        (2 * spec.intermediate_size, hidden, False),
+        (hidden, spec.intermediate_size, False),
+    ):
+        for rows in PADDED if is_few(1, width) else ():
+            values = torch.zeros(64, width, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+            scales = torch.zeros(64, 1, dtype=torch.float32, device=device)
+            bias = torch.zeros(64, dtype=torch.bfloat16, device=device) if has_bias else None
+            tile = choose_few_tile(rows, size, width)
+            few_linear(values[:rows], scales[:rows], Weight(values, scales[:, 0]), bias, tile)
 
 
 def _rows(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None:
@@ -70,6 +97,16 @@ def _rows(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None:
         for delta in (None, x[:rows].clone()):
             rms_norm(Stream(x[:rows].clone(), delta), x[0], spec.norm_eps)
         silu_mul(torch.zeros(rows, 2 * spec.intermediate_size, dtype=dtype, device=device))
+        if spec.quantization == "fp8" and slow_because(spec) is None:
+            _quantising_rows(device, spec, dtype, rows)
+
+
+def _quantising_rows(device: torch.device, spec: ModelSpec, dtype: torch.dtype, rows: int) -> None:
+    x = torch.zeros(rows, spec.hidden_size, dtype=dtype, device=device)
+    for delta in (None, x.clone()):
+        norm_quantised(Stream(x.clone(), delta), x[0], spec.norm_eps)
+    silu_mul_quantised(torch.zeros(rows, 2 * spec.intermediate_size, dtype=dtype, device=device))
+    quantised(torch.zeros(rows, spec.num_heads * spec.head_dim, dtype=dtype, device=device))
 
 
 def _attention(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens: int) -> None:

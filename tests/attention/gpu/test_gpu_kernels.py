@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prism.attention.kernels import BatchLayout, HeadNorms, KvView, Stream
+from prism.attention.kernels import BatchLayout, HeadNorms, KvView, Stream, Weight
 from prism.attention.torch_kernels import TorchKernels
 from prism.types import BlockId
 
@@ -92,16 +92,15 @@ def test_products_with_what_is_fused(rows: int, hidden: int, size: int) -> None:
     def random(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, device=device) * 0.1).bfloat16()
 
-    norm, qkv, bias = random(hidden) + 1, random(size, hidden), random(size)
-    gate_up, down = random(2 * size, hidden), random(hidden, size)
+    norm, qkv, bias = random(hidden) + 1, Weight(random(size, hidden)), random(size)
+    gate_up, down = Weight(random(2 * size, hidden)), Weight(random(hidden, size))
     streams = [Stream(random(rows, hidden) * 20) for _ in range(2)]
     streams[1] = Stream(streams[0].residual.clone())
     outs = []
     for kernels, stream in zip((fused, plain), streams, strict=True):
         first, stream = kernels.norm_linear(stream, norm, 1e-5, qkv, bias)
-        act, stream = kernels.norm_gate_up(stream, norm, 1e-5, gate_up)
-        stream = kernels.add_linear(stream, act, down, None)
+        stream = kernels.add_mlp(stream, norm, 1e-5, gate_up, down)
         last, stream = kernels.norm_linear(stream, norm, 1e-5, qkv, None, torch.empty_like(first))
-        outs.append((first, act, stream.residual, last))
+        outs.append((first, stream.residual, last))
     for actual, expected in zip(*outs, strict=True):
         assert distance(actual, expected) < 0.01

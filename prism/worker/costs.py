@@ -1,0 +1,76 @@
+"""What moving a KV block costs and what computing it again does. Pure.
+
+Costs are measured while the worker runs; until then they are guessed from the model's shape and the kind of
+device. Attention is in the measured speed of prompts as it comes: late blocks of a long context cost more to
+compute than the average, and are worth a little more than is assumed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prism.types import Bytes, Seconds
+
+WEIGHT = 0.2
+"""Of the newest measurement in an average."""
+LEAST_TOKENS = 64
+"""Prompt tokens of a step whose time tells a model's speed: less is overhead."""
+LEAST_BYTES = 1 << 20
+"""Of a copy whose time tells the link's speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """Speeds of a kind of device before anything has been measured."""
+
+    operations: float
+    """Floating-point operations a second of a prompt."""
+    bytes: float
+    """Bytes a second between device and host memory, each way."""
+
+
+class Average:
+    """A speed: a guess until it is measured, then an exponential average."""
+
+    def __init__(self, guess: float) -> None:
+        self.value = guess
+        self.is_measured = False
+
+    def add(self, amount: float, seconds: float) -> None:
+        """So much in so much time; what took no time tells nothing."""
+        if seconds <= 0 or amount <= 0:
+            return
+        speed = amount / seconds
+        self.value = self.value + WEIGHT * (speed - self.value) if self.is_measured else speed
+        self.is_measured = True
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCosts:
+    """Of one block of one model."""
+
+    save: Seconds
+    """To copy it to host memory."""
+    fetch: Seconds
+    """To copy it back."""
+    compute: Seconds
+    """To compute its tokens as a part of a prompt."""
+
+
+def block_costs(
+    block_bytes: Bytes, num_tokens: int, *, prefill: float, saving: float, fetching: float
+) -> BlockCosts:
+    """`prefill` in tokens a second, the others in bytes a second."""
+    return BlockCosts(
+        Seconds(block_bytes / saving), Seconds(block_bytes / fetching), Seconds(num_tokens / prefill)
+    )
+
+
+def is_worth_saving(costs: BlockCosts) -> bool:
+    """Both ways together are quicker than computing it again."""
+    return costs.save + costs.fetch < costs.compute
+
+
+def is_worth_fetching(costs: BlockCosts) -> bool:
+    """It is there, so only the way back counts."""
+    return costs.fetch < costs.compute

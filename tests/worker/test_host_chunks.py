@@ -1,0 +1,97 @@
+"""Host memory for KV comes chunk by chunk, or not at all, and then says why."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+
+from prism.errors import DriverError
+from prism.types import Address, Bytes, MiB
+from prism.worker import host_chunks
+from prism.worker.host_chunks import ChunkThread, HostChunks
+
+CHUNK = Bytes(32 * MiB)
+
+
+class RecordingPinner:
+    """Fails its `fail_at`th registration, counted from 1."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.fail_at = fail_at
+        self.num_calls = 0
+        self.registered: dict[int, int] = {}
+
+    def register_host(self, address: Address, size: Bytes, *, read_only: bool = False) -> None:
+        self.num_calls += 1
+        if self.num_calls == self.fail_at:
+            raise DriverError("cuMemHostRegister", "CUDA_ERROR_OUT_OF_MEMORY")
+        ctypes.memset(address, 1, size)
+        self.registered[address] = size
+
+    def unregister_host(self, address: Address) -> None:
+        del self.registered[address]
+
+
+@pytest.fixture
+def made() -> Iterator[list[HostChunks]]:
+    chunks: list[HostChunks] = []
+    yield chunks
+    for each in chunks:
+        each.close()
+
+
+def test_nothing_is_taken_before_it_is_asked_for(made: list[HostChunks]) -> None:
+    pinner = RecordingPinner()
+    chunks = HostChunks(CHUNK, 4, pinner)
+    made.append(chunks)
+    assert not chunks.make() and not pinner.registered
+    chunks.ask(2)
+    chunks.ask(1)
+    while chunks.make():
+        pass
+    assert chunks.num_ready == 2
+    assert pinner.registered == {chunks.base + i * 16 * MiB: 16 * MiB for i in range(4)}
+    chunks.ask(99)
+    assert chunks.num_wanted == 4
+
+
+def test_a_chunk_that_cannot_be_registered_is_given_back(
+    made: list[HostChunks], caplog: pytest.LogCaptureFixture
+) -> None:
+    pinner = RecordingPinner(fail_at=4)
+    chunks = HostChunks(CHUNK, 4, pinner)
+    made.append(chunks)
+    chunks.ask(4)
+    while chunks.make():
+        pass
+    assert chunks.num_ready == 1 and list(pinner.registered) == [chunks.base, chunks.base + 16 * MiB]
+    assert chunks.error is not None and "CUDA_ERROR_OUT_OF_MEMORY" in chunks.error
+    chunks.ask(4)
+    assert not chunks.make()
+    assert len([r for r in caplog.records if "no more host memory" in r.message]) == 1
+
+
+def test_a_machine_without_memory_is_asked_first(
+    made: list[HostChunks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages that a control group has no room for are not refused: a process is killed."""
+    monkeypatch.setattr(host_chunks, "available_memory", lambda: CHUNK - 1)
+    chunks = HostChunks(CHUNK, 4, None)
+    made.append(chunks)
+    chunks.ask(1)
+    assert chunks.make() and chunks.num_ready == 0
+    assert chunks.error is not None and "the machine has less" in chunks.error
+
+
+def test_a_thread_makes_what_is_asked_for(made: list[HostChunks]) -> None:
+    chunks = HostChunks(Bytes(2 * MiB), 4, None)
+    made.append(chunks)
+    thread = ChunkThread(chunks)
+    chunks.ask(3)
+    for _ in range(10**7):
+        if chunks.num_ready == 3:
+            break
+    thread.close()
+    assert chunks.num_ready == 3 and chunks.error is None
