@@ -1,13 +1,8 @@
 """Copies of KV between a GPU and registered host memory.
 
 A GPU has one engine for each direction, which stays with a stream for as long as it has copies: a gibibyte
-<<<<<<< HEAD
-held up the tokens of all lanes for 19 ms, queued at once or with always one piece behind the one that runs.
-So what leaves aside is queued piece by piece, each when the one before has been seen to have run.
-=======
 held up the tokens of all lanes for 19 ms, whether queued at once or with always one piece behind the running
 one. So what leaves aside is queued piece by piece, each when the one before has been seen to have run.
->>>>>>> kvhost
 """
 
 from __future__ import annotations

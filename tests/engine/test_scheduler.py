@@ -49,7 +49,6 @@ def test_blocks_wanted_knows_the_prefix_cache() -> None:
     assert scheduler.blocks_wanted(100) == 1  # 4 of 5 blocks are shared; the first needs no new one
 
 
-<<<<<<< HEAD
 def test_blocks_wanted_counts_only_what_the_step_could_take() -> None:
     """Memory was taken from other models for sequences that had to wait for something else anyway."""
     scheduler = make(Slots(1))
@@ -103,7 +102,8 @@ def test_a_sequence_alone_may_always_be_entered() -> None:
     scheduler.add(sequence("large"))
     step = scheduler.schedule(1000)
     assert step is not None and len(step.chunks) == 1
-=======
+
+
 class Tier:
     """Has all blocks of a prompt, and counts who uses them."""
 
@@ -137,14 +137,14 @@ def scheduler_with(num_slabs: int) -> Scheduler:
 def test_a_prefix_is_fetched_and_not_computed() -> None:
     scheduler, prompt = scheduler_with(4), list(range(18))
     tier = scheduler.host = Tier(waiting(prompt).full_keys(4, 17))
-    sequence = waiting(prompt)
-    scheduler.add(sequence)
+    choice = waiting(prompt)
+    scheduler.add(choice)
     assert scheduler.blocks_wanted(100) == 5
     step = scheduler.schedule(100)
     assert step is not None
     ((_, start, length, samples),) = step.chunks
-    assert (start, length, samples) == (16, 2, True) and sequence.num_cached == 16
-    assert [fetch.block for fetch in step.fetches] == sequence.blocks[:4] and tier.used == tier.keys
+    assert (start, length, samples) == (16, 2, True) and choice.num_cached == 16
+    assert [fetch.block for fetch in step.fetches] == choice.blocks[:4] and tier.used == tier.keys
     assert not set(step.new_blocks) & {fetch.block for fetch in step.fetches}, "they would be zeroed"
 
 
@@ -156,12 +156,12 @@ def test_pieces_on_the_device_and_in_host_memory_take_turns() -> None:
         scheduler.kv.publish(block, key)
     scheduler.kv.release(here)
     scheduler.host = Tier([keys[0], *keys[3:]])
-    sequence = waiting(prompt)
-    scheduler.add(sequence)
+    choice = waiting(prompt)
+    scheduler.add(choice)
     assert scheduler.blocks_wanted(100) == 5
     step = scheduler.schedule(100)
     assert step is not None and step.chunks[0].start == 28
-    assert len(step.fetches) == 4 and [sequence.blocks[i] for i in (1, 2, 5)] == here
+    assert len(step.fetches) == 4 and [choice.blocks[i] for i in (1, 2, 5)] == here
     scheduler.kv.check()
 
 
@@ -169,8 +169,8 @@ def test_what_lacks_blocks_to_fetch_computes_one_and_looks_again() -> None:
     """It computed thousands of tokens that it could have fetched a moment later."""
     scheduler, prompt = scheduler_with(1), list(range(42))
     scheduler.host = Tier(waiting(prompt).full_keys(4, 41))
-    sequence = waiting(prompt)
-    scheduler.add(sequence)
+    choice = waiting(prompt)
+    scheduler.add(choice)
     assert scheduler.blocks_wanted(100) == 11
     step = scheduler.schedule(100)
     assert step is not None
@@ -181,7 +181,7 @@ def test_what_lacks_blocks_to_fetch_computes_one_and_looks_again() -> None:
     step = scheduler.schedule(100)  # the one before may still be queued
     assert step is not None
     assert (len(step.fetches), step.chunks[0].start, step.chunks[0].length) == (6, 40, 2)
-    assert sequence.num_published == 10 and scheduler.num_prefix_hits == 36
+    assert choice.num_published == 10 and scheduler.num_prefix_hits == 36
     scheduler.kv.check()
 
 
@@ -191,12 +191,12 @@ def test_cached_blocks_that_a_step_takes_are_told() -> None:
     (old,) = scheduler.kv.allocate(1) or []
     scheduler.kv.publish(old, b"old")
     scheduler.kv.release([old])
-    sequence = waiting(list(range(12)))
-    scheduler.add(sequence)
+    choice = waiting(list(range(12)))
+    scheduler.add(choice)
     step = scheduler.schedule(100)
     assert step is not None and not step.dropped
-    sequence.num_pending = 0
-    sequence.append(7)
+    choice.num_pending = 0
+    choice.append(7)
     step = scheduler.schedule(100)
     assert step is not None and [(item.key, item.block) for item in step.dropped] == [(b"old", old)]
     assert step.new_blocks == (old,) and scheduler.num_preemptions == 0
@@ -205,10 +205,9 @@ def test_cached_blocks_that_a_step_takes_are_told() -> None:
 def test_a_preempted_sequence_leaves_its_blocks_to_be_found() -> None:
     """Those of a step that was still queued were lost, and computed again."""
     scheduler = scheduler_with(4)
-    sequence = waiting(list(range(18)))
-    scheduler.add(sequence)
+    choice = waiting(list(range(18)))
+    scheduler.add(choice)
     assert scheduler.schedule(100) is not None
-    assert scheduler.preempt_youngest() is sequence
+    assert scheduler.preempt_youngest() is choice
     assert scheduler.kv.num_cached == 4 and scheduler.kv.num_used == 0
     scheduler.kv.check()
->>>>>>> kvhost
