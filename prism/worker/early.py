@@ -64,19 +64,16 @@ class EarlySteps:
     def step(self, now: float) -> bool:
         """Go on with all of them; whether anything came of it."""
         moving = [m for m in self._models.values() if m.early is not None or m.is_arriving]
-        progress = [self._go_on(model, now) for model in moving]
+        progress = [self._begin(m, now) if m.early is None else self.go_on(m, m.early) for m in moving]
         return any(progress)
 
-    def _go_on(self, model: Model, now: float) -> bool:
-        """1. Begin. 2. Launch what has arrived. 3. What has run is committed when the model is active."""
-        flight = model.early
-        if flight is None:  # 1
-            return self._begin(model, now)
-        if not flight.is_launched:  # 2
+    def go_on(self, model: Model, flight: Flight) -> bool:
+        """Launch what has arrived; commit what has run when the model is active."""
+        if not flight.is_launched:
             return self._launch(model, flight)
         if not model.is_active:
             return False
-        model.early = None  # 3; if it has not run yet, it is a step like any other now
+        model.early = None  # if it has not run yet, it is a step like any other now
         if flight.has_run:
             self._listener.commit(flight)
         return True

@@ -175,6 +175,8 @@ class Stepper:
             assert model.lane is not None
             for lane in self._device.lanes:  # its steps may have to be launched behind those of others
                 self._launch(lane, seconds=float("inf"))
+            if model.early is not None:
+                self._early.go_on(model, model.early)
             for flight in model.lane.finished():
                 self._has_run(flight)
 
