@@ -11,7 +11,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -89,14 +88,14 @@ def offline(model: LocalModel, count: int = 1000, inputs: int = 512, outputs: in
 
 
 def busy_share(model: LocalModel) -> dict[str, Any]:
-    """Share of the time in which a step is on the device, over a whole offline run, by events around each step.
+    """Share of the time in which a step is on the device, over an offline run, by events around each step.
 
     Gaps between the kernels of a step are not seen. Under a profiler the nodes of a CUDA graph take longer,
     which shows up as 3 (1B) to 8 % (8B) of idle time that is not there without it.
     """
     for i in range(600):
         model.add(f"b{i}", prompt(i, 512), 256)
-    stream = torch.cuda.ExternalStream(model.stream)
+    stream = model.stream
     marks: list[tuple[Any, Any]] = []
 
     def around(run: Callable[[], Any]) -> Any:

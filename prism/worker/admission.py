@@ -32,7 +32,8 @@ def decide(snapshot: AdmissionSnapshot, now: float) -> tuple[AdmissionDecision, 
     1. A request that has waited too long expires.
     2. While a suspect runs alone, nobody else enters.
     3. The oldest suspect enters once nothing runs, and alone; while it waits, nobody overtakes it.
-    4. Requests of models that are not active wait for them.
+    4. Requests of models that are not active wait for them, or until a load has come so far that the first
+       step can follow it.
     5. Batch size and memory bound what enters; a request that does not fit holds back those behind it in its
        model, so that small ones cannot starve a large one. An idle model always takes one.
     """
@@ -57,9 +58,10 @@ def _admit(snapshot: AdmissionSnapshot, waiting: list[WaitingRequest]) -> Iterat
     blocked: set[ModelId] = set()
     for request in sorted(waiting, key=lambda r: (r.deadline, r.arrival, r.request_id)):
         model = request.model
-        if model in blocked or not _is_active(snapshot, model):  # 4
+        load = snapshot.models[model]
+        if model in blocked or not (load.state is ModelState.ACTIVE or load.is_arriving):  # 4
             continue
-        room = snapshot.models[model].max_sequences - sequences[model]
+        room = load.max_sequences - sequences[model]
         fits = request.num_sequences <= room and request.num_blocks <= blocks[model]
         if fits or sequences[model] == 0:  # 5
             sequences[model] += request.num_sequences

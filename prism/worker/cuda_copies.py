@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from prism.engine.gpu.flight import Event
 from prism.memory.cuda import CudaDriver
 from prism.types import Bytes, MiB
 from prism.worker.copies import Run
@@ -20,19 +21,6 @@ PIECE = Bytes(16 * MiB)
 """0.3 ms of a PCIe 5 link."""
 DEPTH = 1
 """Pieces on their way: what else leaves the device waits for these at most."""
-
-
-class Event:
-    """Work queued on the current stream until now."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.event.record()
-
-    def is_done(self) -> bool:
-        """It has run."""
-        done: bool = self.event.query()  # type: ignore[no-untyped-call]
-        return done
 
 
 class Copies(Event):

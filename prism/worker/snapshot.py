@@ -34,6 +34,8 @@ class ModelLoad:
     max_sequences: int
     num_obtainable_blocks: int
     """Blocks that are free, or that could be had without touching a running sequence."""
+    is_arriving: bool = False
+    """It is being loaded, and its first step can already run behind the copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,22 @@ class TurnSnapshot:
     max_batch_tokens: int
     neighbours_decode: bool = False
     """Models of other lanes decode, and wait while a step of this one computes prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A model that is being loaded, as the choice of its first step sees it."""
+
+    has_work: bool
+    is_readable: bool
+    """Its first weights can be read, and its kernels are there."""
+    has_stepped: bool
+    """It has had its step of this load."""
+    is_cancelled: bool
+    is_lane_taken: bool
+    """Another model's first step is on its way there, or a step is half launched."""
+    others_decode: bool
+    max_batch_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

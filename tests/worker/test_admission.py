@@ -74,3 +74,16 @@ def test_a_suspect_runs_alone() -> None:
 def test_batch_size_bounds_what_enters() -> None:
     requests = [waiting(str(i)) for i in range(5)]
     assert len(decide(snapshot(*requests, num_sequences=6), 0.0)) == 2
+
+
+def test_a_model_on_its_way_in_takes_requests_once_its_first_step_can_follow() -> None:
+    request = waiting("r")
+    assert decide(snapshot(request, state=ModelState.LOADING), 0.0) == ()
+    arriving = snapshot(request, state=ModelState.LOADING, is_arriving=True)
+    assert decide(arriving, 0.0) == (Admit(RequestId("r")),)
+
+
+def test_a_suspect_waits_for_a_whole_model() -> None:
+    """Alone means that nothing else is on the device, a copy of weights least of all."""
+    arriving = snapshot(waiting("r", alone=True), state=ModelState.LOADING, is_arriving=True)
+    assert decide(arriving, 0.0) == ()

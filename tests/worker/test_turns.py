@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from prism.types import ModelId
-from prism.worker.snapshot import Runnable, TurnSnapshot
-from prism.worker.turns import SHARED_CHUNK, Turn, decide
+from prism.worker.snapshot import Arrival, Runnable, TurnSnapshot
+from prism.worker.turns import SHARED_CHUNK, Turn, decide, decide_early
 
 A, B = ModelId("a"), ModelId("b")
 
@@ -36,3 +38,27 @@ def test_late_prompts_do_not_starve_a_neighbour_that_decodes() -> None:
     decoding = Runnable(B, 49.0, last_turn=48.8, num_decodes=1)
     turn = decide(TurnSnapshot((burst, decoding), 2048), 50.0)
     assert turn is not None and turn.model == B
+
+
+ARRIVAL = Arrival(
+    has_work=True,
+    is_readable=True,
+    has_stepped=False,
+    is_cancelled=False,
+    is_lane_taken=False,
+    others_decode=False,
+    max_batch_tokens=2048,
+)
+
+
+def test_a_model_on_its_way_in_has_one_step() -> None:
+    assert decide_early(ARRIVAL) == 2048
+    for reason in ("has_stepped", "is_cancelled", "is_lane_taken"):
+        assert decide_early(replace(ARRIVAL, **{reason: True})) is None, reason
+    for want in ("has_work", "is_readable"):
+        assert decide_early(replace(ARRIVAL, **{want: False})) is None, want
+
+
+def test_a_step_behind_the_copy_is_small_beside_neighbours() -> None:
+    assert decide_early(replace(ARRIVAL, others_decode=True)) == SHARED_CHUNK
+    assert decide_early(replace(ARRIVAL, others_decode=True, max_batch_tokens=100)) == 100
