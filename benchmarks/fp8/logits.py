@@ -62,7 +62,7 @@ def ours(model: LocalModel, prompt: list[int], sizes: list[int]) -> torch.Tensor
             slots = torch.ones_like(positions)
             plan = GpuPlan(runner.kv, spec.num_heads, slots, positions, int(size == 1), split, tiles)
             ids = torch.tensor(prompt[start : start + size], device="cuda")
-            stream = runner.model.layers(kernels, plan, runner.model.embedded(ids))
+            stream = at_once(runner.model.layers(kernels, plan, runner.model.embedded(ids)))
             rows.append(runner.model.logits(kernels, stream).clone())
             start += size
         result = torch.cat(rows).float()
