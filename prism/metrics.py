@@ -55,7 +55,7 @@ class Metrics:
         self.resubmissions = self._counter("resubmissions", "Requests sent again after a worker had died")
 
     def _declare_cluster(self) -> None:
-        """Written by workers (slabs, activations, evictions) and the agent (restarts)."""
+        """Written by workers (slabs, graphs, activations, evictions) and the agent (restarts)."""
         self.slabs = Gauge(
             "prism:slabs",
             "Slabs by owner: free, retiring, weights, kv, workspace",
@@ -63,6 +63,8 @@ class Metrics:
             registry=self._registry,
             multiprocess_mode="livesum",
         )
+        self.graphs = self._of_worker("graphs", "CUDA graphs of decode steps")
+        self.graph_bytes = self._of_worker("graph_bytes", "Device memory that the driver took for them")
         self.activations = self._counter("activations", "Models brought into device memory")
         self.activation_seconds = self._histogram("activation_seconds", _LONG)
         self.evictions = self._counter("evictions", "Models whose weights gave way")
@@ -78,6 +80,9 @@ class Metrics:
             registry=self._registry,
             multiprocess_mode=mode,  # type: ignore[arg-type]  # a Literal in the library
         )
+
+    def _of_worker(self, name: str, text: str) -> Gauge:
+        return Gauge(f"prism:{name}", text, ("worker",), registry=self._registry, multiprocess_mode="livesum")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"prism:{name}", text, ("model_name", *labels), registry=self._registry)

@@ -163,6 +163,7 @@ def drive(
                 step = engine.schedule(budget)
                 if step is not None:
                     queue.append(model.engine.run(step))
+                    queue[-1].launch()
                     stats["steps"] += 1
                 stats["host_s"] += time.perf_counter() - start
             busy = busy or bool(queue) or not model.engine.is_idle

@@ -17,7 +17,7 @@ from prism.config import DeviceConfig, ModelConfig
 from prism.engine.gpu.runner import GpuRunner
 from prism.engine.kv_blocks import KvSpace
 from prism.memory.slabs import KvOwner, WeightsOwner
-from prism.models.decoder import Decoder
+from prism.models.decoder import Decoder, at_once
 from prism.models.rotary import rotary_table
 from prism.types import BlockId, GiB, LaneId, ModelId
 from prism.weights.client import pack_here
@@ -105,7 +105,7 @@ def steps(runner: GpuRunner, blocks: list[BlockId], prompt: list[int], sizes: li
         slots = torch.ones_like(positions)
         plan = GpuPlan(runner.kv, spec.num_heads, slots, positions, int(size == 1), split, tiles)
         ids = torch.tensor(prompt[start : start + size], device="cuda")
-        stream = runner.model.layers(kernels, plan, runner.model.embedded(ids))
+        stream = at_once(runner.model.layers(kernels, plan, runner.model.embedded(ids)))
         rows.append(runner.model.logits(kernels, stream))
         start += size
     return torch.cat(rows)

@@ -17,6 +17,7 @@ from prism.attention.gpu.kernels import GpuPlan
 from prism.attention.gpu.prefill import Chunk, tiles_of
 from prism.attention.kernels import Weight
 from prism.engine.gpu.runner import GpuRunner
+from prism.models.decoder import at_once
 
 
 @torch.inference_mode()
@@ -62,7 +63,7 @@ def ours(model: LocalModel, prompt: list[int], sizes: list[int]) -> torch.Tensor
             slots = torch.ones_like(positions)
             plan = GpuPlan(runner.kv, spec.num_heads, slots, positions, int(size == 1), split, tiles)
             ids = torch.tensor(prompt[start : start + size], device="cuda")
-            stream = runner.model.layers(kernels, plan, runner.model.embedded(ids))
+            stream = at_once(runner.model.layers(kernels, plan, runner.model.embedded(ids)))
             rows.append(runner.model.logits(kernels, stream).clone())
             start += size
         result = torch.cat(rows).float()

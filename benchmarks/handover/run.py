@@ -44,6 +44,7 @@ class Decoding:
             step = engine.schedule(8192)
             if step is not None:
                 self.flights.append(engine.run(step))
+                self.flights[-1].launch()
 
     def run_for(self, seconds: float) -> None:
         """Go on for a while."""

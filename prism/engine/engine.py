@@ -46,7 +46,7 @@ class Engine:
         self.runner = runner
         self.max_len = max_len
         self.num_queued = 0
-        """Steps that have been run and not committed."""
+        """Steps that were handed out and have not been committed."""
         self.scheduler = Scheduler(kv, max_batch_size, slots)
 
     @property
@@ -117,10 +117,19 @@ class Engine:
         """The next step of at most `budget` tokens."""
         return self.scheduler.schedule(budget)
 
-    def run(self, step: Step) -> InFlight:
-        """Queue a step on the device."""
+    def run(self, step: Step, *, is_apart: bool = False) -> InFlight:
+        """A step for the device; whoever asks launches it. See `Runner.run`."""
         self.num_queued += 1
-        return self.runner.run(step)
+        return self.runner.run(step, is_apart=is_apart)
+
+    def drop(self, flight: InFlight) -> None:
+        """A step will never be committed; `suspend` must follow, since its sequences count on it.
+
+        What it was to compute is not there: nobody may find it under its keys.
+        """
+        self.num_queued -= 1
+        for chunk in flight.step.chunks:
+            chunk.sequence.num_computed = min(chunk.sequence.num_computed, chunk.start)
 
     def commit(self, flight: InFlight) -> list[Drawn]:
         """Account for the oldest queued step, which has run; sequences that ended are gone afterwards."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from prism.attention.kernels import KvView
@@ -12,16 +11,33 @@ from prism.engine.sequence import Sequence
 
 
 class InFlight(Protocol):
-    """A step on the device. Steps of one lane run in the order in which they were queued."""
+    """A step on its way: first launched, piece by piece, then run by the device.
+
+    Steps of one lane run in the order in which they were launched.
+    """
 
     @property
     def step(self) -> Step:
-        """What was queued."""
+        """What is run."""
         ...
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:
         """Sequences for which it draws a token, in the order of `draws`."""
+        ...
+
+    @property
+    def is_begun(self) -> bool:
+        """Some of it is on the device."""
+        ...
+
+    @property
+    def is_launched(self) -> bool:
+        """All of it is on the device."""
+        ...
+
+    def launch(self, num_groups: int | None = None, seconds: float = float("inf")) -> bool:
+        """Launch some more of it, see `Pieces.advance`; whether anything came of it."""
         ...
 
     def is_done(self) -> bool:
@@ -38,23 +54,10 @@ class Runner(Protocol):
 
     kv: KvView
 
-    def run(self, step: Step) -> InFlight:
-        """Queue a step: compute its KV and draw its tokens."""
+    def run(self, step: Step, *, is_apart: bool = False) -> InFlight:
+        """A step that computes KV and draws tokens; nothing of it is launched yet.
+
+        On one lane a step is launched in full before the next one is made, unless it `is_apart`: other work
+        may be launched on the lane between its pieces. A lane takes one such step at a time.
+        """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A step that had run when it was handed out."""
-
-    step: Step
-    sampled: tuple[Sequence, ...]
-    drawn: list[Sampled]
-
-    def is_done(self) -> bool:
-        """Always."""
-        return True
-
-    def draws(self) -> list[Sampled]:
-        """See `InFlight.draws`."""
-        return self.drawn

@@ -6,7 +6,7 @@ of one flat buffer; the names are those of weights/layout. A quantised matrix co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -68,15 +68,21 @@ class Decoder:
         """Embeddings of `tokens [tokens]`."""
         return Stream(F.embedding(tokens, self.embed))
 
+    @property
+    def num_groups(self) -> int:
+        """Groups of weights, as the layout counts them: embedding, each layer, head."""
+        return len(self.weights) + 2
+
     def layers(
         self, kernels: Kernels, plan: AttentionPlan, stream: Stream, rows: Tensor | None = None
-    ) -> Stream:
-        """All layers over a step's tokens; stores their KV.
+    ) -> Generator[int, None, Stream]:
+        """All layers over a step's tokens; stores their KV. Before each it yields the groups that it needs.
 
         With `rows` the result has only these tokens: the others leave the last layer once their KV is stored.
         """
         eps, last = self.spec.norm_eps, self.spec.num_layers - 1
         for index, layer in enumerate(self.weights):
+            yield index + 2
             qkv, stream = kernels.norm_linear(stream, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
             heads = self._attention(kernels, plan, index, qkv)
             if index == last and rows is not None:
@@ -97,3 +103,13 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = HeadNorms(layer.q_norm, layer.k_norm, self.spec.norm_eps)
         return kernels.attention(plan, index, qkv.view(len(qkv), -1, dim), norms, self.rotary)
+
+
+def at_once(layers: Generator[int, None, Stream]) -> Stream:
+    """Runs `Decoder.layers` to its end."""
+    while True:
+        try:
+            next(layers)
+        except StopIteration as stop:
+            result: Stream = stop.value
+            return result

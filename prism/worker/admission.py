@@ -51,7 +51,7 @@ def decide(snapshot: AdmissionSnapshot, now: float) -> Admission:
     1. A request that has waited too long expires.
     2. While a suspect runs alone, nobody else enters.
     3. The oldest suspect enters once nothing runs, and alone; while it waits, nobody overtakes it.
-    4. The others in their order of service (`order_of_service`).
+    4. The others in their order of service (`Service`).
     5. Requests of models that are not active wait for them, or until a load has come so far that the first
        step can follow it.
     6. Batch size and memory bound what enters; a request that does not fit holds back those behind it in its
@@ -65,7 +65,7 @@ def decide(snapshot: AdmissionSnapshot, now: float) -> Admission:
     if snapshot.alone_is_running:  # 2
         return Admission(expired, snapshot.owed_to_late)
     suspects = [r for r in waiting if r.alone]
-    able = [r for r in suspects if _can_run(snapshot.models[r.model])]
+    able = [r for r in suspects if snapshot.models[r.model].state is ModelState.ACTIVE]
     if able:  # 3
         first = min(able, key=lambda r: (r.arrival, r.request_id))
         enters = () if snapshot.num_running_requests else (Admit(first.request_id),)

@@ -1,4 +1,4 @@
-"""A CPU as a device: one lane, whose work has run when it is queued."""
+"""A CPU as a device: one lane, whose work has run when it is launched."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from prism.memory.driver import Driver
 from prism.memory.pool import SlabPool
 from prism.models.decoder import Decoder
 from prism.modelspec import ModelSpec
-from prism.types import DType, LaneId
+from prism.types import Bytes, DType, LaneId
 from prism.weights.copiers import Copier, HostCopier
 from prism.weights.registrations import Pinner
 from prism.worker.copies import CopyWork, Run
 from prism.worker.costs import Guess
-from prism.worker.device import Device
+from prism.worker.device import Device, GraphUsage
 from prism.worker.lanes import Work
 from prism.worker.notices import Notices
 
@@ -83,6 +83,22 @@ class TorchBackend:
 
     def check(self, spec: ModelSpec) -> None:
         """See `Backend.check`: nothing was laid out for any model."""
+
+    def mark(self, lane: LaneId) -> Copied:
+        """See `Backend.mark`."""
+        return Copied()
+
+    def expect(self, runner: Runner) -> None:
+        """See `Backend.expect`: nothing is prepared."""
+
+    def work_aside(self, seconds: float, *, urgent_only: bool) -> bool:
+        """See `Backend.work_aside`."""
+        return False
+
+    @property
+    def graph_usage(self) -> GraphUsage:
+        """See `Backend.graph_usage`."""
+        return GraphUsage(0, Bytes(0))
 
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`."""

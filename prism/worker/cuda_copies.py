@@ -1,8 +1,8 @@
 """Copies of KV between a GPU and registered host memory.
 
 A GPU has one engine for each direction, which stays with a stream for as long as it has copies: a gibibyte
-held up the tokens of all lanes for 19 ms, queued at once or with always one piece behind the one that runs.
-So what leaves aside is queued piece by piece, each when the one before has been seen to have run.
+held up the tokens of all lanes for 19 ms, whether queued at once or with always one piece behind the running
+one. So what leaves aside is queued piece by piece, each when the one before has been seen to have run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from prism.engine.gpu.flight import Event
 from prism.memory.cuda import CudaDriver
 from prism.types import Bytes, MiB
 from prism.worker.copies import Run
@@ -20,19 +21,6 @@ PIECE = Bytes(16 * MiB)
 """0.3 ms of a PCIe 5 link."""
 DEPTH = 1
 """Pieces on their way: what else leaves the device waits for these at most."""
-
-
-class Event:
-    """Work queued on the current stream until now."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.event.record()
-
-    def is_done(self) -> bool:
-        """It has run."""
-        done: bool = self.event.query()  # type: ignore[no-untyped-call]
-        return done
 
 
 class Copies(Event):

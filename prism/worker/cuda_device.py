@@ -12,14 +12,16 @@ from prism.attention.gpu.warmup import load_kernels
 from prism.attention.kernels import KvView
 from prism.attention.torch_kernels import TorchKernels
 from prism.config import DeviceConfig
+from prism.engine.gpu.captures import DeviceCaptures
+from prism.engine.gpu.flight import Event, GpuFlight
 from prism.engine.gpu.graphs import Graphs
 from prism.engine.gpu.lane import GpuLane, LaneShape, workspace_bytes
-from prism.engine.gpu.runner import GpuFlight, GpuRunner
+from prism.engine.gpu.runner import GpuRunner
 from prism.engine.kv_blocks import Move
 from prism.engine.kv_layout import BLOCK_TOKENS, plan_kv_layout
-from prism.engine.runner import Done, Runner
+from prism.engine.runner import Runner
 from prism.engine.scheduler import Step
-from prism.engine.torch_runner import TorchRunner
+from prism.engine.torch_runner import TorchFlight, TorchRunner
 from prism.errors import DeviceTooSmall, DriverError
 from prism.memory.cuda import CudaDriver
 from prism.memory.pool import SlabPool
@@ -32,8 +34,8 @@ from prism.weights.copiers import Copier, CudaCopier
 from prism.weights.registrations import Pinner
 from prism.worker.copies import CopyWork, Run
 from prism.worker.costs import Guess
-from prism.worker.cuda_copies import Copies, Event, Leaving, SwapStream
-from prism.worker.device import Device
+from prism.worker.cuda_copies import Copies, Leaving, SwapStream
+from prism.worker.device import Device, GraphUsage
 from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
 from prism.worker.notices import Notices
@@ -77,6 +79,22 @@ def _open_lane(pool: SlabPool, device: torch.device, lane: LaneId, shape: LaneSh
     return GpuLane(device, memory, shape)
 
 
+class PlainFlight(TorchFlight):
+    """A step of a `PlainRunner`."""
+
+    def __init__(self, inner: TorchFlight, stream: torch.cuda.Stream) -> None:
+        super().__init__(inner.step, inner.sampled, inner.work)
+        self._stream = stream
+
+    def launch(self, num_groups: int | None = None, seconds: float = float("inf")) -> bool:
+        """See `InFlight.launch`."""
+        with torch.cuda.stream(self._stream):
+            has_advanced = super().launch(num_groups, seconds)
+            if self.is_launched:
+                self._stream.synchronize()
+        return has_advanced
+
+
 class PlainRunner:
     """Steps in torch operations on a lane's stream, for what the GPU kernels are not made for; they wait."""
 
@@ -85,12 +103,10 @@ class PlainRunner:
         self._runner = TorchRunner(model, TorchKernels(lane.device), kv)
         self._lane = lane
 
-    def run(self, step: Step) -> Done:
+    def run(self, step: Step, *, is_apart: bool = False) -> PlainFlight:
         """See `Runner.run`."""
         with torch.cuda.stream(self._lane.stream):
-            done = self._runner.run(step)
-            self._lane.stream.synchronize()
-        return done
+            return PlainFlight(self._runner.run(step, is_apart=is_apart), self._lane.stream)
 
 
 class GpuBackend:
@@ -111,8 +127,11 @@ class GpuBackend:
         self.max_entries = lanes[0].shape.max_entries
         self._device = device
         self._lanes = lanes
-        self._graphs = [Graphs(lane.stream, lane.pool) for lane in lanes]
         self._notices = Notices()
+        self._captures = DeviceCaptures()
+        self._graphs = [Graphs(self._captures) for _ in lanes]
+        for lane, graphs in zip(lanes, self._graphs, strict=True):
+            self._captures.add_lane(lane, graphs)
 
     def runner(self, model: Decoder, kv: KvView, lane: LaneId) -> Runner:
         """See `Backend.runner`."""
@@ -143,9 +162,32 @@ class GpuBackend:
         for work in works:
             if isinstance(work, Leaving):
                 work.queue_all()
-            if isinstance(work, GpuFlight | Event | Leaving):
                 assert work.event is not None
                 self._lanes[lane].stream.wait_event(work.event)
+                continue
+            event = work.end if isinstance(work, GpuFlight) else work
+            if isinstance(event, Event):
+                self._lanes[lane].stream.wait_event(event.event)
+
+    def mark(self, lane: LaneId) -> Event:
+        """See `Backend.mark`."""
+        with torch.cuda.stream(self._lanes[lane].stream):
+            return Event()
+
+    def expect(self, runner: Runner) -> None:
+        """See `Backend.expect`: graphs of likely sizes."""
+        if isinstance(runner, GpuRunner):
+            runner.expect()
+
+    def work_aside(self, seconds: float, *, urgent_only: bool) -> bool:
+        """See `Backend.work_aside`: captures."""
+        return self._captures.advance(seconds, urgent_only=urgent_only)
+
+    @property
+    def graph_usage(self) -> GraphUsage:
+        """See `Backend.graph_usage`."""
+        usages = [graphs.usage for graphs in self._graphs]
+        return GraphUsage(sum(u.num_graphs for u in usages), Bytes(sum(u.num_bytes for u in usages)))
 
     def check(self, spec: ModelSpec) -> None:
         """See `Backend.check`. The lanes' tables are made when the worker starts."""
@@ -168,6 +210,7 @@ class GpuBackend:
 
     def forget(self, runner: Runner) -> None:
         """See `Backend.forget`."""
+        self._captures.forget(id(runner))
         for graphs in self._graphs:
             graphs.forget(id(runner))
 

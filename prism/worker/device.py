@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +28,15 @@ from prism.weights.registrations import Pinner
 from prism.weights.views import view_weights
 from prism.worker.copies import CopyWork, Run
 from prism.worker.costs import Guess
-from prism.worker.lanes import Lane, Work
+from prism.worker.lanes import Deferred, Flight, Lane, Work
 from prism.worker.models import Profile
+
+
+class GraphUsage(NamedTuple):
+    """What captured steps take on the device."""
+
+    num_graphs: int
+    num_bytes: Bytes
 
 
 class Backend(Protocol):
@@ -67,7 +75,30 @@ class Backend(Protocol):
         ...
 
     def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
-        """Let what is queued on the lane from now on run behind these works of other lanes."""
+        """Let what is queued on the lane from now on run behind these works of other lanes.
+
+        All of them have been launched.
+        """
+        ...
+
+    def mark(self, lane: LaneId) -> Work:
+        """Done once all has run that is queued on the lane now."""
+        ...
+
+    def expect(self, runner: Runner) -> None:
+        """Its first step is near: `work_aside` may prepare what its steps gain by."""
+        ...
+
+    def work_aside(self, seconds: float, *, urgent_only: bool) -> bool:
+        """Go on with what steps gain by, about so long; whether there was anything to do.
+
+        Called by the loop between steps. With `urgent_only` others wait for the loop.
+        """
+        ...
+
+    @property
+    def graph_usage(self) -> GraphUsage:
+        """Memory beside the pool that captured steps take."""
         ...
 
     def check(self, spec: ModelSpec) -> None:
@@ -109,24 +140,34 @@ class Device:
         return lane
 
     def move_blocks(self, model: ModelId, kv: KvView, moves: tuple[Move, ...], lane: Lane) -> None:
-        """Queue copies of blocks within a model's KV."""
-        if moves:
-            lane.queue(model, self.backend.copy_blocks(kv, moves, lane.lane_id))
+        """Queue copies of blocks within a model's KV, behind all steps that the lane has."""
+        if not moves:
+            return
+        copy = partial(self.backend.copy_blocks, kv, moves, lane.lane_id)
+        lane.queue(model, copy() if lane.launching is None else Deferred(copy))
 
-    def take_turns(self, lane: Lane, step: Step) -> None:
-        """A step with prompts shares the device with no other; decodes of several lanes run side by side.
+    def neighbours(self, lane: Lane, step: Step) -> tuple[Flight, ...]:
+        """What a step runs behind: one with prompts shares the device with no other.
 
-        Beside a prompt, each of a decode's many small kernels would wait until the large ones leave room.
+        Decodes of several lanes run side by side. Beside a prompt, each of a decode's many small kernels
+        would wait until the large ones leave room.
         """
         others = [flight for other in self.lanes if other is not lane for flight in other.flights]
-        works = [flight.work for flight in others if step.has_prompts or flight.has_prompts]
+        return tuple(flight for flight in others if step.has_prompts or flight.has_prompts)
+
+    def take_turns(self, lane: Lane, flight: Flight) -> None:
+        """Let a flight that may begin, and all behind it on the lane, run behind what it has to."""
+        works = [other.queued for other in flight.after if not other.has_run]
         if works:
             self.backend.wait_for(lane.lane_id, works)
+        flight.after = ()
 
     def settle(self, lane: Lane) -> None:
         """Take note of copies that have run, as far as no step stands before them."""
         while lane.flights and lane.flights[0].step is None and lane.flights[0].work.is_done():
-            lane.num_completed = lane.flights.popleft().number
+            flight = lane.flights.popleft()
+            flight.has_run = True
+            lane.num_completed = flight.number
         self.pool.completed(lane.lane_id, lane.num_completed)
 
     @property

@@ -24,6 +24,9 @@ class Gauges:
     def update(self, worker: Worker) -> None:
         """Set everything."""
         self._slabs(worker)
+        graphs = worker.device.backend.graph_usage
+        self._metrics.graphs.labels(self._worker_name).set(graphs.num_graphs)
+        self._metrics.graph_bytes.labels(self._worker_name).set(graphs.num_bytes)
         for model in worker.models.values():
             tickets = worker.requests.of_model(model.name)
             running = sum(ticket.is_running for ticket in tickets)

@@ -9,8 +9,9 @@ backend's. A copy holds references to its places until it has run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from operator import attrgetter
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from prism.engine.host_blocks import Fetch, HostBlocks, HostPlace
 from prism.engine.kv_blocks import BlockKey, Dropped, DroppedGroup, grouped
 from prism.engine.kv_layout import KvLayout
-from prism.types import Address, Bytes, ModelId, SlabId
+from prism.types import Address, Bytes, LaneId, ModelId, SlabId
 from prism.worker.copies import CopyWork, Grid, Run, cut, merged
 from prism.worker.costs import (
     LEAST_BYTES,
@@ -32,6 +33,7 @@ from prism.worker.costs import (
 )
 from prism.worker.device import Device
 from prism.worker.host_chunks import Chunks
+from prism.worker.lanes import Deferred, Work
 from prism.worker.models import Model
 
 SAVE_SECONDS = 0.05
@@ -50,6 +52,28 @@ class _Member:
     prefill: Average
     num_saved: int = 0
     num_fetched: int = 0
+
+
+class DeferredCopy(Deferred):
+    """Copies that are queued once the step has been launched in full that may still write what they read."""
+
+    queued: CopyWork | None
+
+    def __init__(self, queue: Callable[[], CopyWork]) -> None:
+        super().__init__(queue)
+
+    def seconds(self) -> float:
+        """See `CopyWork.seconds`."""
+        assert self.queued is not None
+        return self.queued.seconds()
+
+
+def on_device(work: CopyWork) -> CopyWork:
+    """What has been queued of it."""
+    if not isinstance(work, DeferredCopy):
+        return work
+    assert work.queued is not None
+    return work.queued
 
 
 class _Pending(NamedTuple):
@@ -178,6 +202,9 @@ class HostKv:
             return frozenset()
         work = self._save(model, chosen, aside=True)
         self._device.swap.queue(model.name, work)
+        if isinstance(work, DeferredCopy):
+            assert model.lane is not None
+            model.lane.queue(model.name, Deferred(partial(self._begin, work, model.lane.lane_id)))
         units = self._device.slab_bytes // self._members[model.name].layout.unit
         return frozenset(SlabId(item.block // units) for item in chosen)
 
@@ -188,15 +215,23 @@ class HostKv:
             assert model.lane is not None
             model.lane.queue(model.name, self._save(model, chosen, aside=False))
 
+    def _begin(self, work: DeferredCopy, lane: LaneId) -> Work:
+        """Start copies on the swap lane; on the lane itself nothing is left of them."""
+        work.launch()
+        return self._device.backend.mark(lane)
+
     def fetch(self, model: Model, fetches: Sequence[Fetch]) -> None:
-        """Queue copies to the device on the model's lane; what is queued there later finds the bytes."""
+        """Queue copies to the device on the model's lane; what is queued there later finds the bytes.
+
+        All that the lane has is launched: these copies are for its next step.
+        """
         if not fetches:
             return
-        assert model.lane is not None
+        assert model.lane is not None and model.lane.launching is None
         member, lane, backend = self._members[model.name], model.lane, self._device.backend
         late = {id(work): work for place, _ in fetches if (work := self._aside.get(place)) is not None}
         if late:
-            backend.wait_for(lane.lane_id, tuple(late.values()))
+            backend.wait_for(lane.lane_id, [on_device(work) for work in late.values()])
         pairs = sorted((self._address(member.layout, block), self._place(member, p)) for p, block in fetches)
         size = member.layout.block_bytes
         runs = merged(Run(source, target, size) for target, source in pairs)
@@ -266,7 +301,8 @@ class HostKv:
             places.append(place)
             runs.append(Run(self._address(member.layout, block), self._place(member, place), size))
         cuts = tuple(cut(merged(runs), *self._grids))
-        work = self._device.backend.copy_out(cuts, model.lane.lane_id, aside=aside)
+        copy = partial(self._device.backend.copy_out, cuts, model.lane.lane_id, aside=aside)
+        work = copy() if model.lane.launching is None else DeferredCopy(copy)
         if aside:
             self._aside.update(dict.fromkeys(places, work))
         self._note(work, tuple(places), member, self.saving)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 from prism.engine.runner import InFlight
 from prism.engine.scheduler import Slots
@@ -19,15 +20,36 @@ class Work(Protocol):
         ...
 
 
-class Flight(NamedTuple):
-    """Queued work; `step` is what to commit, and whose, unless it was a copy."""
+class Deferred:
+    """A copy that is queued once the step before it has been launched in full."""
 
-    number: int
-    work: Work
+    def __init__(self, queue: Callable[[], Work]) -> None:
+        self._queue = queue
+        self.queued: Work | None = None
+
+    def launch(self) -> None:
+        """Queue it."""
+        self.queued = self._queue()
+
+    def is_done(self) -> bool:
+        """It has run."""
+        return self.queued is not None and self.queued.is_done()
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """Work on its way; `step` is what to commit, and whose, unless it was a copy."""
+
     model: ModelId
+    work: Work
     step: InFlight | None
-    begin: float
+    begin: float = 0.0
     """When a step was queued."""
+    after: tuple[Flight, ...] = ()
+    """Work of other lanes that it runs behind."""
+    number: int = 0
+    """Its place in the lane's count; 0 before it has one."""
+    has_run: bool = False
 
     @property
     def has_prompts(self) -> bool:
@@ -38,6 +60,26 @@ class Flight(NamedTuple):
     def num_prompt_tokens(self) -> int:
         """Tokens of those chunks."""
         return 0 if self.step is None else self.step.step.num_prompt_tokens
+
+    @property
+    def is_launched(self) -> bool:
+        """All of it is on the device."""
+        if self.step is not None:
+            return self.step.is_launched
+        return not isinstance(self.work, Deferred) or self.work.queued is not None
+
+    @property
+    def queued(self) -> Work:
+        """What is on the device of it."""
+        if not isinstance(self.work, Deferred):
+            return self.work
+        assert self.work.queued is not None
+        return self.work.queued
+
+    @property
+    def may_begin(self) -> bool:
+        """What it runs behind is on the device: what is not there cannot be waited for."""
+        return all(other.is_launched for other in self.after)
 
 
 class Lane:
@@ -52,21 +94,45 @@ class Lane:
         self.last_end = 0.0
         """When its latest step was seen to have run."""
         self.flights: deque[Flight] = deque()
+        self._last_apart = 0
 
     def stamp(self) -> Stamp:
         """Names the last work that has been queued."""
         return Stamp(self.lane_id, self.num_queued)
 
-    def queue(self, model: ModelId, work: Work, step: InFlight | None = None, begin: float = 0.0) -> None:
-        """Count work that is on the device."""
+    def queue(self, model: ModelId, work: Work, step: InFlight | None = None, begin: float = 0.0) -> Flight:
+        """Count work that is on the device, or launched before anything that is queued later."""
+        flight = Flight(model, work, step, begin)
+        self.append(flight)
+        return flight
+
+    def append(self, flight: Flight) -> None:
+        """See `queue`."""
         self.num_queued += 1
-        self.flights.append(Flight(self.num_queued, work, model, step, begin))
+        flight.number = self.num_queued
+        self.flights.append(flight)
+
+    def append_apart(self, flight: Flight) -> None:
+        """Queue what has been launched between other work, or marks its end."""
+        self.append(flight)
+        self._last_apart = flight.number
+
+    @property
+    def is_apart_free(self) -> bool:
+        """What such work shares with its like on the lane is not in use any more."""
+        return self._last_apart <= self.num_completed
+
+    @property
+    def launching(self) -> Flight | None:
+        """The oldest work that is not on the device in full. All behind it waits, since order matters."""
+        return next((flight for flight in self.flights if not flight.is_launched), None)
 
     def finished(self) -> Iterator[Flight]:
         """Takes out, in order, what has run."""
-        while self.flights and self.flights[0].work.is_done():
+        while self.flights and self.flights[0].is_launched and self.flights[0].work.is_done():
             flight = self.flights.popleft()
             self.num_completed = flight.number
+            flight.has_run = True
             yield flight
 
     @property

@@ -32,8 +32,6 @@ class Loaded:
     model: ModelId
     seconds: float
     error: Exception | None
-    digest: bytes = b""
-    """Of the weights' checksums, when the load has ended well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +104,8 @@ class Load:
         self._deadline = NEVER
         self._transfer: Transfer | None = None
         self._is_mapped = False
+        self.digest = b""
+        """Of the weights, by their checksums; known before anything arrives."""
         self.is_cancelled = False
         """It will end soon, and never well."""
 
@@ -152,16 +152,17 @@ class Load:
         """Copy, map, verify. Nothing writes to the slabs afterwards, but the arena may be mapped."""
         begin = self._clock()
         try:
-            digest = self._load()
+            self._load()
         except Exception as error:  # the loop must learn of any failure, or the model loads for ever
             return Loaded(self._plan.model, self._clock() - begin, error)
-        return Loaded(self._plan.model, self._clock() - begin, None, digest)
+        return Loaded(self._plan.model, self._clock() - begin, None)
 
-    def _load(self) -> bytes:
+    def _load(self) -> None:
         model = self._plan.model
         with self._fetch(model) as packed, self._registered() as registered:
             if packed.fingerprint != self._plan.layout.fingerprint:
                 raise CheckpointError("changed since the server started", file=str(model))
+            self.digest = blake2b(packed.checksums.tobytes(), digest_size=16).digest()
             transfer = self._transfer = Transfer(packed, self._plan.places, registered)
             transfer.deadline = self._deadline  # what is set from here on reaches the transfer itself
             if self.is_cancelled:
@@ -178,7 +179,6 @@ class Load:
                 raise transfer.error
             if not transfer.has_arrived:
                 raise LoadCancelled
-            return blake2b(packed.checksums.tobytes(), digest_size=16).digest()
 
     def _map(self) -> None:
         self._plan.prepare()

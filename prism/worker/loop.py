@@ -45,7 +45,7 @@ from prism.worker.outbox import Outbox
 from prism.worker.rate import CompletionRate
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
-from prism.worker.residency import Residency
+from prism.worker.residency import Residency, load_error
 from prism.worker.stepper import Stepper
 from prism.worker.views import admission_snapshot, kv_capacity_tokens
 
@@ -53,6 +53,10 @@ log = logging.getLogger(__name__)
 
 LEAST_PATIENCE = 0.05
 """Who lacks memory looks again after `min_residency`, when busy models may be evicted, but no sooner."""
+ARRIVAL_SECONDS = 0.001
+"""Between two looks at what has arrived of a model that requests wait for; a layer of 8B takes 8 ms."""
+ASIDE_SECONDS = 0.0005
+"""What is done beside the steps at a time, between two rounds."""
 
 
 class Worker:
@@ -172,7 +176,10 @@ class Worker:
         model = self.models[event.model]
         match event:
             case Loaded():
+                if load_error(model, event) is not None:
+                    self._stepper.drop_early(model)
                 self.residency.loaded(model, event)
+                self._first_weights_arrived(model)
                 if self.registrations is not None:
                     self.registrations.prefer(likely_order(self.models.values()))
                 if model.state is ModelState.FAILED:
@@ -203,7 +210,8 @@ class Worker:
         self.host.tend(self.models)
         self._move_models(now)
         self._admit(now)
-        return self._stepper.step(now)
+        has_more = self._stepper.step(now)
+        return self.device.backend.work_aside(ASIDE_SECONDS, urgent_only=has_more) or has_more
 
     @property
     def is_device_busy(self) -> bool:
@@ -222,6 +230,8 @@ class Worker:
                 times.append(now + self._patience)
             if model.stalled_until > now:
                 times.append(model.stalled_until)
+            if model.load is not None and self.requests.of_model(model.name):
+                times.append(now + ARRIVAL_SECONDS)
         return min(times, default=None)
 
     def _move_models(self, now: float) -> None:
@@ -240,6 +250,17 @@ class Worker:
             if model.load is not None:
                 tickets = self.requests.of_model(model.name)
                 model.load.deadline = min((t.next_deadline for t in tickets), default=NEVER)
+                if not model.is_readable and model.load.groups_arrived:
+                    self._first_weights_arrived(model)
+
+    def _first_weights_arrived(self, model: Model) -> None:
+        """Its requests may enter, and what its steps gain by can be prepared."""
+        if model.engine is not None and not model.is_readable and (model.load is not None or model.is_active):
+            model.is_readable = True
+            if model.load is not None:
+                self.host.open(model, model.load.digest)
+            self._needs_admission = True
+            self.device.backend.expect(model.engine.runner)
 
     def _admit(self, now: float) -> None:
         for ticket in self.requests:
@@ -296,6 +317,8 @@ class Worker:
     def _end(self, ticket: Ticket) -> None:
         """Forget a request, running or not; what it held goes back."""
         model = self.models[ticket.model]
+        if ticket.is_running:
+            self._stepper.drop_early(model, half_launched_only=True)
         self.requests.remove(ticket)
         model.last_used = self._clock()
         if ticket.is_running and model.engine is not None:
@@ -309,6 +332,8 @@ class Worker:
         self._end(ticket)
 
     def _drop_choice(self, ticket: Ticket, choice: int) -> None:
+        if ticket.is_running:
+            self._stepper.drop_early(self.models[ticket.model], half_launched_only=True)
         ticket.finish_choice(choice)
         engine = self.models[ticket.model].engine
         if ticket.is_running and engine is not None:

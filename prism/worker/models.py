@@ -14,7 +14,7 @@ from prism.memory.arena import Arena
 from prism.modelspec import ModelSpec, read_spec
 from prism.types import Bytes, ModelId, ModelState, SlabId
 from prism.weights.layout import Layout, plan_layout
-from prism.worker.lanes import Lane
+from prism.worker.lanes import Flight, Lane
 from prism.worker.loading import Load
 
 
@@ -81,8 +81,14 @@ class Model:
     kv: KvSpace | None = None
     engine: Engine | None = None
     lane: Lane | None = None
-    """Where its steps run, once it has been active."""
+    """Where its steps run, once it has been loaded for the first time."""
     load: Load | None = None
+    is_readable: bool = False
+    """In its present, or last, load: enough of its weights has arrived for its first step to begin."""
+    early: Flight | None = None
+    """Its first step, launched while it is loaded; committed when the load has ended well."""
+    has_stepped_early: bool = False
+    """In its present, or last, load."""
     packed_share: float = 0.0
     """How much of its weights has been packed."""
     is_packed: bool = False
@@ -125,6 +131,13 @@ class Model:
     def is_active(self) -> bool:
         """It can run steps now."""
         return self.state is ModelState.ACTIVE
+
+    @property
+    def is_arriving(self) -> bool:
+        """It is being loaded and can be given its first step."""
+        if self.load is None or self.load.is_cancelled:
+            return False
+        return self.is_readable and not self.has_stepped_early
 
 
 def likely_order(models: Iterable[Model]) -> list[ModelId]:

@@ -6,9 +6,10 @@
       |                              | retry_at passes                      |
       └──────────────────────────────┴───────────── EVICTING <──────────────┘
 
-All of it happens on the loop except loading and unloading themselves (loading.py). When a model is evicted,
-or its load has ended badly, its slabs come back to the pool at once. That its arena still shows them does no
-harm, but the arena must be empty before the model is loaded again.
+All of it happens on the loop except loading and unloading themselves (loading.py). A model that is LOADING
+may run its first step (early.py); if the load ends badly, that is dropped before the end is told here. When a
+model is evicted, or its load has ended badly, its slabs come back to the pool at once, behind what is queued.
+That its arena still shows them does no harm, but the arena must be empty before the model is loaded again.
 """
 
 from __future__ import annotations
@@ -133,7 +134,11 @@ class Residency:
             self._release(model)
             self.fail(model, error)
             return
+        if model.engine is None:
+            model.engine = self._new_engine(model, profile, model.arena, model.kv)
+        model.engine.attach(model.kv)
         model.state = ModelState.LOADING
+        model.is_readable = model.has_stepped_early = False
         model.load = self._start_load(model)
 
     def _start_load(self, model: Model) -> Load:
@@ -168,19 +173,14 @@ class Residency:
         self._answer(model.load_commands, f"model {model.name} was unloaded meanwhile")
 
     def loaded(self, model: Model, event: Loaded) -> None:
-        """The load has ended, well or not."""
+        """The load has ended, well or not. If not, what it was given to run has been dropped."""
+        error = load_error(model, event)
         load, model.load = model.load, None
-        assert load is not None
-        error = LoadCancelled() if load.is_cancelled else event.error
         if error is not None:
             self._load_failed(model, error)
             return
-        profile, arena, kv = model.profile, model.arena, model.kv
-        assert profile is not None and arena is not None and kv is not None
-        if model.engine is None:
-            model.engine = self._new_engine(model, profile, arena, kv)
-        model.engine.attach(kv)
-        self._host.open(model, event.digest)
+        assert load is not None
+        self._host.open(model, load.digest)
         now = self._clock()
         model.state = ModelState.ACTIVE
         model.active_since = model.last_used = now
@@ -249,11 +249,11 @@ class Residency:
         self._empty_arena(model)
 
     def _last_reader(self, model: Model) -> Stamp | None:
-        """The last queued step that may read the model's weights; None if all have run."""
+        """The last queued work that may read the model's weights, or its KV; None if all has run."""
         if model.lane is None:
             return None
-        steps = [f.number for f in model.lane.flights if f.model == model.name and f.step is not None]
-        return Stamp(model.lane.lane_id, steps[-1]) if steps else None
+        works = [flight.number for flight in model.lane.flights if flight.model == model.name]
+        return Stamp(model.lane.lane_id, works[-1]) if works else None
 
     def _empty_arena(self, model: Model) -> None:
         """Have the arena unmapped beside the loop, once no queued step reads it any more."""
@@ -309,3 +309,9 @@ class Residency:
         for command in commands:
             self._outbox.to_controller(CommandDone(command_id=command, worker=self.worker_id, error=error))
         commands.clear()
+
+
+def load_error(model: Model, event: Loaded) -> Exception | None:
+    """Why a load that has ended did not end well; one that was called off never does."""
+    assert model.load is not None
+    return LoadCancelled() if model.load.is_cancelled else event.error

@@ -97,6 +97,22 @@ class TurnSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrival:
+    """A model that is being loaded, as the choice of its first step sees it."""
+
+    has_work: bool
+    is_readable: bool
+    """Its first weights can be read, and its kernels are there."""
+    has_stepped: bool
+    """It has had its step of this load."""
+    is_cancelled: bool
+    is_lane_taken: bool
+    """Another model's first step is on its way there, or a step is half launched."""
+    others_decode: bool
+    max_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Holding:
     """What a model holds of the device's memory, in slabs, and on what terms it gives it up."""
 

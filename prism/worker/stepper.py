@@ -1,7 +1,7 @@
 """Queues steps on the lanes of a device and commits what has run.
 
-A lane has at most two steps queued: the next one is made and queued while the present one runs. Nothing here
-waits but `drain`.
+A lane has at most two steps queued: the next one is made and queued while the present one runs. A step that
+takes long to launch is launched in slices, and other lanes go on in between. Nothing here waits but `drain`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from prism.engine.engine import Drawn
+from prism.engine.scheduler import Step
 from prism.errors import DriverError
+from prism.messages import ResumedChoice
 from prism.types import RequestId
 from prism.worker import turns
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
+from prism.worker.early import SLICE_SECONDS, EarlySteps
 from prism.worker.host_kv import HostKv
-from prism.worker.lanes import Flight, Lane
+from prism.worker.lanes import Deferred, Flight, Lane
 from prism.worker.models import Model
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
@@ -29,6 +32,8 @@ DRAIN_SECONDS = 30.0
 """Longer than any two steps take. A device that hangs ends the worker, and the agent starts another."""
 LOOK_SECONDS = 20e-6
 """Between two looks at a busy device when there is nothing else to do; other threads run meanwhile."""
+LONG_SLICE_SECONDS = 0.002
+"""Of launches while no other lane has work: only messages wait then."""
 
 
 class Listener(Protocol):
@@ -40,6 +45,10 @@ class Listener(Protocol):
 
     def memory_changed(self) -> None:
         """What could not run for want of memory is worth another look."""
+        ...
+
+    def requests_suspended(self, choices: dict[RequestId, list[ResumedChoice]]) -> None:
+        """Running requests have lost their place and wait again."""
         ...
 
 
@@ -73,15 +82,27 @@ class Stepper:
         self._patience = patience
         self._num_free = device.pool.num_free
         """Free slabs at the last look."""
+        self._early = EarlySteps(
+            device,
+            models,
+            reclaimer,
+            host,
+            self,
+            listener.requests_suspended,
+            max_batch_tokens=max_batch_tokens,
+            patience=patience,
+        )
 
     # --- towards the device ---------------------------------------------------------------------------
 
     def step(self, now: float) -> bool:
-        """Queue a step on each lane that has room for one; whether anything came of it."""
+        """On each lane launch more of the last step, or make the next one; whether anything came of it."""
         stepped = [self._step(lane, now) for lane in self._device.lanes]
-        return any(stepped)
+        return self._early.step(now) or any(stepped)
 
     def _step(self, lane: Lane, now: float) -> bool:
+        if lane.launching is not None:
+            return self._launch(lane)
         if not self._has_room(lane):
             return False
         snapshot = turn_snapshot(self._models, self._requests, self._max_batch_tokens, lane, now)
@@ -98,15 +119,38 @@ class Stepper:
         if step is None:
             model.stalled_until = now + self._patience
             return True
-        self._announce(model, {RequestId(chunk.sequence.request_id) for chunk in step.chunks})
-        self._device.take_turns(lane, step)
+        self.announce(model, step)
         self._host.save_dropped(model, step.dropped)
         self._host.fetch(model, step.fetches)
         begin = self._clock()
         flight = engine.run(step)
-        lane.queue(model.name, flight, flight, begin)
-        self.collect()
+        lane.queue(model.name, flight, flight, begin).after = self._device.neighbours(lane, step)
+        self._launch(lane)
         return True
+
+    def _launch(self, lane: Lane, seconds: float | None = None) -> bool:
+        """Launch a slice of the lane's last step, and the copies behind it; whether anything came of it.
+
+        One that runs behind steps of other lanes begins when those have been launched: a wait for what is not
+        on the device would be none.
+        """
+        if seconds is None:
+            is_alone = not any(other.flights for other in self._device.lanes if other is not lane)
+            seconds = LONG_SLICE_SECONDS if is_alone else SLICE_SECONDS
+        has_advanced = False
+        while (flight := lane.launching) is not None and flight.may_begin:
+            if isinstance(flight.work, Deferred):
+                flight.work.launch()
+                has_advanced = True
+                continue
+            assert flight.step is not None
+            self._device.take_turns(lane, flight)
+            has_advanced = flight.step.launch(None, seconds) or has_advanced
+            if not flight.is_launched:
+                break
+        if has_advanced:
+            self.collect()
+        return has_advanced
 
     def _has_room(self, lane: Lane) -> bool:
         """Behind prompts nothing more is queued while neighbours decode: their next step comes first."""
@@ -115,10 +159,10 @@ class Stepper:
         has_prompts = any(flight.has_prompts for flight in lane.flights)
         return not (has_prompts and neighbours_decode(self._models, lane))
 
-    def _announce(self, model: Model, running: set[RequestId]) -> None:
+    def announce(self, model: Model, step: Step) -> None:
         """Tell gateways what starts, before it could kill this process."""
         assert model.engine is not None
-        for request_id in running:
+        for request_id in {RequestId(chunk.sequence.request_id) for chunk in step.chunks}:
             ticket = self._requests.get(request_id)
             if ticket is not None and not ticket.is_started:
                 ticket.is_started = True
@@ -133,7 +177,7 @@ class Stepper:
         self._host.settle()
         for lane in (*self._device.lanes, self._device.swap):
             for flight in lane.finished():
-                self._commit(lane, flight)
+                self._has_run(lane, flight)
             pool.completed(lane.lane_id, lane.num_completed)
         if pool.num_free > self._num_free:  # whoever gave them back, a compaction between two rounds too
             self._listener.memory_changed()
@@ -144,21 +188,37 @@ class Stepper:
         deadline = time.monotonic() + DRAIN_SECONDS
         while model.engine is not None and model.engine.num_queued:
             assert model.lane is not None
+            for lane in self._device.lanes:  # its steps may have to be launched behind those of others
+                self._launch(lane, seconds=float("inf"))
+            if model.early is not None:
+                self._early.go_on(model, model.early)
             for flight in model.lane.finished():
-                self._commit(model.lane, flight)
+                self._has_run(model.lane, flight)
             if time.monotonic() > deadline:
                 raise DriverError("step", f"not done within {DRAIN_SECONDS:g} s")
             time.sleep(LOOK_SECONDS)
 
-    def _commit(self, lane: Lane, flight: Flight) -> None:
+    def drop_early(self, model: Model, *, half_launched_only: bool = False) -> None:
+        """Forget what a loading model was given to run; with the option only what its lane does not count."""
+        if half_launched_only and (model.early is None or model.early.number):
+            return
+        self._early.drop(model)
+
+    def _has_run(self, lane: Lane, flight: Flight) -> None:
+        if flight.step is not None:
+            now = self._clock()
+            seconds = now - max(flight.begin, lane.last_end)
+            lane.last_end = now
+            if self._models[flight.model].early is flight:
+                return  # its model is not active yet, and it was launched as weights arrived
+            self._host.prompts_ran(flight.model, flight.num_prompt_tokens, seconds)
+        self.commit(flight)
+
+    def commit(self, flight: Flight) -> None:
+        """Account for work that has run."""
         model = self._models[flight.model]
         if flight.step is not None:
             assert model.engine is not None
-            now = self._clock()
-            self._host.prompts_ran(
-                model.name, flight.num_prompt_tokens, now - max(flight.begin, lane.last_end)
-            )
-            lane.last_end = now
             model.stalled_until = 0.0  # what waited for these tokens, or for a place, may go on
             self._account(model, model.engine.commit(flight.step))
 

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prism.types import ModelId
-from prism.worker.snapshot import Runnable, TurnSnapshot
+from prism.worker.snapshot import Arrival, Runnable, TurnSnapshot
 
+SHARED_CHUNK = 512
+"""Prompt tokens of a step that is launched as weights arrive, beside others that decode."""
 LEAST_CHUNK = 128
 """Prompt tokens of a step whatever the slack: prompts go on while decodes are late."""
 MARGIN = 0.9
@@ -61,3 +63,16 @@ def _chunk(first: Runnable, decoding: Iterable[Runnable], now: float) -> int:
     if slack == float("inf"):
         return first.prompt_tokens
     return first.costs.tokens_within(MARGIN * slack - first.decode_seconds, first.prompt_start)
+
+
+def decide_early(arrival: Arrival) -> int | None:
+    """Tokens of the one step that a model may run while it is being loaded; None: no step now.
+
+    It does not take turns: it goes on whenever weights arrive, so the device is hardly busy with it. But each
+    of its layers stands before what its neighbours do next, so beside them it is a small step.
+    """
+    if arrival.is_cancelled or arrival.has_stepped or arrival.is_lane_taken:
+        return None
+    if not arrival.is_readable or not arrival.has_work:
+        return None
+    return min(arrival.max_batch_tokens, SHARED_CHUNK) if arrival.others_decode else arrival.max_batch_tokens

@@ -9,7 +9,14 @@ from prism.types import ModelId
 from prism.worker.lanes import Lane
 from prism.worker.models import Model
 from prism.worker.requests import Requests, Ticket
-from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, Runnable, TurnSnapshot, WaitingRequest
+from prism.worker.snapshot import (
+    AdmissionSnapshot,
+    Arrival,
+    ModelLoad,
+    Runnable,
+    TurnSnapshot,
+    WaitingRequest,
+)
 
 if TYPE_CHECKING:
     from prism.worker.loop import Worker
@@ -54,6 +61,7 @@ def _load(worker: Worker, model: Model) -> ModelLoad:
         num_sequences=0 if engine is None else engine.scheduler.num_sequences,
         max_sequences=worker.max_batch_size,
         num_obtainable_blocks=blocks,
+        is_arriving=model.is_arriving,
     )
 
 
@@ -81,7 +89,7 @@ def turn_snapshot(
         engine = model.engine
         if model.lane is not lane or not model.is_active or engine is None or now < model.stalled_until:
             continue
-        if not engine.scheduler.has_work:
+        if model.early is not None or not engine.scheduler.has_work:
             continue
         queued = engine.num_queued
         tickets = [t for t in requests.of_model(model.name) if t.is_running]
@@ -100,10 +108,32 @@ def turn_snapshot(
 
 def neighbours_decode(models: Mapping[str, Model], lane: Lane) -> bool:
     """Whether any model of another lane has sequences that draw tokens."""
-    others = (m for m in models.values() if m.lane is not None and m.lane is not lane)
-    return any(
-        m.is_active and m.engine is not None and any(s.is_prompt_computed for s in m.engine.scheduler.running)
-        for m in others
+    return any(_decodes(m) for m in models.values() if m.lane is not None and m.lane is not lane)
+
+
+def _decodes(model: Model) -> bool:
+    if not model.is_active or model.engine is None:
+        return False
+    return any(sequence.is_prompt_computed for sequence in model.engine.scheduler.running)
+
+
+def arrival_of(model: Model, models: Mapping[str, Model], max_batch_tokens: int) -> Arrival:
+    """What the choice of a loading model's first step depends on."""
+    lane, load, engine = model.lane, model.load, model.engine
+    assert lane is not None and load is not None and engine is not None
+    others = [other for other in models.values() if other is not model]
+    return Arrival(
+        has_work=engine.scheduler.has_work,
+        is_readable=model.is_readable,
+        has_stepped=model.has_stepped_early,
+        is_cancelled=load.is_cancelled,
+        is_lane_taken=(
+            lane.launching is not None
+            or not lane.is_apart_free
+            or any(other.early is not None and other.lane is lane for other in others)
+        ),
+        others_decode=any(map(_decodes, others)),
+        max_batch_tokens=max_batch_tokens,
     )
 
 

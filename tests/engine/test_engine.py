@@ -60,7 +60,9 @@ def test_two_engines_alternate_over_one_window(tmp_path: Path) -> None:
         for engine in engines.values():
             step = engine.schedule(40)
             if step is not None:
-                for drawn in engine.commit(engine.run(step)):
+                flight = engine.run(step)
+                flight.launch()
+                for drawn in engine.commit(flight):
                     outputs.setdefault(drawn.sequence.request_id, []).append(drawn.token)
             engine.kv.check()
     assert outputs == expected

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from prism.engine.kv_blocks import Gathered, KvSpace, block_key
+from prism.engine.kv_blocks import Dropped, Gathered, KvSpace, block_key
 from prism.engine.kv_layout import KvLayout
 from prism.types import Bytes, MiB, SlabId
 
@@ -71,7 +72,10 @@ class KvSpaceMachine(RuleBasedStateMachine):
     @rule(count=st.integers(0, 9))
     def drop(self, count: int) -> None:
         cached = self.kv.num_cached
-        assert len(self.kv.drop_cached(count)) == min(count, cached)
+        dropped = self.kv.drop_cached(count)
+        assert len(dropped) == min(count, cached)
+        self.hold_what_they_say(dropped)
+        assert [item.last_use for item in dropped] == sorted(item.last_use for item in dropped)
 
     @rule(count=st.integers(1, 4))
     def gather(self, count: int) -> None:
@@ -84,9 +88,19 @@ class KvSpaceMachine(RuleBasedStateMachine):
         self.carry_out(self.kv.compact(count), min(count, free))
         assert self.kv.num_cached == cached
 
+    def hold_what_they_say(self, dropped: Iterable[Dropped]) -> None:
+        """Before anything else is written there."""
+        for key, block, _ in dropped:
+            assert key == b"key" + self.content[block] and self.kv.is_missing(key)
+
     def carry_out(self, gathered: Gathered, most: int) -> None:
         assert bool(gathered.slabs) == (most > 0)
         assert len(gathered.slabs) <= most
+        assert len(gathered.dropped) <= max(1, most)
+        for group in gathered.dropped:
+            assert len(group) == len(list(group))
+            self.hold_what_they_say(group)
+            assert [item.block for item in group] == sorted(item.block for item in group)
         copies = {target: self.content[source] for source, target in gathered.moves}
         self.content.update(copies)
         renamed = dict(gathered.moves)

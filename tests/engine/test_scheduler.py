@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from prism.engine.kv_blocks import KvSpace
+from collections.abc import Iterable
+from itertools import takewhile
+
+from prism.engine.host_blocks import HostPlace
+from prism.engine.kv_blocks import BlockKey, KvSpace
 from prism.engine.kv_layout import KvLayout
 from prism.engine.scheduler import Scheduler, Slots, Step
 from prism.engine.sequence import Sequence
@@ -98,3 +102,112 @@ def test_a_sequence_alone_may_always_be_entered() -> None:
     scheduler.add(sequence("large"))
     step = scheduler.schedule(1000)
     assert step is not None and len(step.chunks) == 1
+
+
+class Tier:
+    """Has all blocks of a prompt, and counts who uses them."""
+
+    def __init__(self, keys: Iterable[BlockKey]) -> None:
+        self.keys = list(keys)
+        self.used: list[BlockKey] = []
+
+    def num_worth(self, keys: Iterable[BlockKey]) -> int:
+        return len(list(takewhile(lambda key: key in self.keys, keys)))
+
+    def use(self, key: BlockKey) -> HostPlace:
+        self.used.append(key)
+        return HostPlace(0, self.keys.index(key))
+
+
+LAYOUT = KvLayout(tokens_per_block=4, block_bytes=Bytes(64), unit=Bytes(64), slab_bytes=Bytes(256))
+
+
+def waiting(tokens: list[int], name: str = "r") -> Sequence:
+    params = SamplingParams(max_tokens=4, temperature=0.0, seed=0)
+    return Sequence(RequestId(name), 0, len(tokens), list(tokens), params, 0.0, max_len=1000)
+
+
+def scheduler_with(num_slabs: int) -> Scheduler:
+    kv = KvSpace(LAYOUT)
+    for slab in range(num_slabs):
+        kv.add_slab(SlabId(slab))
+    return Scheduler(kv, 8, Slots(8))
+
+
+def test_a_prefix_is_fetched_and_not_computed() -> None:
+    scheduler, prompt = scheduler_with(4), list(range(18))
+    tier = scheduler.host = Tier(waiting(prompt).full_keys(4, 17))
+    choice = waiting(prompt)
+    scheduler.add(choice)
+    assert scheduler.blocks_wanted(100) == 5
+    step = scheduler.schedule(100)
+    assert step is not None
+    ((_, start, length, samples),) = step.chunks
+    assert (start, length, samples) == (16, 2, True) and choice.num_cached == 16
+    assert [fetch.block for fetch in step.fetches] == choice.blocks[:4] and tier.used == tier.keys
+    assert not set(step.new_blocks) & {fetch.block for fetch in step.fetches}, "they would be zeroed"
+
+
+def test_pieces_on_the_device_and_in_host_memory_take_turns() -> None:
+    scheduler, prompt = scheduler_with(4), list(range(30))
+    keys = waiting(prompt).full_keys(4, 29)
+    here = scheduler.kv.allocate(3) or []
+    for block, key in zip(here, (keys[1], keys[2], keys[5]), strict=True):
+        scheduler.kv.publish(block, key)
+    scheduler.kv.release(here)
+    scheduler.host = Tier([keys[0], *keys[3:]])
+    choice = waiting(prompt)
+    scheduler.add(choice)
+    assert scheduler.blocks_wanted(100) == 5
+    step = scheduler.schedule(100)
+    assert step is not None and step.chunks[0].start == 28
+    assert len(step.fetches) == 4 and [choice.blocks[i] for i in (1, 2, 5)] == here
+    scheduler.kv.check()
+
+
+def test_what_lacks_blocks_to_fetch_computes_one_and_looks_again() -> None:
+    """It computed thousands of tokens that it could have fetched a moment later."""
+    scheduler, prompt = scheduler_with(1), list(range(42))
+    scheduler.host = Tier(waiting(prompt).full_keys(4, 41))
+    choice = waiting(prompt)
+    scheduler.add(choice)
+    assert scheduler.blocks_wanted(100) == 11
+    step = scheduler.schedule(100)
+    assert step is not None
+    assert (len(step.fetches), step.chunks[0].start, step.chunks[0].length) == (3, 12, 4)
+    scheduler.kv.add_slab(SlabId(1))
+    scheduler.kv.add_slab(SlabId(2))
+    assert scheduler.blocks_wanted(100) == 7
+    step = scheduler.schedule(100)  # the one before may still be queued
+    assert step is not None
+    assert (len(step.fetches), step.chunks[0].start, step.chunks[0].length) == (6, 40, 2)
+    assert choice.num_published == 10 and scheduler.num_prefix_hits == 36
+    scheduler.kv.check()
+
+
+def test_cached_blocks_that_a_step_takes_are_told() -> None:
+    """Whoever saves them must copy them before the step writes there."""
+    scheduler = scheduler_with(1)
+    (old,) = scheduler.kv.allocate(1) or []
+    scheduler.kv.publish(old, b"old")
+    scheduler.kv.release([old])
+    choice = waiting(list(range(12)))
+    scheduler.add(choice)
+    step = scheduler.schedule(100)
+    assert step is not None and not step.dropped
+    choice.num_pending = 0
+    choice.append(7)
+    step = scheduler.schedule(100)
+    assert step is not None and [(item.key, item.block) for item in step.dropped] == [(b"old", old)]
+    assert step.new_blocks == (old,) and scheduler.num_preemptions == 0
+
+
+def test_a_preempted_sequence_leaves_its_blocks_to_be_found() -> None:
+    """Those of a step that was still queued were lost, and computed again."""
+    scheduler = scheduler_with(4)
+    choice = waiting(list(range(18)))
+    scheduler.add(choice)
+    assert scheduler.schedule(100) is not None
+    assert scheduler.preempt_youngest() is choice
+    assert scheduler.kv.num_cached == 4 and scheduler.kv.num_used == 0
+    scheduler.kv.check()

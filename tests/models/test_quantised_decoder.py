@@ -13,7 +13,7 @@ from prism.attention.torch_kernels import TorchKernels
 from prism.engine.kv_layout import plan_kv_layout
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
-from prism.models.decoder import Decoder
+from prism.models.decoder import Decoder, at_once
 from prism.models.rotary import rotary_table
 from prism.modelspec import read_spec
 from prism.types import BlockId, Bytes, MiB, ModelId, Quantization
@@ -45,7 +45,7 @@ def logits_of(path: Path, quantization: Quantization, prompt: list[int]) -> torc
         for start, end in ((0, first), *((i, i + 1) for i in range(first, len(prompt)))):
             batch = BatchLayout([end - start], [end], [blocks], tuple(blocks) if start == 0 else ())
             plan = kernels.plan(batch, device.kv_view(spec, layout), spec.num_heads)
-            stream = decoder.layers(kernels, plan, decoder.embedded(torch.tensor(prompt[start:end])))
+            stream = at_once(decoder.layers(kernels, plan, decoder.embedded(torch.tensor(prompt[start:end]))))
             rows.append(decoder.logits(kernels, stream).clone())
     device.close()
     return torch.cat(rows)

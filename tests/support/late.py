@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import torch
 
 from prism.attention.kernels import KvView
+from prism.engine.pieces import Pieces
 from prism.engine.runner import Runner
 from prism.engine.sampler import Sampled
 from prism.engine.scheduler import UNBOUNDED, Step
 from prism.engine.sequence import Sequence as Choice
-from prism.engine.torch_runner import TorchRunner
+from prism.engine.torch_runner import TorchFlight, TorchRunner
 from prism.models.decoder import Decoder
 from prism.types import LaneId
 from prism.worker.copies import Run
@@ -29,48 +30,67 @@ COPY_LOOKS = 12
 
 
 class LateFlight:
-    """Done at the `LOOKS`th look."""
+    """Launched one piece at a time; done at the `LOOKS`th look after that."""
 
-    def __init__(self, step: Step, sampled: tuple[Choice, ...], drawn: list[Sampled]) -> None:
-        self.step = step
-        self.sampled = sampled
-        self._drawn = drawn
+    def __init__(self, inner: TorchFlight, known: dict[Choice, list[int]]) -> None:
+        self.step = inner.step
+        self.sampled = inner.sampled
+        self._pieces = Pieces(inner.work)
+        self._known = known
         self._looks = 0
 
+    @property
+    def is_begun(self) -> bool:
+        return self._pieces.is_begun
+
+    @property
+    def is_launched(self) -> bool:
+        return self._pieces.is_complete
+
+    @torch.inference_mode()
+    def launch(self, num_groups: int | None = None, seconds: float = float("inf")) -> bool:
+        seconds = seconds if seconds == float("inf") else 0.0
+        has_advanced = self._pieces.advance(num_groups, seconds)
+        if has_advanced and self.is_launched:
+            for sequence, draw in zip(self.sampled, self._pieces.drawn or (), strict=True):
+                self._known[sequence].append(draw.token)
+        return has_advanced
+
     def is_done(self) -> bool:
+        assert self.is_launched, "nobody can ask for an event that has not been recorded"
         self._looks += 1
         return self._looks >= LOOKS
 
     def draws(self) -> list[Sampled]:
-        return self._drawn
+        assert self._looks >= LOOKS
+        return self._pieces.drawn or []
 
 
 class LateRunner:
-    """Computes at once, as queued steps do in their order, with tokens that only it knows."""
+    """Computes what is launched, with tokens that only it knows; they are told late."""
 
     def __init__(self, inner: TorchRunner) -> None:
         self.kv = inner.kv
         self._inner = inner
         self._late: dict[Choice, list[int]] = defaultdict(list)
 
-    def run(self, step: Step) -> LateFlight:
+    def run(self, step: Step, *, is_apart: bool = False) -> LateFlight:
         shown = []
         for chunk in step.chunks:
             sequence = chunk.sequence
             unknown = sequence.num_pending - chunk.samples
             assert not (unknown and sequence.needs_history)
             tokens = self._late[sequence][-unknown:] if unknown else []
+            assert len(tokens) == unknown, "made before the step before it had been launched"
             shown.append((sequence, len(tokens), sequence.num_pending))
             sequence.tokens += tokens
             sequence.num_pending = int(chunk.samples)
-        done = self._inner.run(step)
+        flight = self._inner.run(step, is_apart=is_apart)
         for sequence, count, pending in shown:
             sequence.num_pending = pending
             if count:
                 del sequence.tokens[-count:]
-        for sequence, draw in zip(done.sampled, done.drawn, strict=True):
-            self._late[sequence].append(draw.token)
-        return LateFlight(step, done.sampled, done.drawn)
+        return LateFlight(flight, self._late)
 
 
 class LateCopies:

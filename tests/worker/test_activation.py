@@ -157,7 +157,7 @@ def test_an_arena_stays_while_queued_steps_may_read_it(start: Any) -> None:
     pool, (lane,), victim = local.device.pool, local.device.lanes, model(local, A)
     free, num_weights = pool.num_free, len(victim.weight_slabs)
     for name in (A, B):  # another model's step is none of its readers
-        lane.queue(ModelId(name), Queued(), object())  # type: ignore[arg-type]
+        lane.queue(ModelId(name), Queued())
     local.worker.residency.evict(victim, local.worker.reclaimer, local.worker)
     local.worker.residency.unmap_arenas()
     assert not local.jobs.queue and (pool.num_free, pool.num_retiring) == (free, num_weights)

@@ -164,3 +164,16 @@ def test_a_full_decision_over_ten_thousand_is_quick() -> None:
         decide(snap, 0.0)
         times.append(time.perf_counter() - begin)
     assert min(times) < 0.05, f"{min(times):.4f} s"
+
+
+def test_a_model_on_its_way_in_takes_requests_once_its_first_step_can_follow() -> None:
+    request = waiting("r")
+    assert decisions(snapshot(request, state=ModelState.LOADING), 0.0) == ()
+    arriving = snapshot(request, state=ModelState.LOADING, is_arriving=True)
+    assert decisions(arriving, 0.0) == (Admit(RequestId("r")),)
+
+
+def test_a_suspect_waits_for_a_whole_model() -> None:
+    """Alone means that nothing else is on the device, a copy of weights least of all."""
+    arriving = snapshot(waiting("r", alone=True), state=ModelState.LOADING, is_arriving=True)
+    assert decisions(arriving, 0.0) == ()

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from prism.engine.runner import Done
+from prism.engine.kv_blocks import Move
 from prism.engine.scheduler import Chunk, Slots, Step
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
-from prism.types import Bytes, LaneId, MiB, ModelId
+from prism.types import BlockId, Bytes, LaneId, MiB, ModelId
 from prism.worker.cpu_device import TorchBackend
 from prism.worker.device import Device
-from prism.worker.lanes import Lane
+from prism.worker.lanes import Deferred, Flight, Lane
 
 MODEL = ModelId("m")
 
@@ -49,8 +49,28 @@ def device() -> Any:
     device.close()
 
 
-def step(*lengths: int) -> Step:
-    return Step(tuple(Chunk(None, 0, length, True) for length in lengths), ())  # type: ignore[arg-type]
+class FakeStep(Work):
+    """A step of so many pieces, each of which is launched when the test says so."""
+
+    sampled = ()
+
+    def __init__(self, *lengths: int, pieces: int = 0) -> None:
+        super().__init__()
+        chunks = tuple(Chunk(None, 0, length, True) for length in lengths)  # type: ignore[arg-type]
+        self.step = Step(chunks, ())
+        self.pieces = pieces
+        self.is_begun = False
+
+    @property
+    def is_launched(self) -> bool:
+        return not self.pieces
+
+    def launch(self, num_groups: int | None = None, seconds: float = 0.0) -> bool:
+        self.is_begun, self.pieces = True, self.pieces - 1
+        return True
+
+    def draws(self) -> list[Any]:
+        return []
 
 
 def test_work_comes_out_in_the_order_in_which_it_was_queued() -> None:
@@ -65,18 +85,74 @@ def test_work_comes_out_in_the_order_in_which_it_was_queued() -> None:
     assert lane.num_completed == 2 and lane.stamp().step == 3
 
 
+def turn(device: Device, lane: int, step: FakeStep) -> Flight:
+    """Queues a step as the stepper does, up to its launch."""
+    flight = device.lanes[lane].queue(MODEL, step, step)
+    flight.after = device.neighbours(device.lanes[lane], step.step)
+    if flight.may_begin:
+        device.take_turns(device.lanes[lane], flight)
+    return flight
+
+
 def test_decodes_run_side_by_side_and_prompts_alone(device: Device) -> None:
     backend = device.backend
     assert isinstance(backend, RecordingBackend)
-    decode, prompt = Done(step(1, 1), (), []), Done(step(1, 300), (), [])
-    device.lanes[0].queue(MODEL, decode, decode)
-    device.take_turns(device.lanes[1], decode.step)
+    decode, prompt = FakeStep(1, 1), FakeStep(1, 300)
+    turn(device, 0, decode)
+    turn(device, 1, FakeStep(1))
     assert backend.waits == []
-    device.take_turns(device.lanes[1], prompt.step)
+    device.lanes[1].flights.clear()
+    turn(device, 1, prompt)
     assert backend.waits == [(1, [decode])]
-    device.lanes[1].queue(MODEL, prompt, prompt)
-    device.take_turns(device.lanes[2], decode.step)
+    turn(device, 2, FakeStep(1, 1))
     assert backend.waits[1:] == [(2, [prompt])]
+
+
+def test_what_is_not_launched_is_not_waited_for(device: Device) -> None:
+    """An event that has not been recorded counts as one that has come: the decode would run at once."""
+    backend = device.backend
+    assert isinstance(backend, RecordingBackend)
+    prompt = FakeStep(300, pieces=2)
+    turn(device, 0, prompt)
+    decode = turn(device, 1, FakeStep(1, pieces=1))
+    assert not decode.may_begin and device.lanes[1].launching is decode
+    prompt.launch()
+    assert not decode.may_begin and not backend.waits
+    prompt.launch()
+    assert decode.may_begin
+    device.take_turns(device.lanes[1], decode)
+    assert backend.waits == [(1, [prompt])]
+
+
+def test_what_has_run_is_not_waited_for_on_the_device(device: Device) -> None:
+    backend = device.backend
+    assert isinstance(backend, RecordingBackend)
+    prompt = FakeStep(300, pieces=1)
+    turn(device, 0, prompt)
+    decode = turn(device, 1, FakeStep(1, pieces=1))
+    prompt.launch()
+    prompt.done = True
+    assert len(list(device.lanes[0].finished())) == 1
+    device.take_turns(device.lanes[1], decode)
+    assert backend.waits == [] and decode.after == ()
+
+
+def test_copies_are_queued_behind_a_step_that_is_half_launched(device: Device) -> None:
+    lane, step = device.lanes[0], FakeStep(300, pieces=1)
+    lane.queue(MODEL, step, step)
+    copied: list[tuple[Move, ...]] = []
+    device.backend.copy_blocks = lambda kv, moves, lane: copied.append(moves) or Work()  # type: ignore
+    moves = (Move(BlockId(1), BlockId(2)),)
+    device.move_blocks(MODEL, None, moves, lane)  # type: ignore[arg-type]
+    copy = lane.flights[-1]
+    assert copied == [] and not copy.is_launched and not copy.work.is_done()
+    assert lane.stamp().step == 2, "memory that is given back now waits for the copy too"
+    step.launch()
+    assert lane.launching is copy and isinstance(copy.work, Deferred)
+    copy.work.launch()
+    assert copied == [moves] and lane.launching is None
+    device.move_blocks(MODEL, None, moves, lane)  # type: ignore[arg-type]
+    assert len(copied) == 2
 
 
 def test_models_spread_over_lanes(device: Device) -> None:
@@ -85,9 +161,9 @@ def test_models_spread_over_lanes(device: Device) -> None:
 
 def test_copies_are_settled_only_behind_steps(device: Device) -> None:
     lane = device.lanes[0]
-    running, copied = Work(), Work()
+    running, copied = FakeStep(1), Work()
     copied.done = True
-    lane.queue(MODEL, running, Done(step(1), (), []))
+    lane.queue(MODEL, running, running)
     lane.queue(MODEL, copied)
     device.settle(lane)
     assert lane.num_completed == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given
@@ -7,8 +8,8 @@ from hypothesis import strategies as st
 
 from prism.costs import StepCosts
 from prism.types import ModelId
-from prism.worker.snapshot import Runnable, TurnSnapshot
-from prism.worker.turns import LEAST_CHUNK, MARGIN, Turn, decide
+from prism.worker.snapshot import Arrival, Runnable, TurnSnapshot
+from prism.worker.turns import LEAST_CHUNK, MARGIN, SHARED_CHUNK, Turn, decide, decide_early
 
 A, B = ModelId("a"), ModelId("b")
 COSTS = StepCosts(((1, 0.004), (128, 0.005), (8192, 0.2)), 1e-9, 3e-8)
@@ -77,3 +78,27 @@ def test_late_prompts_do_not_starve_a_neighbour_that_decodes() -> None:
     burst = Runnable(A, 1.0, last_turn=49.9, num_decodes=0, prompt_tokens=9000, costs=COSTS)
     turn = decide(TurnSnapshot((burst, decoding(B, 49.0, last_turn=48.8)), 2048), 50.0)
     assert turn is not None and turn.model == B
+
+
+ARRIVAL = Arrival(
+    has_work=True,
+    is_readable=True,
+    has_stepped=False,
+    is_cancelled=False,
+    is_lane_taken=False,
+    others_decode=False,
+    max_batch_tokens=2048,
+)
+
+
+def test_a_model_on_its_way_in_has_one_step() -> None:
+    assert decide_early(ARRIVAL) == 2048
+    for reason in ("has_stepped", "is_cancelled", "is_lane_taken"):
+        assert decide_early(replace(ARRIVAL, **{reason: True})) is None, reason
+    for want in ("has_work", "is_readable"):
+        assert decide_early(replace(ARRIVAL, **{want: False})) is None, want
+
+
+def test_a_step_behind_the_copy_is_small_beside_neighbours() -> None:
+    assert decide_early(replace(ARRIVAL, others_decode=True)) == SHARED_CHUNK
+    assert decide_early(replace(ARRIVAL, others_decode=True, max_batch_tokens=100)) == 100

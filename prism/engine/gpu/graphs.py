@@ -2,20 +2,69 @@
 
 Graphs hold addresses: of the lane's buffers, the window and the model's arena, none of which ever change, so
 a graph outlives the eviction of its model. Memory of intermediate results is shared by all graphs of a lane.
+They are captured beside the steps (captures.py).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
+from prism.engine.pieces import Work
+from prism.types import Bytes, MiB
+
+if TYPE_CHECKING:  # needs Triton, which only GPUs have
+    from prism.attention.gpu.decode import Split
 
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 1025, 32))
 """Batch sizes that have graphs; a batch is padded up to the next one."""
+LIKELY_SIZES = (1, 8, 2, 4, 16, 32, 64)
+"""Captured ahead, in this order: the first ones serve most others too."""
+MOST_PADDING = 4
+"""While a size has no graph, a larger one's serves up to so many times the size."""
 MAX_GRAPHS = 256
-"""Of one lane; some 0.6 MiB of device memory each."""
+BUDGET = Bytes(256 * MiB)
+"""Of one lane, least recently used first out."""
+
+
+class Key(NamedTuple):
+    """Names a graph."""
+
+    owner: int
+    size: int
+    split: Split
+
+
+class Graph(Protocol):
+    """What was captured."""
+
+    def replay(self) -> None:
+        """Queue it on the current stream."""
+        ...
+
+
+class Wish(NamedTuple):
+    """A graph to be captured."""
+
+    graphs: Graphs
+    key: Key
+    work: Callable[[], Work]
+
+
+class Captures(Protocol):
+    """Who captures."""
+
+    def add(self, wish: Wish, *, is_urgent: bool) -> None:
+        """Capture it some time, or at once if a step lacked it; wishes that are there already stay one."""
+        ...
+
+
+class Usage(NamedTuple):
+    """What graphs take."""
+
+    num_graphs: int
+    num_bytes: Bytes
 
 
 def padded_size(batch: int, limit: int) -> int:
@@ -26,45 +75,64 @@ def padded_size(batch: int, limit: int) -> int:
 class Graphs:
     """The graphs of one lane, least recently used first."""
 
-    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        self._stream = stream
-        self._pool = pool
-        self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph | None] = OrderedDict()
+    def __init__(self, captures: Captures, budget: Bytes = BUDGET) -> None:
+        self._captures = captures
+        self._budget = budget
+        self._graphs: OrderedDict[Key, tuple[Graph, Bytes]] = OrderedDict()
+        self._by_owner: defaultdict[int, set[Key]] = defaultdict(set)
+        self._failed: set[Key] = set()
+        self._num_bytes = 0
 
-    def __len__(self) -> int:
-        return sum(graph is not None for graph in self._graphs.values())
+    @property
+    def usage(self) -> Usage:
+        """How many there are, and what the driver took for them."""
+        return Usage(len(self._graphs), Bytes(self._num_bytes))
 
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Queue `work`, which always does the same to the same addresses, on the lane's stream.
+    def find(self, key: Key) -> Key | None:
+        """The graph that serves a step best.
 
-        The first time it runs as it is, which loads its kernels; the second time it is captured.
+        1. The one that is meant for it.
+        2. One of its size with another split: only speed depends on that.
+        3. The next larger size, within reason. Not for one row, which has kernels of its own.
         """
-        if key not in self._graphs:
-            self._graphs[key] = None
-            work()
-            return
-        graph = self._graphs[key]
-        if graph is None:
-            graph = self._graphs[key] = self._capture(work)
+        if key in self._graphs:  # 1
+            return key
+        largest = key.size if key.size == 1 else MOST_PADDING * key.size  # 3
+        others = [k for k in self._by_owner.get(key.owner, ()) if key.size <= k.size <= largest]
+        return min(others, key=lambda k: (k.size, k.split), default=None)  # 2
+
+    def want(self, key: Key, work: Callable[[], Work], *, is_urgent: bool) -> None:
+        """Have a graph captured, unless it is there or could not be captured before."""
+        if key not in self._graphs and key not in self._failed:
+            self._captures.add(Wish(self, key, work), is_urgent=is_urgent)
+
+    def replay(self, key: Key) -> bool:
+        """Queue a graph on the current stream; False if it has been dropped meanwhile."""
+        found = self._graphs.get(key)
+        if found is None:
+            return False
         self._graphs.move_to_end(key)
-        self._trim()
-        graph.replay()
+        found[0].replay()
+        return True
 
-    def forget(self, owner: Hashable) -> None:
-        """Drop all graphs whose keys begin with `owner`."""
-        for key in [key for key in self._graphs if isinstance(key, tuple) and key[0] == owner]:
-            del self._graphs[key]
+    def add(self, key: Key, graph: Graph, num_bytes: Bytes) -> None:
+        """A graph was captured; others may have to go for it."""
+        self._graphs[key] = (graph, num_bytes)
+        self._by_owner[key.owner].add(key)
+        self._num_bytes += num_bytes
+        while len(self._graphs) > 1 and (len(self._graphs) > MAX_GRAPHS or self._num_bytes > self._budget):
+            self._drop(next(iter(self._graphs)))
 
-    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Other threads go on using the device meanwhile; nothing is synchronised."""
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
-            graph.capture_end()
-        return graph
+    def fail(self, key: Key) -> None:
+        """It cannot be captured: such steps are launched kernel by kernel for good."""
+        self._failed.add(key)
 
-    def _trim(self) -> None:
-        while len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+    def forget(self, owner: int) -> None:
+        """Drop all graphs of a model."""
+        for key in tuple(self._by_owner.get(owner, ())):
+            self._drop(key)
+        self._failed = {key for key in self._failed if key.owner != owner}
+
+    def _drop(self, key: Key) -> None:
+        self._num_bytes -= self._graphs.pop(key)[1]
+        self._by_owner[key.owner].discard(key)

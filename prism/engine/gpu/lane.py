@@ -82,6 +82,7 @@ class GpuLane:
         self.device = device
         self.shape = shape
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.capture_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
         parts = LaneBytes.of(shape)
         tables, tokens, logits, staging, drawn, scratch = torch.split(memory, [*parts, SCRATCH_BYTES])
@@ -103,6 +104,21 @@ class GpuLane:
             torch.empty(shape.max_batch, dtype=torch.int32, pin_memory=True) for _ in range(RING)
         ]
         self._turn = 0
+        self.apart_buffers = (
+            torch.empty(words, dtype=torch.int32, pin_memory=True),
+            torch.empty(shape.max_batch, dtype=torch.int32, pin_memory=True),
+        )
+        """Those of the one step that is launched while others pass it by."""
+        self._give_workspaces()
+
+    def _give_workspaces(self) -> None:
+        """cuBLAS takes memory for each stream when it is first used there; in a capture it would be late."""
+        one = torch.ones(16, 16, dtype=torch.bfloat16, device=self.device)
+        for stream in (self.stream, self.capture_stream):
+            with torch.cuda.stream(stream):
+                torch.mm(one, one)
+                torch.nn.functional.linear(one, one, one[0])
+                stream.synchronize()
 
     def logits(self, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
         """`[rows, vocab]` where every step leaves its logits."""

@@ -1,8 +1,15 @@
-"""Sizes of batches that have graphs."""
+"""Graphs: which size serves which batch, which one is dropped, which ones are wanted."""
 
 from __future__ import annotations
 
-from prism.engine.gpu.graphs import SIZES, padded_size
+from typing import Any
+
+import pytest
+
+from prism.engine.gpu.graphs import LIKELY_SIZES, SIZES, Graphs, Key, Wish, padded_size
+from prism.types import Bytes
+
+ONE, TWO = (1, 256), (2, 256)
 
 
 def test_sizes_grow_and_waste_little() -> None:
@@ -16,3 +23,91 @@ def test_the_limit_is_the_largest_size() -> None:
     assert padded_size(99, 100) == 100
     assert padded_size(100, 100) == 100
     assert padded_size(3, 2**20) == 4
+
+
+def test_likely_sizes_are_sizes() -> None:
+    assert set(LIKELY_SIZES) <= set(SIZES) and LIKELY_SIZES[0] == 1
+
+
+class FakeCaptures:
+    def __init__(self) -> None:
+        self.wishes: list[tuple[Key, bool]] = []
+
+    def add(self, wish: Wish, *, is_urgent: bool) -> None:
+        self.wishes.append((wish.key, is_urgent))
+
+
+class FakeGraph:
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+@pytest.fixture
+def captures() -> FakeCaptures:
+    return FakeCaptures()
+
+
+def key(size: int, split: Any = ONE, owner: int = 1) -> Key:
+    return Key(owner, size, split)
+
+
+def nothing() -> Any:
+    raise AssertionError
+
+
+def test_the_best_graph_serves(captures: FakeCaptures) -> None:
+    graphs = Graphs(captures)
+    assert graphs.find(key(2)) is None
+    for size in (1, 8, 32):
+        graphs.add(key(size), FakeGraph(), Bytes(10))
+    assert graphs.find(key(8)) == key(8)
+    assert graphs.find(key(8, TWO)) == key(8), "another split, but the same size"
+    assert graphs.find(key(2)) == key(8) and graphs.find(key(16)) == key(32)
+    assert graphs.find(key(40)) is None and graphs.find(key(8, owner=2)) is None
+    graphs.add(key(24), FakeGraph(), Bytes(10))
+    assert graphs.find(key(16)) == key(24)
+
+
+def test_one_row_is_never_padded(captures: FakeCaptures) -> None:
+    """It has kernels of its own, whose last bits differ: texts would depend on what was captured when."""
+    graphs = Graphs(captures)
+    graphs.add(key(2), FakeGraph(), Bytes(10))
+    assert graphs.find(key(1)) is None
+
+
+def test_far_larger_graphs_do_not_serve(captures: FakeCaptures) -> None:
+    graphs = Graphs(captures)
+    graphs.add(key(64), FakeGraph(), Bytes(10))
+    assert graphs.find(key(8)) is None and graphs.find(key(16)) == key(64)
+
+
+def test_least_recently_used_ones_go_for_bytes(captures: FakeCaptures) -> None:
+    graphs = Graphs(captures, Bytes(100))
+    first, second = FakeGraph(), FakeGraph()
+    graphs.add(key(1), first, Bytes(40))
+    graphs.add(key(2), second, Bytes(40))
+    assert graphs.replay(key(1)) and first.replays == 1
+    graphs.add(key(4), FakeGraph(), Bytes(40))
+    assert graphs.usage == (2, 80) and graphs.find(key(2)) == key(4)
+    assert not graphs.replay(key(2)) and second.replays == 0
+    graphs.add(key(8), FakeGraph(), Bytes(500))
+    assert graphs.usage == (1, 500), "the newest one stays in any case"
+
+
+def test_wishes_are_told_once_and_not_when_they_cannot_come_true(captures: FakeCaptures) -> None:
+    graphs = Graphs(captures)
+    graphs.want(key(1), nothing, is_urgent=True)
+    graphs.want(key(2), nothing, is_urgent=False)
+    assert captures.wishes == [(key(1), True), (key(2), False)]
+    graphs.add(key(1), FakeGraph(), Bytes(1))
+    graphs.fail(key(2))
+    for size in (1, 2):
+        graphs.want(key(size), nothing, is_urgent=True)
+    assert len(captures.wishes) == 2
+    graphs.forget(1)
+    assert graphs.usage == (0, 0) and graphs.find(key(1)) is None
+    graphs.want(key(2), nothing, is_urgent=True)
+    assert len(captures.wishes) == 3

@@ -1,0 +1,182 @@
+"""What a model that decodes notices while another one's graphs are captured, and its steps launched.
+
+Usage: scripts/bench capture [--runs 8] [--output results.json]
+On one GPU C (1B shape) decodes on a lane of its own. Between its steps graphs of B (8B shape) are captured;
+then B decodes without graphs, launched in slices. Both are done once more in one go, as it was before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from local import LocalModel, open_device
+from run import prompt
+
+from prism.engine.gpu.graphs import Key
+from prism.engine.gpu.runner import GpuRunner
+from prism.types import Bytes, GiB
+
+SLICE_SECONDS = 0.0005
+
+
+class Decoding:
+    """A model that decodes; `work` does what can be done now."""
+
+    def __init__(self, model: LocalModel, slice_seconds: float = SLICE_SECONDS) -> None:
+        self.model = model
+        self.flights: list[Any] = []
+        self.times: list[float] = []
+        self.slice_seconds = slice_seconds
+
+    def work(self) -> None:
+        """Commit what has run, launch more of the last step, or make the next one."""
+        engine = self.model.engine
+        while self.flights and self.flights[0].is_launched and self.flights[0].is_done():
+            if engine.commit(self.flights.pop(0)):
+                self.times.append(time.perf_counter())
+        if self.flights and not self.flights[-1].is_launched:
+            self.flights[-1].launch(None, self.slice_seconds)
+        elif len(self.flights) < 2 and engine.scheduler.has_work:
+            step = engine.schedule(8192)
+            if step is not None:
+                self.flights.append(engine.run(step))
+                self.flights[-1].launch(None, self.slice_seconds)
+
+    def run(self, until: Callable[[], bool], *others: Callable[[], object]) -> list[float]:
+        """Go on, others' work in between; the gaps between tokens in ms."""
+        begin = time.perf_counter()
+        while not until():
+            self.work()
+            for other in others:
+                other()
+        return [1e3 * (b - a) for a, b in pairwise(self.times) if a >= begin]
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    """True from then on."""
+    end = time.perf_counter() + seconds
+    return lambda: time.perf_counter() >= end
+
+
+class Capturing:
+    """The captures of a device, and how long each slice of them took."""
+
+    def __init__(self, backend: Any, slice_seconds: float) -> None:
+        self._backend = backend
+        self._seconds = slice_seconds
+        self.slices: list[float] = []
+        self.is_over = False
+
+    def work(self) -> None:
+        """A slice."""
+        begin = time.perf_counter()
+        self.is_over = not self._backend.work_aside(self._seconds, urgent_only=False)
+        if not self.is_over:
+            self.slices.append(1e3 * (time.perf_counter() - begin))
+
+
+def spread(gaps: list[float]) -> dict[str, float]:
+    """Median, 99 % and worst."""
+    ordered = sorted(gaps)
+    return {
+        "median": round(statistics.median(ordered), 3),
+        "p99": round(ordered[int(0.99 * (len(ordered) - 1))], 3),
+        "worst": round(ordered[-1], 3),
+        "count": len(ordered),
+    }
+
+
+def captured(device: Any, c: Decoding, b: LocalModel, runs: int, seconds: float) -> dict[str, Any]:
+    """C's gaps while all likely graphs of B are captured, again and again."""
+    runner = b.engine.runner
+    assert isinstance(runner, GpuRunner)
+    gaps, slices, spans, graphs = [], [], [], 0
+    for _ in range(runs):
+        device.backend.forget(runner)
+        runner.expect()
+        capturing = Capturing(device.backend, seconds)
+        before = device.backend.graph_usage.num_graphs
+        begin = time.perf_counter()
+        gaps += c.run(lambda capturing=capturing: capturing.is_over, capturing.work)
+        spans.append(time.perf_counter() - begin)
+        graphs += device.backend.graph_usage.num_graphs - before
+        slices += capturing.slices
+    return {"neighbour_gap_ms": spread(gaps), "slice_ms": spread(slices), "graphs": graphs, "s": sum(spans)}
+
+
+def eager(device: Any, c: Decoding, b: LocalModel, seconds: float) -> dict[str, Any]:
+    """C's gaps while B decodes without graphs."""
+    device.backend.forget(b.engine.runner)
+    other = Decoding(b, seconds)
+    b.add(f"b{seconds}", prompt(int(seconds * 1e4) + 5, 300), 60)
+    gaps = c.run(lambda: b.engine.is_idle, other.work)
+    while other.flights:
+        other.work()
+    return {
+        "neighbour_gap_ms": spread(gaps),
+        "own_gap_ms": spread([1e3 * (y - x) for x, y in pairwise(other.times)]),
+    }
+
+
+def first_replays(b: LocalModel) -> list[float]:
+    """Milliseconds of the first replay of each graph, which brings it to the device."""
+    runner, times = b.engine.runner, []
+    assert isinstance(runner, GpuRunner)
+    torch.cuda.synchronize()
+    for key in [k for k in runner._graphs._graphs if isinstance(k, Key) and k.owner == id(runner)]:
+        with torch.cuda.stream(runner.lane.stream):
+            columns = runner.lane.staging[: 3 * key.size].view(3, -1)
+            columns.zero_()
+            columns[1].fill_(-1)
+            runner.lane.stream.synchronize()
+            begin = time.perf_counter()
+            runner._graphs.replay(key)
+            times.append(round(1e3 * (time.perf_counter() - begin), 3))
+            runner.lane.stream.synchronize()
+    return times
+
+
+def main() -> None:
+    """Prints one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        device = open_device(Bytes(40 * GiB), lanes=2, batch=64)
+        folder = Path(name)
+        model = LocalModel(device, "1b", "c", folder, 2)
+        b = LocalModel(device, "8b", "b", folder, 2)
+    c = Decoding(model)
+    model.add("warm", prompt(0, 512), 100)
+    aside = Capturing(device.backend, SLICE_SECONDS)
+    c.run(lambda: model.engine.is_idle, aside.work)
+    model.add("c", prompt(1, 512), 7600)
+    c.run(after(1.0), aside.work)
+    result = {"gpu": torch.cuda.get_device_name(), "alone": spread(c.run(after(1.5)))}
+    captured(device, c, b, 1, SLICE_SECONDS)
+    result["captured_in_slices"] = captured(device, c, b, options.runs, SLICE_SECONDS)
+    result["first_replays_ms"] = first_replays(b)
+    result["graph_usage"] = device.backend.graph_usage._asdict()
+    result["captured_at_once"] = captured(device, c, b, 2, float("inf"))
+    result["launched_in_slices"] = eager(device, c, b, SLICE_SECONDS)
+    result["launched_at_once"] = eager(device, c, b, 1e3)
+    print(json.dumps(result))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
