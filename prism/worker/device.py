@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prism.attention.kernels import KvView
+from prism.costs import DeviceRates
 from prism.engine.kv_blocks import Move
 from prism.engine.kv_layout import KvLayout
 from prism.engine.runner import Runner
@@ -22,7 +23,7 @@ from prism.memory.slabs import LaneOwner
 from prism.memory.tensors import tensor_at, torch_dtype
 from prism.models.decoder import Decoder
 from prism.modelspec import ModelSpec
-from prism.types import Address, Bytes, LaneId, ModelId
+from prism.types import Address, Bytes, LaneId, ModelId, Seconds
 from prism.weights.copiers import Copier
 from prism.weights.registrations import Pinner
 from prism.weights.views import view_weights
@@ -126,6 +127,9 @@ class Device:
         self.name = name
         self._side_stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.backend = backend
+        guess = backend.guess
+        self.rates = DeviceRates(guess.operations, guess.bytes, guess.bytes, Seconds(2e-5))
+        """What it can do: a guess, unless whoever opens it measures."""
         self.lanes = tuple(
             Lane(LaneId(i), Slots(backend.max_sequences, backend.max_entries))
             for i in range(backend.num_lanes)

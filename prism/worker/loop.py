@@ -11,10 +11,11 @@ beside the loop and comes back as an event; steps are queued ahead (stepper.py).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import assert_never
 
 from prism.config import Config, DeviceConfig, ModelConfig
+from prism.costs import Costs
 from prism.engine.engine import EngineRequest
 from prism.errors import Overloaded, RequestError, Unavailable
 from prism.memory.slabs import KvOwner
@@ -34,6 +35,7 @@ from prism.weights.registrations import Registrations
 from prism.weights.transfers import NEVER
 from prism.worker import admission
 from prism.worker.commands import carry_out
+from prism.worker.cost_book import CostBook
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
 from prism.worker.entry import check_submit
@@ -77,7 +79,9 @@ class Worker:
         incarnation: Incarnation,
         registrations: Registrations | None = None,
         chunks: Chunks | None = None,
+        calibrated: Mapping[str, Costs] | None = None,
     ) -> None:
+        """`calibrated` are costs by model that were measured beforehand."""
         self.name = name
         self.incarnation = incarnation
         self.epoch = Epoch(0)
@@ -89,6 +93,9 @@ class Worker:
         self.requests = Requests()
         self.registrations = registrations
         self.host = HostKv(device, chunks)
+        self.costs = CostBook(device.rates, calibrated or {})
+        self.owed_to_late = 0.0
+        """Seconds that late requests may take before others (worker/admission.py)."""
         self._outbox = outbox
         self._clock = clock
         self._needs_admission = False
@@ -108,6 +115,7 @@ class Worker:
             self.requests,
             self.reclaimer,
             self.host,
+            self.costs,
             self._delivery,
             self,
             clock,
@@ -128,7 +136,7 @@ class Worker:
         ticket = Ticket(submit, gateway, expires)
         ticket.resumed = {choice.choice: choice for choice in submit.resumed}
         if (model := self.models.get(submit.model)) is not None:
-            self.residency.learn(model)
+            self._learn(model)
         try:
             check_submit(self, ticket, self._clock())
         except RequestError as error:
@@ -137,6 +145,12 @@ class Worker:
         self.requests.add(ticket)
         self._needs_admission = True
         self.residency.want(self.models[ticket.model])
+
+    def _learn(self, model: Model) -> None:
+        """What the model's directory tells, as soon as anybody asks for it."""
+        self.residency.learn(model)
+        if model.profile is not None:
+            self.costs.learn(model.name, model.profile)
 
     def on_cancel(self, gateway: GatewayId, cancel: CancelChoice) -> None:
         """A client has gone, or a stop string ended a choice."""
@@ -179,6 +193,8 @@ class Worker:
                 if load_error(model, event) is not None:
                     self._stepper.drop_early(model)
                 self.residency.loaded(model, event)
+                if model.is_active:
+                    self.costs.loaded(model.name, event.seconds)
                 self._first_weights_arrived(model)
                 if self.registrations is not None:
                     self.registrations.prefer(likely_order(self.models.values()))
@@ -240,6 +256,7 @@ class Worker:
         wanted = [m for m in self.models.values() if m.is_wanted or self.requests.of_model(m.name)]
         for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
             before = model.state
+            self._learn(model)
             self.residency.want(model)
             self.residency.try_load(model, self.reclaimer, now)
             if model.state is not before:
@@ -272,11 +289,14 @@ class Worker:
         if not self._needs_admission and not self._some_expired(now):
             return
         self._needs_admission = False
-        for decision in admission.decide(admission_snapshot(self), now):
+        decisions, self.owed_to_late = admission.decide(admission_snapshot(self), now)
+        for decision in decisions:
             waiting = self.requests.get(decision.request_id)
             assert waiting is not None
             match decision:
-                case admission.Admit():
+                case admission.Admit(is_late=is_late):
+                    if is_late:
+                        waiting.found_late(now)
                     self._enter(waiting)
                 case admission.Expire():
                     self._end(waiting)
@@ -341,6 +361,10 @@ class Worker:
             self.reclaimer.trim(self.models[ticket.model])
         self.memory_changed()
 
+    def prompts_computed(self) -> None:
+        """Engines hold fewer prompts than before, so others may enter."""
+        self._needs_admission = True
+
     def memory_changed(self) -> None:
         """What could not run for want of memory is worth another look."""
         self._needs_admission = True
@@ -386,6 +410,7 @@ class Worker:
             ticket = self.requests.get(request_id)
             assert ticket is not None
             ticket.is_running = False
+            ticket.waiting = None
             for choice in unfinished:
                 ticket.resumed[choice.choice] = choice
 

@@ -13,6 +13,7 @@ from prism.types import Bytes
 from prism.worker.cpu_device import cpu_device
 from prism.worker.device import Device
 from prism.worker.needs import needs_of
+from prism.worker.rates import measure_rates
 
 
 def open_device(config: DeviceConfig, models: Sequence[ModelConfig]) -> Device:
@@ -21,11 +22,13 @@ def open_device(config: DeviceConfig, models: Sequence[ModelConfig]) -> Device:
         torch.set_num_threads(config.threads)
     match config.kind:
         case "cpu":
-            return _open_cpu(config)
+            device = _open_cpu(config)
         case "cuda":
             from prism.worker.cuda_device import open_cuda
 
-            return open_cuda(config, needs_of(models))
+            device = open_cuda(config, needs_of(models))
+    device.rates = measure_rates(device.device)
+    return device
 
 
 def _open_cpu(config: DeviceConfig) -> Device:

@@ -9,6 +9,10 @@ import msgspec
 
 from prism.messages import ResumedChoice, Submit
 from prism.types import GatewayId, ModelId, RequestId
+from prism.worker.snapshot import WaitingRequest
+
+BANKED = 8
+"""Tokens that a stream may be ahead of its objective."""
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +26,10 @@ class Ticket:
     is_started: bool = False
     """`Started` has been sent in this attempt."""
     last_token: float | None = None
+    due: float | None = None
+    """When its next token is due; None before it is known."""
+    waiting: WaitingRequest | None = None
+    """What admission sees of it, as long as that holds."""
     resumed: dict[int, ResumedChoice] = field(default_factory=dict)
 
     @property
@@ -48,17 +56,38 @@ class Ticket:
     @property
     def next_deadline(self) -> float:
         """When its next token is due."""
+        return self.submit.arrival + self.submit.slo.ttft if self.due is None else self.due
+
+    def found_late(self, now: float) -> None:
+        """Its first token cannot come in time any more: it is given the objective once more from now on.
+
+        Else its deadline, which has passed, would go before all that can still be met.
+        """
         if self.last_token is None:
-            return self.submit.arrival + self.submit.slo.ttft
-        return self.last_token + self.submit.slo.tpot
+            self.due = now + self.submit.slo.ttft
+
+    def got_tokens(self, now: float) -> None:
+        """A step has drawn tokens for it, one for each of its choices at most.
+
+        Tokens are due one TPOT objective apart from the first one on, so that what came early may be made use
+        of; but no more than `BANKED` of it, lest a stream that was quick stands still.
+        """
+        tpot = self.submit.slo.tpot
+        if self.last_token is None or self.due is None:
+            self.due = now + tpot
+        elif now > self.last_token:
+            self.due = min(self.due + tpot, now + BANKED * tpot)
+        self.last_token = now
 
     def clip(self, max_tokens: int) -> None:
         """Lower a default max_tokens to what memory can hold."""
         params = msgspec.structs.replace(self.submit.params, max_tokens=max_tokens)
         self.submit = msgspec.structs.replace(self.submit, params=params)
+        self.waiting = None
 
     def finish_choice(self, choice: int) -> None:
         """The choice has ended and is never run again."""
+        self.waiting = None
         self.resumed[choice] = ResumedChoice(choice=choice, token_ids=[], finished=True)
 
 

@@ -14,8 +14,9 @@ from prism.engine.engine import Drawn
 from prism.engine.scheduler import Step
 from prism.errors import DriverError
 from prism.messages import ResumedChoice
-from prism.types import RequestId
+from prism.types import ModelId, RequestId
 from prism.worker import turns
+from prism.worker.cost_book import CostBook
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
 from prism.worker.early import SLICE_SECONDS, EarlySteps
@@ -43,6 +44,10 @@ class Listener(Protocol):
         """Its last token has been drawn and will be sent."""
         ...
 
+    def prompts_computed(self) -> None:
+        """A step with prompts has run."""
+        ...
+
     def memory_changed(self) -> None:
         """What could not run for want of memory is worth another look."""
         ...
@@ -62,6 +67,7 @@ class Stepper:
         requests: Requests,
         reclaimer: Reclaimer,
         host: HostKv,
+        costs: CostBook,
         delivery: Delivery,
         listener: Listener,
         clock: Callable[[], float],
@@ -75,6 +81,7 @@ class Stepper:
         self._requests = requests
         self._reclaimer = reclaimer
         self._host = host
+        self._costs = costs
         self._delivery = delivery
         self._listener = listener
         self._clock = clock
@@ -105,7 +112,7 @@ class Stepper:
             return self._launch(lane)
         if not self._has_room(lane):
             return False
-        snapshot = turn_snapshot(self._models, self._requests, self._max_batch_tokens, lane, now)
+        snapshot = turn_snapshot(self._models, self._requests, self._costs, self._max_batch_tokens, lane, now)
         turn = turns.decide(snapshot, now)
         if turn is None:
             return False
@@ -212,6 +219,7 @@ class Stepper:
             if self._models[flight.model].early is flight:
                 return  # its model is not active yet, and it was launched as weights arrived
             self._host.prompts_ran(flight.model, flight.num_prompt_tokens, seconds)
+            self._costs.ran(ModelId(flight.model), flight.step.step, seconds)
         self.commit(flight)
 
     def commit(self, flight: Flight) -> None:
@@ -220,6 +228,8 @@ class Stepper:
         if flight.step is not None:
             assert model.engine is not None
             model.stalled_until = 0.0  # what waited for these tokens, or for a place, may go on
+            if flight.has_prompts:
+                self._listener.prompts_computed()
             self._account(model, model.engine.commit(flight.step))
 
     def _account(self, model: Model, drawn: list[Drawn]) -> None:
@@ -230,7 +240,7 @@ class Stepper:
         for item in drawn:
             ticket = self._requests.get(item.sequence.request_id)
             assert ticket is not None
-            ticket.last_token = now
+            ticket.got_tokens(now)
             pairs.append((ticket, item))
             if item.finish is not None:
                 ticket.finish_choice(item.sequence.choice)

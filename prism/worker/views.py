@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from prism.engine.engine import Engine
 from prism.types import ModelId
+from prism.worker.cost_book import CostBook
 from prism.worker.lanes import Lane
 from prism.worker.models import Model
 from prism.worker.requests import Requests, Ticket
@@ -21,23 +23,32 @@ from prism.worker.snapshot import (
 if TYPE_CHECKING:
     from prism.worker.loop import Worker
 
+MOST_DECODES = 0.9
+"""Share of the time that decodes are thought to take at most: beyond, prompts get what they can."""
+
 
 def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
     """Waiting requests and the room that models have for them."""
     running = [ticket for ticket in worker.requests if ticket.is_running]
+    active = [m for m in worker.models.values() if m.is_active and m.engine is not None]
     return AdmissionSnapshot(
-        waiting=tuple(_waiting(worker, t) for t in worker.requests if not t.is_running),
+        waiting=tuple(t.waiting or _waiting(worker, t) for t in worker.requests if not t.is_running),
         models={ModelId(m.name): _load(worker, m) for m in worker.models.values()},
         num_running_requests=len(running),
         alone_is_running=any(ticket.submit.alone for ticket in running),
+        busy=sum(_backlog(worker, model) for model in active),
+        stretch=1 / (1 - min(MOST_DECODES, sum(_decode_share(worker, model) for model in active))),
+        horizon=_horizon(worker, active),
+        owed_to_late=worker.owed_to_late,
     )
 
 
 def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
+    """Made once for each wait: nothing in it changes meanwhile but how well its costs are known."""
     submit = ticket.submit
-    profile = worker.models[ticket.model].profile
+    profile, costs = worker.models[ticket.model].profile, worker.costs.of(ticket.model)
     tokens = len(submit.prompt) + ticket.num_resumed + 1
-    return WaitingRequest(
+    waiting = WaitingRequest(
         request_id=ticket.request_id,
         model=ticket.model,
         arrival=submit.arrival,
@@ -46,7 +57,36 @@ def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
         num_sequences=len(ticket.open_choices),
         num_blocks=profile.kv.num_blocks(tokens) if profile is not None else 0,
         alone=submit.alone,
+        seconds=0.0 if costs is None else costs.steps.prefill(tokens - 1),
     )
+    if profile is not None:
+        ticket.waiting = waiting
+    return waiting
+
+
+def _backlog(worker: Worker, model: Model) -> float:
+    """Seconds of the prompts that an engine holds."""
+    costs, engine = worker.costs.of(model.name), model.engine
+    if costs is None or engine is None:
+        return 0.0
+    sequences = (*engine.scheduler.running, *engine.scheduler.waiting)
+    return sum(costs.steps.prefill(s.num_missing, s.num_computed) for s in sequences if s.num_missing > 1)
+
+
+def _decode_share(worker: Worker, model: Model) -> float:
+    """Share of the device's time that a model's streams need, each at its objective."""
+    costs, engine = worker.costs.of(model.name), model.engine
+    tpots = [t.submit.slo.tpot for t in worker.requests.of_model(model.name) if t.last_token is not None]
+    if costs is None or engine is None or not tpots:
+        return 0.0
+    context = sum(s.num_computed for s in engine.scheduler.running)
+    return costs.steps.decode(len(tpots), context) / max(min(tpots), 1e-3)
+
+
+def _horizon(worker: Worker, active: Sequence[Model]) -> float:
+    """Seconds of prompts that keep the device busy until the next decision: two full steps of the slowest."""
+    known = [costs for m in active if (costs := worker.costs.of(m.name)) is not None]
+    return max((2 * c.steps.prefill(worker.max_batch_tokens) for c in known), default=float("inf"))
 
 
 def _load(worker: Worker, model: Model) -> ModelLoad:
@@ -62,7 +102,17 @@ def _load(worker: Worker, model: Model) -> ModelLoad:
         max_sequences=worker.max_batch_size,
         num_obtainable_blocks=blocks,
         is_arriving=model.is_arriving,
+        ready_in=ready_in(worker, model),
     )
+
+
+def ready_in(worker: Worker, model: Model) -> float:
+    """Seconds until a model can run steps, if nothing but its load delays it."""
+    costs = worker.costs.of(model.name)
+    if model.is_active or costs is None:
+        return 0.0
+    share = 1.0 if model.load is None else 1.0 - model.load.progress
+    return costs.activation * share
 
 
 def obtainable_slabs(worker: Worker, model: Model) -> int:
@@ -81,29 +131,59 @@ def obtainable_slabs(worker: Worker, model: Model) -> int:
 
 
 def turn_snapshot(
-    models: Mapping[str, Model], requests: Requests, max_batch_tokens: int, lane: Lane, now: float
+    models: Mapping[str, Model],
+    requests: Requests,
+    costs: CostBook,
+    max_batch_tokens: int,
+    lane: Lane,
+    now: float,
 ) -> TurnSnapshot:
-    """Models that could run the lane's next step. A queued step counts as one token more for all."""
-    runnable = []
+    """Models that could run the lane's next step, and those of other lanes that decode."""
+    runnable, neighbours = [], []
     for model in models.values():
         engine = model.engine
-        if model.lane is not lane or not model.is_active or engine is None or now < model.stalled_until:
+        if engine is None or not model.is_active or model.early is not None:
             continue
-        if model.early is not None or not engine.scheduler.has_work:
-            continue
-        queued = engine.num_queued
-        tickets = [t for t in requests.of_model(model.name) if t.is_running]
-        deadlines = [t.next_deadline + queued * t.submit.slo.tpot for t in tickets]
-        decodes = sum(s.num_missing == 1 for s in engine.scheduler.running)
-        runnable.append(
-            Runnable(
-                model=model.name,
-                deadline=min(deadlines),
-                last_turn=model.last_turn,
-                num_decodes=decodes,
-            )
-        )
-    return TurnSnapshot(tuple(runnable), max_batch_tokens, neighbours_decode(models, lane))
+        if model.lane is not lane:
+            if _decodes(model):
+                neighbours.append(_runnable(model, engine, requests, costs))
+        elif now >= model.stalled_until and engine.scheduler.has_work:
+            runnable.append(_runnable(model, engine, requests, costs))
+    return TurnSnapshot(tuple(runnable), max_batch_tokens, tuple(neighbours))
+
+
+def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook) -> Runnable:
+    """A queued step counts as one token more for all."""
+    costs = book.of(model.name)
+    num_decodes = context = prompt_tokens = prompt_start = 0
+    for sequence in engine.scheduler.running:
+        missing = sequence.num_missing
+        if missing <= 1:
+            num_decodes += 1
+            context += sequence.num_computed
+        else:
+            prompt_start = prompt_start or sequence.num_computed
+            prompt_tokens += missing
+    prompt_tokens += sum(sequence.num_missing for sequence in engine.scheduler.waiting)
+    due = decode_due = float("inf")
+    for ticket in requests.of_model(model.name):
+        if ticket.is_running:
+            deadline = ticket.next_deadline + engine.num_queued * ticket.submit.slo.tpot
+            due = min(due, deadline)
+            if ticket.last_token is not None:
+                decode_due = min(decode_due, deadline)
+    seconds = 0.0 if costs is None or not num_decodes else costs.steps.decode(num_decodes, context)
+    return Runnable(
+        model=model.name,
+        deadline=due,
+        last_turn=model.last_turn,
+        num_decodes=num_decodes,
+        decode_deadline=decode_due,
+        decode_seconds=seconds,
+        prompt_tokens=prompt_tokens,
+        prompt_start=prompt_start,
+        costs=None if costs is None else costs.steps,
+    )
 
 
 def neighbours_decode(models: Mapping[str, Model], lane: Lane) -> bool:

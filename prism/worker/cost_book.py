@@ -1,0 +1,96 @@
+"""What each model's work costs on this device, as far as is known: predicted, then corrected by what was
+seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prism.costs import Corrections, Costs, DeviceRates, Shape, from_shape
+from prism.engine.scheduler import Step
+from prism.types import Bytes, ModelId
+from prism.worker.models import Profile
+
+REFRESH = 16
+"""Measurements after which the corrected costs are made anew."""
+
+
+class _Page:
+    """One model."""
+
+    def __init__(self, start: Costs) -> None:
+        self.start = start
+        self.corrections = Corrections()
+        self.costs = start
+        self._num_seen = 0
+
+    def seen(self) -> None:
+        """A measurement has been taken in."""
+        self._num_seen += 1
+        if self._num_seen % REFRESH == 0 or self._num_seen < REFRESH:
+            self.costs = self.corrections.apply(self.start)
+
+
+class CostBook:
+    """Costs by model. `calibrated` are those of a profile; for other models they follow from the shape."""
+
+    def __init__(self, rates: DeviceRates, calibrated: Mapping[str, Costs]) -> None:
+        self._rates = rates
+        self._calibrated = calibrated
+        self._pages: dict[ModelId, _Page] = {}
+
+    def learn(self, model: ModelId, profile: Profile) -> None:
+        """The model's shape is known now."""
+        if model not in self._pages:
+            start = self._calibrated.get(model) or from_shape(shape_of(profile), self._rates)
+            self._pages[model] = _Page(start)
+
+    def of(self, model: ModelId) -> Costs | None:
+        """What is believed now; None while not even the shape is known."""
+        page = self._pages.get(model)
+        return None if page is None else page.costs
+
+    def ran(self, model: ModelId, step: Step, seconds: float) -> None:
+        """A step has taken so long, whatever ran beside it."""
+        page = self._pages.get(model)
+        if page is None or seconds <= 0:
+            return
+        predicted = step_seconds(page.start, step)
+        if step.has_prompts:
+            page.corrections.saw_prompt(predicted, seconds)
+        else:
+            page.corrections.saw_decode(predicted, seconds)
+        page.seen()
+
+    def loaded(self, model: ModelId, seconds: float) -> None:
+        """The model's weights have come within so long."""
+        page = self._pages.get(model)
+        if page is not None:
+            page.corrections.saw_load(page.start.activation, seconds)
+            page.seen()
+
+
+def step_seconds(costs: Costs, step: Step) -> float:
+    """A step of any kind."""
+    tokens, pairs, context = 0, 0.0, 0
+    for chunk in step.chunks:
+        tokens += chunk.length
+        if chunk.length == 1:
+            context += chunk.start + 1
+        else:
+            pairs += chunk.length * (chunk.start + chunk.length / 2)
+    return costs.steps.step(tokens, pairs, context)
+
+
+def shape_of(profile: Profile) -> Shape:
+    """What costs follow from."""
+    spec, layout = profile.spec, profile.weights
+    embedding = 0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size
+    return Shape(
+        num_parameters=layout.num_parameters - embedding,
+        weight_bytes=layout.total_bytes,
+        read_bytes=Bytes(layout.total_bytes - embedding * spec.dtype.itemsize),
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        num_layers=spec.num_layers,
+        attention_width=spec.num_heads * spec.head_dim,
+    )
