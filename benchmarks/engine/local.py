@@ -93,6 +93,9 @@ class LocalModel:
         runner = device.backend.runner(decoder, device.kv_view(profile.spec, profile.kv), self.lane.lane_id)
         self.engine = Engine(kv, runner, self.lane.slots, max_len=8192, max_batch_size=batch)
         device.backend.prepare(profile.spec)
+        device.backend.expect(runner)
+        while device.backend.work_aside(ASIDE_SECONDS, urgent_only=False):
+            pass
 
     def read_bytes(self) -> int:
         """Weights that a decode step reads: all but the input embedding, unless it is the head as well."""

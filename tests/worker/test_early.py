@@ -166,6 +166,7 @@ def test_neighbours_go_on_between_the_pieces(start: Any, monkeypatch: pytest.Mon
         local.run()
     for name in (A, C):
         local.submit(f"neighbour-{name}", name, PROMPT, max_tokens=400)
+    advance(local, 30)
     local.submit("r", B, PROMPT, max_tokens=NUM_TOKENS)
     begin_load(local, B)
     counts: list[tuple[int, int]] = []
