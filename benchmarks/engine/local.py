@@ -112,7 +112,9 @@ class LocalModel:
             kv.add_slab(slab)
         self.lane: Lane = device.bind()
         decoder = Decoder(profile.spec, self.tensors, rotary)
-        runner = device.backend.runner(decoder, device.kv_view(profile.spec, profile.kv), self.lane.lane_id)
+        runner = self.runner = device.backend.runner(
+            decoder, device.kv_view(profile.spec, profile.kv), self.lane.lane_id
+        )
         self.engine = Engine(kv, runner, self.lane.slots, max_len=8192, max_batch_size=batch)
         device.backend.prepare(profile.spec)
         device.backend.expect(runner)
@@ -143,10 +145,14 @@ def drive(
     budget: int = 8192,
     on_drawn: Callable[[LocalModel, list[Drawn], float], None] | None = None,
     depth: int = 2,
+    around: Callable[[Callable[[], Any]], Any] = lambda launch: launch(),
 ) -> dict[str, float]:
-    """Run everything to its end with at most `depth` steps queued for each model; host seconds and steps."""
+    """Run everything to its end with at most `depth` steps queued for each model; host seconds and steps.
+
+    `around` is given what launches a step.
+    """
     flights: dict[int, deque[Any]] = {id(m): deque() for m in models}
-    stats = {"steps": 0, "host_s": 0.0, "wall_s": 0.0}
+    stats = {"steps": 0, "host_s": 0.0, "wall_s": 0.0, "decodes": 0, "decode_host_s": 0.0}
     begin = time.perf_counter()
     while True:
         busy = False
@@ -154,9 +160,11 @@ def drive(
             queue = flights[id(model)]
             while queue and queue[0].is_done():
                 start = time.perf_counter()
-                drawn = model.engine.commit(queue.popleft())
+                flight = queue.popleft()
+                drawn = model.engine.commit(flight)
                 now = time.perf_counter()
                 stats["host_s"] += now - start
+                stats["decode_host_s"] += (now - start) * (not flight.step.has_prompts)
                 if on_drawn is not None:
                     on_drawn(model, drawn, now)
             if len(queue) < depth and model.engine.scheduler.has_work:
@@ -166,10 +174,15 @@ def drive(
                 engine.kv.drop_cached(max(0, missing))
                 step = engine.schedule(budget)
                 if step is not None:
-                    queue.append(model.engine.run(step))
-                    queue[-1].launch()
+                    flight = model.engine.run(step)
+                    around(flight.launch)
+                    queue.append(flight)
                     stats["steps"] += 1
-                stats["host_s"] += time.perf_counter() - start
+                spent = time.perf_counter() - start
+                stats["host_s"] += spent
+                if step is not None and not step.has_prompts:
+                    stats["decodes"] += 1
+                    stats["decode_host_s"] += spent
             busy = busy or bool(queue) or not model.engine.is_idle
         models[0].device.backend.work_aside(ASIDE_SECONDS, urgent_only=False)
         if not busy:

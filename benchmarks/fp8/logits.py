@@ -17,6 +17,7 @@ from prism.attention.gpu.kernels import GpuPlan
 from prism.attention.gpu.prefill import Chunk, tiles_of
 from prism.attention.kernels import Weight
 from prism.engine.gpu.runner import GpuRunner
+from prism.models.decoder import at_once
 
 
 @torch.inference_mode()
