@@ -155,7 +155,9 @@ def main() -> None:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-        result["log"] = [line for line in log.read_text().splitlines() if " active after " in line][-16:]
+        kept = (" active after ", " is up", " is packed")
+        lines = [line for line in log.read_text().splitlines() if any(text in line for text in kept)]
+        result["log"] = lines[:14] + lines[-14:]
     text = json.dumps(result, indent=2)
     print(text)
     if options.output:

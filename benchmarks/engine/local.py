@@ -54,6 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+ASIDE_SECONDS = 0.0005
 
 
 def open_device(memory: Bytes, *, lanes: int = 1, batch: int = 512) -> Device:
@@ -111,9 +112,14 @@ class LocalModel:
             kv.add_slab(slab)
         self.lane: Lane = device.bind()
         decoder = Decoder(profile.spec, self.tensors, rotary)
-        runner = device.backend.runner(decoder, device.kv_view(profile.spec, profile.kv), self.lane.lane_id)
+        runner = self.runner = device.backend.runner(
+            decoder, device.kv_view(profile.spec, profile.kv), self.lane.lane_id
+        )
         self.engine = Engine(kv, runner, self.lane.slots, max_len=8192, max_batch_size=batch)
         device.backend.prepare(profile.spec)
+        device.backend.expect(runner)
+        while device.backend.work_aside(ASIDE_SECONDS, urgent_only=False):
+            pass
 
     def close(self) -> None:
         """Give all memory back. Its graphs stay with the lane, so no model may follow that captures some."""
@@ -139,10 +145,14 @@ def drive(
     budget: int = 8192,
     on_drawn: Callable[[LocalModel, list[Drawn], float], None] | None = None,
     depth: int = 2,
+    around: Callable[[Callable[[], Any]], Any] = lambda launch: launch(),
 ) -> dict[str, float]:
-    """Run everything to its end with at most `depth` steps queued for each model; host seconds and steps."""
+    """Run everything to its end with at most `depth` steps queued for each model; host seconds and steps.
+
+    `around` is given what launches a step.
+    """
     flights: dict[int, deque[Any]] = {id(m): deque() for m in models}
-    stats = {"steps": 0, "host_s": 0.0, "wall_s": 0.0}
+    stats = {"steps": 0, "host_s": 0.0, "wall_s": 0.0, "decodes": 0, "decode_host_s": 0.0}
     begin = time.perf_counter()
     while True:
         busy = False
@@ -150,9 +160,11 @@ def drive(
             queue = flights[id(model)]
             while queue and queue[0].is_done():
                 start = time.perf_counter()
-                drawn = model.engine.commit(queue.popleft())
+                flight = queue.popleft()
+                drawn = model.engine.commit(flight)
                 now = time.perf_counter()
                 stats["host_s"] += now - start
+                stats["decode_host_s"] += (now - start) * (not flight.step.has_prompts)
                 if on_drawn is not None:
                     on_drawn(model, drawn, now)
             if len(queue) < depth and model.engine.scheduler.has_work:
@@ -162,11 +174,17 @@ def drive(
                 engine.kv.drop_cached(max(0, missing))
                 step = engine.schedule(budget)
                 if step is not None:
-                    queue.append(model.engine.run(step))
-                    queue[-1].launch()
+                    flight = model.engine.run(step)
+                    around(flight.launch)
+                    queue.append(flight)
                     stats["steps"] += 1
-                stats["host_s"] += time.perf_counter() - start
+                spent = time.perf_counter() - start
+                stats["host_s"] += spent
+                if step is not None and not step.has_prompts:
+                    stats["decodes"] += 1
+                    stats["decode_host_s"] += spent
             busy = busy or bool(queue) or not model.engine.is_idle
+        models[0].device.backend.work_aside(ASIDE_SECONDS, urgent_only=False)
         if not busy:
             stats["wall_s"] = time.perf_counter() - begin
             return stats

@@ -60,7 +60,7 @@ def decode(model: LocalModel, batch: int, bandwidth: float, steps: int = 128) ->
         "floor_ms": round(read / bandwidth * 1e3, 3),
         "x_floor": round(step * bandwidth / read, 3),
         "p99_ms": round(sorted(gaps)[int(len(gaps) * 0.99)] * 1e3, 3),
-        "host_ms_per_step": round(stats["host_s"] / stats["steps"] * 1e3, 3),
+        "host_ms_per_decode": round(stats["decode_host_s"] / max(stats["decodes"], 1) * 1e3, 3),
     }
 
 
@@ -95,16 +95,15 @@ def busy_share(model: LocalModel) -> dict[str, Any]:
     """
     for i in range(600):
         model.add(f"b{i}", prompt(i, 512), 256)
-    stream = model.stream
+    stream = model.runner.lane.stream
     marks: list[tuple[Any, Any]] = []
 
-    def around(run: Callable[[], Any]) -> Any:
+    def around(launch: Callable[[], Any]) -> None:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(stream)
-        flight = run()
+        launch()
         end.record(stream)
         marks.append((begin, end))
-        return flight
 
     drive([model], around=around)
     torch.cuda.synchronize()

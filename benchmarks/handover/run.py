@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from local import LocalModel, open_device
+from local import ASIDE_SECONDS, LocalModel, open_device
 from run import prompt
 
 from prism.memory.slabs import KvOwner
@@ -45,6 +45,7 @@ class Decoding:
             if step is not None:
                 self.flights.append(engine.run(step))
                 self.flights[-1].launch()
+        self.model.device.backend.work_aside(ASIDE_SECONDS, urgent_only=False)
 
     def run_for(self, seconds: float) -> None:
         """Go on for a while."""

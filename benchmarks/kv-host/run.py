@@ -90,6 +90,7 @@ class Bench:
                     self.host.save_dropped(model, step.dropped)
                     self.host.fetch(model, step.fetches)
                     flight = engine.run(step)
+                    flight.launch()
                     self.device.lanes[0].queue(model.name, flight, flight)
 
     def work_for(self, seconds: float) -> None:

@@ -294,15 +294,18 @@ class Residency:
         self._answer(model.evict_commands, None)
 
     def _release(self, model: Model) -> None:
-        """Give back the slabs of a model, for when no queued step can touch them any more."""
-        pool, after = self._device.pool, self._last_reader(model)
+        """Give back the slabs of a model, for when no queued step can touch them any more.
+
+        KV may have been taken while others' work of the lane was still to run in it.
+        """
+        pool = self._device.pool
         if model.weight_slabs:
-            pool.give_back(WeightsOwner(model.name), model.weight_slabs, after)
+            pool.give_back(WeightsOwner(model.name), model.weight_slabs, self._last_reader(model))
             model.weight_slabs = ()
         if model.kv is not None:
             owned = pool.owned(KvOwner(model.name))
             if owned:
-                pool.give_back(KvOwner(model.name), owned, after)
+                pool.give_back(KvOwner(model.name), owned, None if model.lane is None else model.lane.stamp())
             model.kv = None
 
     def _answer(self, commands: list[int], error: str | None) -> None:

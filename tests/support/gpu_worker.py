@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def gpu_worker(
     model_options: dict[str, dict[str, Any]] | None = None,
 ) -> LocalWorker:
     """`spare_slabs` is what the lanes' workspaces leave for models."""
+    gc.collect()
+    torch.cuda.empty_cache()  # what other tests left behind counts against the worker's reserve
     needs = needs_of([ModelConfig(name=name, path=str(path)) for name, path in models.items()])
     settings = {"kind": "cuda", "slab": SLAB, "lanes": lanes, "max_batch_size": 64}
     probe = open_cuda(DeviceConfig.model_validate(settings | {"memory": 1 << 30}), needs)

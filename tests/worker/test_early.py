@@ -166,6 +166,8 @@ def test_neighbours_go_on_between_the_pieces(start: Any, monkeypatch: pytest.Mon
         local.run()
     for name in (A, C):
         local.submit(f"neighbour-{name}", name, PROMPT, max_tokens=400)
+    local.now += 3  # both are late, so they take turns
+    advance(local, 30)
     local.submit("r", B, PROMPT, max_tokens=NUM_TOKENS)
     begin_load(local, B)
     counts: list[tuple[int, int]] = []
@@ -328,6 +330,37 @@ def test_nobody_takes_memory_that_a_dropped_step_may_still_write(
     advance(local)
     assert not pool.num_retiring and local.jobs.queue
     local.run()
+
+
+def test_memory_taken_behind_others_goes_back_behind_them(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loading model may take slabs in which its lane still works: a load that fails at once frees none."""
+
+    class Working:
+        done = False
+
+        def is_done(self) -> bool:
+            return self.done
+
+    local = start()
+    local.submit("r", A, PROMPT, max_tokens=NUM_TOKENS)
+    load = begin_load(local, A)
+    lane, work = model(local, A).lane, Working()
+    assert lane is not None
+    lane.queue(model(local, B).name, work)
+
+    def fail() -> None:
+        if load._transfer is not None:
+            load._transfer.error = RuntimeError("the link broke")
+
+    monkeypatch.setattr(type(load), "groups_arrived", 0)
+    load_slowly(local, monkeypatch, fail)
+    assert model(local, A).state is ModelState.FAILED and local.device.pool.num_retiring == 1
+    work.done = True
+    local.run()
+    advance(local)
+    assert not local.device.pool.num_retiring
 
 
 def test_models_on_their_way_at_the_same_time(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:

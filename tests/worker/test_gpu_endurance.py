@@ -87,10 +87,7 @@ def drive(engines: list[Engine], steps: int) -> list[dict[RequestId, list[int]]]
                 step = engine.schedule(4096)
                 if step is not None:
                     queue.append(engine.run(step))
-            for flight in queue:
-                advance = getattr(flight, "advance", None)
-                if advance is not None:
-                    advance()
+                    queue[-1].launch()
     return texts
 
 

@@ -126,7 +126,12 @@ def test_a_model_that_goes_takes_its_captures_along(paths: dict[str, Path]) -> N
     local.device.backend.forget(engine.runner)
     assert captures(local)._capture is None and not captures(local)._likely
     local.run(rounds=10**6)
+    for model in local.worker.models.values():
+        if model.engine is not None:
+            local.device.backend.forget(model.engine.runner)
+    assert local.device.backend.graph_usage.num_graphs == 0
     serve(local, 1)
+    assert local.device.backend.graph_usage.num_graphs > 0, "memory of graphs cannot be used again"
     local.close()
 
 

@@ -110,6 +110,7 @@ class GpuLane:
         )
         """Those of the one step that is launched while others pass it by."""
         self._give_workspaces()
+        self._anchor = self._anchored_pool()
 
     def _give_workspaces(self) -> None:
         """cuBLAS takes memory for each stream when it is first used there; in a capture it would be late."""
@@ -119,6 +120,15 @@ class GpuLane:
                 torch.mm(one, one)
                 torch.nn.functional.linear(one, one, one[0])
                 stream.synchronize()
+
+    def _anchored_pool(self) -> torch.cuda.CUDAGraph:
+        """A graph that nobody drops: torch gives up a pool with its last graph, and cannot use it again."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.capture_stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
+            self.last_tokens[:1].zero_()
+            graph.capture_end()
+        return graph
 
     def logits(self, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
         """`[rows, vocab]` where every step leaves its logits."""
