@@ -113,6 +113,10 @@ class Backend(Protocol):
         """A model is gone for good, and what was kept for its return with it."""
         ...
 
+    def close(self) -> None:
+        """Nothing is prepared any more. While a capture is left alone, a GPU cannot be waited for as a whole."""
+        ...
+
 
 class Device:
     """Everything of one device that models share."""
@@ -222,6 +226,7 @@ class Device:
 
     def close(self) -> None:
         """Give all memory back."""
+        self.backend.close()
         for lane in self.lanes:
             owner = LaneOwner(lane.lane_id)
             self.pool.give_back(owner, self.pool.owned(owner))
