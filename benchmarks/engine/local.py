@@ -121,7 +121,9 @@ class LocalModel:
         self.settle()
 
     def settle(self) -> None:
-        """Capture what steps lacked so far: while it is under way, what is measured shares the host with it."""
+        """Capture what steps lacked so far: while it is under way, what is measured shares the host with
+        it.
+        """
         while self.device.backend.work_aside(ASIDE_SECONDS, urgent_only=False):
             pass
 

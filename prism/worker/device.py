@@ -114,7 +114,9 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing is prepared any more. While a capture is left alone, a GPU cannot be waited for as a whole."""
+        """Nothing is prepared any more. While a capture is left alone, a GPU cannot be waited for as a
+        whole.
+        """
         ...
 
 
@@ -128,9 +130,8 @@ class Device:
         self.pool = pool
         self.device = device
         self.name = name
-        self._side_stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.backend = backend
-        self.lanes = tuple(
+        self._side_stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type:
+        ignore[no-untyped-call] self.backend = backend self.lanes = tuple(
             Lane(LaneId(i), Slots(backend.max_sequences, backend.max_entries))
             for i in range(backend.num_lanes)
         )
