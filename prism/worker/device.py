@@ -114,9 +114,7 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing is prepared any more. While a capture is left alone, a GPU cannot be waited for as a
-        whole.
-        """
+        """Nothing is prepared any more: while a capture is left alone, nobody can wait for all of a GPU."""
         ...
 
 
@@ -130,8 +128,9 @@ class Device:
         self.pool = pool
         self.device = device
         self.name = name
-        self._side_stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type:
-        ignore[no-untyped-call] self.backend = backend self.lanes = tuple(
+        self._side_stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.backend = backend
+        self.lanes = tuple(
             Lane(LaneId(i), Slots(backend.max_sequences, backend.max_entries))
             for i in range(backend.num_lanes)
         )
