@@ -67,6 +67,7 @@ def decode(model: LocalModel, batch: int, bandwidth: float, steps: int = 128) ->
 def first_token(model: LocalModel, length: int, runs: int = 5) -> dict[str, Any]:
     """Milliseconds from `add` to the first token on the host."""
     times = []
+    model.settle()
     for i in range(runs + 2):
         model.add(f"t{i}", prompt(1000 * length + i, length), 1)
         times.append(drive([model])["wall_s"])
@@ -178,6 +179,7 @@ def decode_together(
         if turn == "timed":
             ready()
         drive(models, on_drawn=note)
+        models[0].settle()
     return list(times.values())
 
 
@@ -212,11 +214,13 @@ def main() -> None:
                 model = LocalModel(device, shape, shape, folder, 80 if shape == "8b" else 20)
                 for batch in (1, 8, 64, 512) if "decode" in wanted else ():
                     decode(model, batch, bandwidth)
+                    model.settle()
                     note(f"decode_{shape}", decode(model, batch, bandwidth))
                 for length in (512, 4000) if "ttft" in wanted else ():
                     note(f"ttft_{shape}", first_token(model, length))
                 if "offline" in wanted:
-                    offline(model, 100, 512, 32)
+                    offline(model)
+                    model.settle()
                     note(f"offline_{shape}", offline(model))
                 if "busy" in wanted:
                     note(f"busy_{shape}", busy_share(model))

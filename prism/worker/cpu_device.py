@@ -110,6 +110,9 @@ class TorchBackend:
     def forget(self, runner: Runner) -> None:
         """See `Backend.forget`: nothing is kept."""
 
+    def close(self) -> None:
+        """See `Backend.close`: nothing is under way."""
+
 
 def copy_blocks(kv: KvView, moves: tuple[Move, ...]) -> None:
     """Copies whole blocks; no target is a source."""

@@ -214,6 +214,10 @@ class GpuBackend:
         for graphs in self._graphs:
             graphs.forget(id(runner))
 
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._captures.close()
+
 
 def is_fused(spec: ModelSpec) -> bool:
     """Whether the GPU kernels serve the model: not fp32, and no unusual heads."""

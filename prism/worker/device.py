@@ -114,6 +114,10 @@ class Backend(Protocol):
         """A model is gone for good, and what was kept for its return with it."""
         ...
 
+    def close(self) -> None:
+        """Nothing is prepared any more: while a capture is left alone, nobody can wait for all of a GPU."""
+        ...
+
 
 class Device:
     """Everything of one device that models share."""
@@ -226,6 +230,7 @@ class Device:
 
     def close(self) -> None:
         """Give all memory back."""
+        self.backend.close()
         for lane in self.lanes:
             owner = LaneOwner(lane.lane_id)
             self.pool.give_back(owner, self.pool.owned(owner))

@@ -96,8 +96,10 @@ class HostChunks:
     def close(self) -> None:
         """Give everything back; no copy is under way and nobody makes chunks any more."""
         if self._pinner is not None:
-            for begin in _pieces(Bytes(self.num_ready * self.chunk_bytes)):
-                self._pinner.unregister_host(Address(self.base + begin))
+            for number in range(self.num_ready):
+                for begin in _pieces(self.chunk_bytes):
+                    address = Address(self.base + number * self.chunk_bytes + begin)
+                    self._pinner.unregister_host(address)
         memfd.unreserve_addresses(self.base, Bytes(self.chunk_bytes * self.max_chunks))
         os.close(self._fd)
 

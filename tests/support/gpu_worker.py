@@ -37,3 +37,10 @@ def gpu_worker(
     )
     torch.cuda.synchronize()
     return LocalWorker(models, spare_slabs, device=device, model_options=model_options)
+
+
+def rest(local: LocalWorker) -> None:
+    """Wait for all of the device. While a capture is left alone that is an error, so they are ended first."""
+    while local.device.backend.work_aside(1.0, urgent_only=False):
+        pass
+    torch.cuda.synchronize()

@@ -168,16 +168,20 @@ def slow_worker(paths: dict[str, Path], spare_slabs: int) -> Any:
 
 
 def table(local: Any, name: str, count: int) -> torch.Tensor:
+    from tests.support.gpu_worker import rest
+
     engine = local.worker.models[name].engine
     (sequence,) = engine.scheduler.running
     index = torch.tensor(sequence.blocks[:count], device="cuda")
-    torch.cuda.synchronize()
+    rest(local)
     found: torch.Tensor = engine.runner.kv.pages[index].clone()
-    torch.cuda.synchronize()
+    rest(local)
     return found
 
 
 def test_a_model_that_returns_finds_its_kv_bit_by_bit(paths: dict[str, Path]) -> None:
+    from tests.support.gpu_worker import rest
+
     local = slow_worker(paths, spare_slabs=100)
     prompt = prompts(1, 2, seed=1)[0] * 1000 + prompts(1, 1000, seed=2)[0]
     contents, texts = [], []
@@ -194,7 +198,7 @@ def test_a_model_that_returns_finds_its_kv_bit_by_bit(paths: dict[str, Path]) ->
             while local.worker.is_device_busy:
                 local.worker.advance()
             local.poison()
-            torch.cuda.synchronize()
+            rest(local)
     size = local.worker.models["a"].profile.kv.tokens_per_block
     assert local.outbox.started["second"].cached_tokens == (len(prompt) - 1) // size * size > 900
     assert torch.equal(contents[0].view(torch.int16), contents[1].view(torch.int16))

@@ -140,6 +140,14 @@ class DeviceCaptures:
         self._capture = None
         self._is_urgent = False
 
+    def close(self) -> None:
+        """Give up all that has not been captured."""
+        self._urgent.clear()
+        self._likely.clear()
+        if self._capture is not None:
+            self._capture.abandon()
+            self._finish()
+
     def forget(self, owner: int) -> None:
         """A model is gone."""
         self._urgent = deque(w for w in self._urgent if w.key.owner != owner)
