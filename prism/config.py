@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from prism.modes import RULES, Mode
 from prism.types import GiB, MiB, Quantization, Slo
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -162,6 +163,15 @@ class LimitsConfig(_Section):
     """A busy model keeps its weights this long before an older request of another may take its memory."""
 
 
+class SchedulingConfig(_Section):
+    """Who gets a device, and when."""
+
+    mode: Mode = Mode.PRISM
+    """How models share a device; docs/design/scheduling.md."""
+    quantum: Annotated[Duration, Field(gt=0)] = 10.0
+    """In mode timeshare: a model takes requests for so long while others wait."""
+
+
 class HostMemoryConfig(_Section):
     """Packed weights and KV in host memory."""
 
@@ -181,6 +191,7 @@ class Config(_Section):
     devices: tuple[DeviceConfig, ...] = Field(default=(DeviceConfig(),), min_length=1)
     server: ServerConfig = ServerConfig()
     limits: LimitsConfig = LimitsConfig()
+    scheduling: SchedulingConfig = SchedulingConfig()
     host_memory: HostMemoryConfig = HostMemoryConfig()
 
     @field_validator("models")
@@ -207,6 +218,9 @@ class Config(_Section):
                 problems.append(f"models[{index}].device: there are {len(self.devices)} devices")
                 continue
             homes = self.devices if model.device is None else (self.devices[model.device],)
+            if model.device is None and len(self.devices) > 1 and RULES[self.scheduling.mode].is_resident:
+                mode = self.scheduling.mode
+                problems.append(f"models[{index}].device: mode {mode} keeps it there, so it must be named")
             if model.memory.floor > max(device.memory for device in homes):
                 problems.append(f"models[{index}].memory.floor: is more than the memory of its device")
         if problems:

@@ -105,6 +105,10 @@ class Started(Message, frozen=True, kw_only=True):
     queue_seconds: float
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
+    queue_position: int = 0
+    """Its place among those that waited when it came, from 1; 0 if it was not estimated."""
+    estimated_seconds: float = 0.0
+    """When it came, it was expected to wait so long."""
 
 
 class Outputs(Message, frozen=True, kw_only=True):
@@ -229,6 +233,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """Packed weights in host memory from which this worker can load at full speed."""
     kv_host_bytes: int = 0
     """Blocks that wait in host memory for when they are wanted again."""
+    estimated_wait: float = 0.0
+    """Seconds until a request that came now would start, as far as is known."""
 
 
 class Report(Message, frozen=True, kw_only=True):

@@ -20,6 +20,8 @@ COMMON = {
     "transport",
     "logs",
     "modelspec",
+    "costs",
+    "modes",
 }
 ALLOWED = {
     "memory": {"memory"},
@@ -39,6 +41,8 @@ ENTRY_POINTS = {"agent/child.py"}
 """The first code of every process, which hands over to its role."""
 
 PURE = [
+    "costs.py",
+    "modes.py",
     "memory/slabs.py",
     "memory/ledger.py",
     "engine/kv_layout.py",
@@ -49,6 +53,8 @@ PURE = [
     "engine/randomness.py",
     "worker/snapshot.py",
     "worker/admission.py",
+    "worker/on_time.py",
+    "worker/timeshare.py",
     "worker/turns.py",
     "worker/reclaim.py",
     "worker/costs.py",

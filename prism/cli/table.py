@@ -12,7 +12,7 @@ from rich.table import Table
 from prism.types import GiB, MiB
 
 _TEXTS = ("MODEL", "WORKER", "STATE")
-_NUMBERS = ("WEIGHTS", "KV USED", "CACHED", "HELD", "HOST", "LIMIT", "RUN", "WAIT", "IDLE")
+_NUMBERS = ("WEIGHTS", "KV USED", "CACHED", "HELD", "HOST", "LIMIT", "RUN", "WAIT", "ETA", "IDLE")
 
 
 _COLUMNS = 1000
@@ -81,6 +81,7 @@ def _cells(report: dict[str, Any] | None) -> list[str]:
         "-" if limit is None else _size(limit),
         str(report["num_running"]),
         str(report["num_waiting"]),
+        f"{report['estimated_wait']:.1f}s" if report["num_waiting"] else "-",
         f"{report['idle_seconds']:.0f}s" if report["state"] == "active" else "-",
     ]
 

@@ -139,7 +139,8 @@ class Answer:
             collected.append(piece)
         self.close()
         num_choices = len(self._requests) * self._request.num_choices
-        return JsonResponse(self._format.whole(collected, num_choices, self._usage()))
+        whole = self._format.whole(collected, num_choices, self._usage())
+        return JsonResponse(whole, headers=self._queue_headers())
 
     async def _respond_stream(self, pieces: AsyncIterator[Piece | Failed]) -> Response:
         first = await anext(pieces)
@@ -149,7 +150,19 @@ class Answer:
         self._gateway.http_begun()
         limits = self._gateway.config.limits
         seconds = self._arrival + limits.request_timeout + _LAST_BYTES - self._gateway.clock.now()
-        return EventStream(self._events(first, pieces), self._close_stream, seconds)
+        return EventStream(self._events(first, pieces), self._close_stream, seconds, self._queue_headers())
+
+    def _queue_headers(self) -> dict[str, str]:
+        """How long the slowest of its prompts waited, beside its place and the estimate when it came."""
+        waits = [stream.queued for _, stream in self._opened if stream.queued is not None]
+        if not waits:
+            return {}
+        longest = max(waits, key=lambda queued: queued.queue_seconds)
+        return {
+            "x-prism-queue-ms": f"{longest.queue_seconds * 1e3:.0f}",
+            "x-prism-queue-position": str(longest.queue_position),
+            "x-prism-estimated-queue-ms": f"{longest.estimated_seconds * 1e3:.0f}",
+        }
 
     async def _events(self, first: Piece, pieces: AsyncIterator[Piece | Failed]) -> AsyncIterator[bytes]:
         options = self._request.stream_options
@@ -222,8 +235,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], on_close: Callable[[], None], seconds: float) -> None:
-        super().__init__(headers=_STREAM_HEADERS)
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        on_close: Callable[[], None],
+        seconds: float,
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(headers=_STREAM_HEADERS | headers)
         del self.headers["content-length"]
         self._events = events
         self._on_close = on_close

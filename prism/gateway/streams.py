@@ -59,6 +59,8 @@ class Stream:
         self._observer = observer
         self._choices = [ChoiceText(model, choice, stops, min_tokens) for choice in choices]
         self.cached_tokens = 0
+        self.queued: Started | None = None
+        """What was told when it first started: how long it waited, and what had been expected."""
         self._is_started = False
 
     @property
@@ -71,6 +73,7 @@ class Stream:
         if not self._is_started:
             self._is_started = True
             self.cached_tokens = message.cached_tokens
+            self.queued = message
             self._observer.started(message.queue_seconds, now)
 
     def tokens(self, accepted: Accepted, now: float) -> FinishReason | None:

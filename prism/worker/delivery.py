@@ -28,6 +28,8 @@ class Delivery:
             incarnation=self._incarnation,
             queue_seconds=max(0.0, now - ticket.submit.arrival),
             cached_tokens=max((s.num_cached for s in sequences), default=0),
+            queue_position=ticket.queue_position,
+            estimated_seconds=ticket.estimated_seconds,
         )
         self._outbox.to_gateway(ticket.gateway, message)
 

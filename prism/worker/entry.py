@@ -29,9 +29,9 @@ def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
         raise ModelNotFound(f"model {submit.model!r} does not exist", param="model")
     if worker.requests.num_waiting >= worker.limits.max_queue:  # 2
         raise Overloaded(
-            f"the queue is full ({worker.limits.max_queue} requests)", retry_after=worker.queue_seconds()
+            f"the queue is full ({worker.limits.max_queue} requests)", retry_after=worker.queue_seconds(model)
         )
-    if model.state is ModelState.FAILED and now < model.retry_at:  # 3
+    if model.state is ModelState.FAILED and (now < model.retry_at or model.is_barred):  # 3
         raise Unavailable(
             f"model {model.name} cannot be loaded: {model.error}", retry_after=max(1.0, model.retry_at - now)
         )

@@ -29,6 +29,7 @@ from prism.messages import (
     SetLimits,
     Submit,
 )
+from prism.modes import RULES
 from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelId, ModelState, RequestId, WorkerId
 from prism.weights.link import Link
 from prism.weights.registrations import Registrations
@@ -44,12 +45,13 @@ from prism.worker.host_kv import HostKv
 from prism.worker.loading import Fetch, JobEvent, Jobs, Loaded, Unloaded
 from prism.worker.models import Model, likely_order, limit_slabs, slabs_up
 from prism.worker.outbox import Outbox
-from prism.worker.rate import CompletionRate
+from prism.worker.rate import MOST_SECONDS, CompletionRate
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
 from prism.worker.residency import Residency, load_error
 from prism.worker.stepper import Stepper
-from prism.worker.views import admission_snapshot, kv_capacity_tokens
+from prism.worker.tenancy import Tenancy, settle_residents
+from prism.worker.views import FAR, admission_snapshot, estimate, kv_capacity_tokens
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,8 @@ class Worker:
         self.registrations = registrations
         self.host = HostKv(device, chunks)
         self.costs = CostBook(device.rates, calibrated or {})
+        self.rules = RULES[config.scheduling.mode]
+        self._tenancy = Tenancy(config.scheduling.quantum)
         self.owed_to_late = 0.0
         """Seconds that late requests may take before others (worker/admission.py)."""
         self._outbox = outbox
@@ -116,12 +120,15 @@ class Worker:
             self.reclaimer,
             self.host,
             self.costs,
+            self.rules,
             self._delivery,
             self,
             clock,
             max_batch_tokens=self.max_batch_tokens,
             patience=self._patience,
         )
+        if self.rules.is_resident:
+            settle_residents(self, index_of(name))
 
     # --- events ---------------------------------------------------------------------------------------
 
@@ -136,17 +143,19 @@ class Worker:
         ticket = Ticket(submit, gateway, expires)
         ticket.resumed = {choice.choice: choice for choice in submit.resumed}
         if (model := self.models.get(submit.model)) is not None:
-            self._learn(model)
+            self.learn(model)
         try:
             check_submit(self, ticket, self._clock())
         except RequestError as error:
             self._delivery.rejected(ticket, error)
             return
+        deadline = submit.arrival + (submit.slo.ttft if self.rules.by_deadline else FAR)
+        ticket.queue_position, ticket.estimated_seconds = estimate(self, self.models[ticket.model], deadline)
         self.requests.add(ticket)
         self._needs_admission = True
         self.residency.want(self.models[ticket.model])
 
-    def _learn(self, model: Model) -> None:
+    def learn(self, model: Model) -> None:
         """What the model's directory tells, as soon as anybody asks for it."""
         self.residency.learn(model)
         if model.profile is not None:
@@ -254,9 +263,11 @@ class Worker:
         """Bring in what is wanted; those with the oldest requests first."""
         self.residency.unmap_arenas()
         wanted = [m for m in self.models.values() if m.is_wanted or self.requests.of_model(m.name)]
+        if self.rules.is_exclusive:
+            wanted = self._tenancy.wanted(self, now)
         for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
             before = model.state
-            self._learn(model)
+            self.learn(model)
             self.residency.want(model)
             self.residency.try_load(model, self.reclaimer, now)
             if model.state is not before:
@@ -313,7 +324,7 @@ class Worker:
             return Unavailable(f"model {model.name} cannot be loaded: {model.error}", retry_after=5.0)
         return Overloaded(
             f"no capacity within limits.max_wait ({self.limits.max_wait:g} s)",
-            retry_after=self.queue_seconds(),
+            retry_after=self.queue_seconds(model),
         )
 
     def _enter(self, ticket: Ticket) -> None:
@@ -424,9 +435,13 @@ class Worker:
                 model.kv.check()
                 assert set(model.kv.slabs) == set(self.device.pool.owned(KvOwner(model.name))), model.name
 
-    def queue_seconds(self) -> float:
-        """Estimated time until a request that comes now would start: waiting ones over the recent rate."""
-        return self._rate.seconds_for(self.requests.num_waiting + 1, self._clock())
+    def queue_seconds(self, model: Model) -> float:
+        """Estimated time until a request that comes now would start.
+
+        What the waiting ones cost, or how long they take at the recent rate of ends, whichever is longer.
+        """
+        by_rate = self._rate.seconds_for(self.requests.num_waiting + 1, self._clock())
+        return min(MOST_SECONDS, max(by_rate, estimate(self, model, float("inf")).seconds))
 
     def max_len(self, model: Model) -> int | None:
         """Longest context of a model on this device, in tokens."""

@@ -93,6 +93,10 @@ class Model:
     """How much of its weights has been packed."""
     is_packed: bool = False
     """The agent holds its packed weights in host memory."""
+    is_open: bool = True
+    """It takes requests in; in mode timeshare only one model does."""
+    is_barred: bool = False
+    """The mode leaves no room for it, now and later."""
     is_wanted: bool = False
     """To be loaded although no request asks for it: by command or by configuration."""
     stalled_until: float = 0.0

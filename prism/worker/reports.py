@@ -6,6 +6,7 @@ from prism.messages import ModelReport, Report
 from prism.types import ModelState
 from prism.worker.loop import Worker
 from prism.worker.models import Model
+from prism.worker.views import estimate
 
 
 def make_report(worker: Worker, now: float) -> Report:
@@ -51,6 +52,7 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         max_len=worker.max_len(model),
         pinned=model.pinned,
         error=model.error,
+        estimated_wait=estimate(worker, model, float("inf")).seconds if tickets else 0.0,
         registered_bytes=(
             0 if worker.registrations is None else worker.registrations.registered_bytes(model.name)
         ),

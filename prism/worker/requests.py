@@ -28,6 +28,9 @@ class Ticket:
     last_token: float | None = None
     due: float | None = None
     """When its next token is due; None before it is known."""
+    queue_position: int = 0
+    estimated_seconds: float = 0.0
+    """What it was told when it came."""
     waiting: WaitingRequest | None = None
     """What admission sees of it, as long as that holds."""
     resumed: dict[int, ResumedChoice] = field(default_factory=dict)

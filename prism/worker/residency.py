@@ -84,7 +84,7 @@ class Residency:
 
     def learn(self, model: Model) -> None:
         """Read a cold model's directory, once; the model has failed if it can never be loaded."""
-        if model.state is ModelState.FAILED and self._clock() >= model.retry_at:
+        if model.state is ModelState.FAILED and self._clock() >= model.retry_at and not model.is_barred:
             model.state = ModelState.COLD
         if model.state is not ModelState.COLD:
             return

@@ -14,6 +14,7 @@ from prism.engine.engine import Drawn
 from prism.engine.scheduler import Step
 from prism.errors import DriverError
 from prism.messages import ResumedChoice
+from prism.modes import Rules
 from prism.types import ModelId, RequestId
 from prism.worker import turns
 from prism.worker.cost_book import CostBook
@@ -68,6 +69,7 @@ class Stepper:
         reclaimer: Reclaimer,
         host: HostKv,
         costs: CostBook,
+        rules: Rules,
         delivery: Delivery,
         listener: Listener,
         clock: Callable[[], float],
@@ -82,6 +84,7 @@ class Stepper:
         self._reclaimer = reclaimer
         self._host = host
         self._costs = costs
+        self._rules = rules
         self._delivery = delivery
         self._listener = listener
         self._clock = clock
@@ -112,7 +115,9 @@ class Stepper:
             return self._launch(lane)
         if not self._has_room(lane):
             return False
-        snapshot = turn_snapshot(self._models, self._requests, self._costs, self._max_batch_tokens, lane, now)
+        snapshot = turn_snapshot(
+            self._models, self._requests, self._costs, self._rules, self._max_batch_tokens, lane, now
+        )
         turn = turns.decide(snapshot, now)
         if turn is None:
             return False

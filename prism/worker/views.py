@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prism.engine.engine import Engine
-from prism.types import ModelId
+from prism.modes import Rules
+from prism.types import ModelId, ModelState
 from prism.worker.cost_book import CostBook
 from prism.worker.lanes import Lane
 from prism.worker.models import Model
@@ -23,6 +24,8 @@ from prism.worker.snapshot import (
 if TYPE_CHECKING:
     from prism.worker.loop import Worker
 
+FAR = 1e6
+"""Seconds to a deadline where there are none: their order is then that of arrival."""
 MOST_DECODES = 0.9
 """Share of the time that decodes are thought to take at most: beyond, prompts get what they can."""
 
@@ -30,17 +33,56 @@ MOST_DECODES = 0.9
 def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
     """Waiting requests and the room that models have for them."""
     running = [ticket for ticket in worker.requests if ticket.is_running]
-    active = [m for m in worker.models.values() if m.is_active and m.engine is not None]
+    active = _active(worker)
+    by_deadline = worker.rules.by_deadline
     return AdmissionSnapshot(
         waiting=tuple(t.waiting or _waiting(worker, t) for t in worker.requests if not t.is_running),
         models={ModelId(m.name): _load(worker, m) for m in worker.models.values()},
         num_running_requests=len(running),
         alone_is_running=any(ticket.submit.alone for ticket in running),
-        busy=sum(_backlog(worker, model) for model in active),
-        stretch=1 / (1 - min(MOST_DECODES, sum(_decode_share(worker, model) for model in active))),
-        horizon=_horizon(worker, active),
+        busy=_busy(worker, active) if by_deadline else 0.0,
+        stretch=_stretch(worker, active) if by_deadline else 1.0,
+        horizon=_horizon(worker, active) if by_deadline else float("inf"),
         owed_to_late=worker.owed_to_late,
     )
+
+
+def _active(worker: Worker) -> list[Model]:
+    return [m for m in worker.models.values() if m.is_active and m.engine is not None]
+
+
+def _busy(worker: Worker, active: Sequence[Model]) -> float:
+    """Seconds of the prompts that engines hold."""
+    return sum(_backlog(worker, model) for model in active)
+
+
+def _stretch(worker: Worker, active: Sequence[Model]) -> float:
+    """Decodes take the share of the time that their objectives ask for; prompts have the rest."""
+    return 1 / (1 - min(MOST_DECODES, sum(_decode_share(worker, model) for model in active)))
+
+
+class Estimate(NamedTuple):
+    """What a request that waits is told."""
+
+    position: int
+    seconds: float
+
+
+def estimate(worker: Worker, model: Model, deadline: float) -> Estimate:
+    """For a request of this deadline: its place among those that wait, and when it would start.
+
+    It starts when its model is there, and when the prompts before it have been computed beside the decodes.
+    What memory is lacking for is not known.
+    """
+    active, ahead, seconds = _active(worker), 0, 0.0
+    for ticket in worker.requests:
+        if not ticket.is_running:
+            waiting = ticket.waiting or _waiting(worker, ticket)
+            if waiting.deadline <= deadline:
+                ahead += 1
+                seconds += waiting.seconds
+    work = (_busy(worker, active) + seconds) * _stretch(worker, active)
+    return Estimate(ahead + 1, max(ready_in(worker, model), work))
 
 
 def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
@@ -52,7 +94,7 @@ def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
         request_id=ticket.request_id,
         model=ticket.model,
         arrival=submit.arrival,
-        deadline=submit.arrival + submit.slo.ttft,
+        deadline=submit.arrival + (submit.slo.ttft if worker.rules.by_deadline else FAR),
         expires=float("inf") if ticket.is_started else ticket.expires,
         num_sequences=len(ticket.open_choices),
         num_blocks=profile.kv.num_blocks(tokens) if profile is not None else 0,
@@ -97,11 +139,11 @@ def _load(worker: Worker, model: Model) -> ModelLoad:
         blocks = kv.num_free + kv.num_cached + slabs * kv.layout.blocks_per_slab
     return ModelLoad(
         model=model.name,
-        state=model.state,
+        state=model.state if model.is_open else ModelState.COLD,
         num_sequences=0 if engine is None else engine.scheduler.num_sequences,
         max_sequences=worker.max_batch_size,
         num_obtainable_blocks=blocks,
-        is_arriving=model.is_arriving,
+        is_arriving=model.is_arriving and model.is_open,
         ready_in=ready_in(worker, model),
     )
 
@@ -134,6 +176,7 @@ def turn_snapshot(
     models: Mapping[str, Model],
     requests: Requests,
     costs: CostBook,
+    rules: Rules,
     max_batch_tokens: int,
     lane: Lane,
     now: float,
@@ -146,13 +189,13 @@ def turn_snapshot(
             continue
         if model.lane is not lane:
             if _decodes(model):
-                neighbours.append(_runnable(model, engine, requests, costs))
+                neighbours.append(_runnable(model, engine, requests, costs, rules))
         elif now >= model.stalled_until and engine.scheduler.has_work:
-            runnable.append(_runnable(model, engine, requests, costs))
+            runnable.append(_runnable(model, engine, requests, costs, rules))
     return TurnSnapshot(tuple(runnable), max_batch_tokens, tuple(neighbours))
 
 
-def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook) -> Runnable:
+def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, rules: Rules) -> Runnable:
     """A queued step counts as one token more for all."""
     costs = book.of(model.name)
     num_decodes = context = prompt_tokens = prompt_start = 0
@@ -175,10 +218,10 @@ def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook) 
     seconds = 0.0 if costs is None or not num_decodes else costs.steps.decode(num_decodes, context)
     return Runnable(
         model=model.name,
-        deadline=due,
+        deadline=due if rules.by_deadline else 0.0,  # else all are due, and take turns
         last_turn=model.last_turn,
         num_decodes=num_decodes,
-        decode_deadline=decode_due,
+        decode_deadline=decode_due if rules.by_deadline else float("inf"),
         decode_seconds=seconds,
         prompt_tokens=prompt_tokens,
         prompt_start=prompt_start,

@@ -131,6 +131,7 @@ class LocalWorker:
         device: Device | None = None,
         chunks: HostChunks | None = None,
         host_kv: int = 64 * MiB,
+        scheduling: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         options = model_options or {}
@@ -138,6 +139,7 @@ class LocalWorker:
             {
                 "models": [{"name": n, "path": str(p)} | options.get(n, {}) for n, p in models.items()],
                 "devices": [{"memory": num_slabs * SLAB, "slab": SLAB} | settings],
+                "scheduling": scheduling or {},
             }
         )
         self.paths = models

@@ -1,0 +1,80 @@
+"""Who has a device in the modes in which not everybody may come: all that fit, for good, or one at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prism.errors import DeviceTooSmall
+from prism.types import ModelId
+from prism.worker import timeshare
+from prism.worker.models import Model
+from prism.worker.timeshare import Contender
+
+if TYPE_CHECKING:
+    from prism.worker.loop import Worker
+
+
+def settle_residents(worker: Worker, device: int) -> None:
+    """Modes static and elastic: the models of this device keep their weights there from the start.
+
+    In the order of the configuration, as far as weights and a least of KV fit; the others fail. With fixed
+    shares all that is left is divided evenly, and each has its part as floor and limit.
+    """
+    room = worker.device.num_slabs
+    residents: list[Model] = []
+    for model in worker.models.values():
+        if model.config.device not in (None, device):
+            continue
+        worker.learn(model)
+        if model.profile is None:
+            continue
+        needed = model.profile.weight_slabs + max(1, model.kv_floor)
+        if needed > room:
+            model.is_barred = True
+            text = f"all models stay on the device in this mode; {needed} slabs are needed, {room} are left"
+            worker.residency.fail(model, DeviceTooSmall(text))
+            continue
+        room -= needed
+        model.pinned = model.is_wanted = True
+        residents.append(model)
+    if worker.rules.has_shares and residents:
+        spare = room + sum(max(1, model.kv_floor) for model in residents)
+        for model in residents:
+            model.kv_floor = model.kv_limit = spare // len(residents)
+
+
+class Tenancy:
+    """Mode timeshare: which model has the device, and since when."""
+
+    def __init__(self, quantum: float) -> None:
+        self._quantum = quantum
+        self._tenant: ModelId | None = None
+        self._since = 0.0
+
+    def wanted(self, worker: Worker, now: float) -> list[Model]:
+        """The one model that should be there, if any; the others leave or stay away."""
+        contenders = [_contender(worker, model) for model in worker.models.values()]
+        choice = timeshare.decide(contenders, self._tenant, self._since, self._quantum, now)
+        if choice.model != self._tenant:
+            self._tenant, self._since = choice.model, now
+        for model in worker.models.values():
+            is_tenant = model.name == choice.model
+            model.is_open = is_tenant and choice.is_open
+            if not is_tenant and model.is_active:
+                worker.evict(model)
+        if choice.model is None:
+            return []
+        tenant = worker.models[choice.model]
+        if not tenant.is_active:
+            self._since = now  # its time begins when it is there
+        return [tenant] if worker.requests.of_model(choice.model) else []
+
+
+def _contender(worker: Worker, model: Model) -> Contender:
+    tickets = worker.requests.of_model(model.name)
+    waiting = [ticket.submit.arrival for ticket in tickets if not ticket.is_running]
+    return Contender(
+        model=model.name,
+        oldest_waiting=min(waiting, default=None),
+        is_busy=any(ticket.is_running for ticket in tickets),
+    )

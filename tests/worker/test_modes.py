@@ -1,0 +1,138 @@
+"""The ways to share a device, as a worker carries them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prism.types import ModelState
+from tests.support.checkpoints import make_model, prompts, reference, save
+from tests.support.local_worker import LocalWorker
+
+A, B, C = "llama", "qwen3", "mistral"
+FAMILIES = (A, B, C)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save(make_model(name, seed=i), folder / name) for i, name in enumerate(FAMILIES)}
+
+
+@pytest.fixture
+def start(paths: dict[str, Path]) -> Iterator[Any]:
+    workers: list[LocalWorker] = []
+
+    def make(mode: str, num_slabs: int, *names: str, **scheduling: Any) -> LocalWorker:
+        chosen = {name: paths[name] for name in names or FAMILIES}
+        workers.append(LocalWorker(chosen, num_slabs, scheduling={"mode": mode} | scheduling))
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.close()
+
+
+def active(local: LocalWorker) -> set[str]:
+    return {model.name for model in local.worker.models.values() if model.is_active}
+
+
+def right(local: LocalWorker, request_id: str, name: str, prompt: list[int]) -> bool:
+    expected = reference(make_model(name, seed=FAMILIES.index(name)), prompt, 16)
+    return local.outbox.tokens.get((request_id, 0)) == expected
+
+
+def test_static_shares_are_fixed(start: Any) -> None:
+    local = start("static", 12)
+    for _ in range(20):
+        local.pump()
+    models = local.worker.models.values()
+    assert active(local) == set(FAMILIES), "all are loaded although nobody has asked"
+    assert {(m.kv_floor, m.kv_limit) for m in models} == {(3, 3)} and all(m.pinned for m in models)
+    for i, prompt in enumerate(prompts(12, 400)):
+        local.submit(str(i), FAMILIES[i % 3], prompt, max_tokens=16)
+    local.run()
+    assert all(m.kv is not None and m.kv.num_slabs <= 3 and not m.num_evictions for m in models)
+    assert all(right(local, str(i), FAMILIES[i % 3], prompt) for i, prompt in enumerate(prompts(12, 400)))
+
+
+def test_elastic_moves_kv_and_no_weights(start: Any) -> None:
+    local = start("elastic", 7)
+    for i, prompt in enumerate(prompts(30, 400)):
+        local.submit(str(i), A if i < 25 else B, prompt, max_tokens=16)
+    local.run()
+    models = local.worker.models.values()
+    assert active(local) == set(FAMILIES) and not any(m.num_evictions for m in models)
+    assert all(m.kv_limit is None for m in models)
+
+
+@pytest.mark.parametrize("mode", ["static", "elastic"])
+def test_what_does_not_fit_beside_the_others_is_refused(start: Any, mode: str) -> None:
+    local = start(mode, 5)
+    local.submit("c", C, [1, 2], max_tokens=2)
+    local.submit("a", A, [1, 2], max_tokens=2)
+    local.run()
+    error = local.outbox.rejected["c"].error
+    assert error.status == 503 and "all models stay on the device" in error.message
+    assert local.outbox.finished["a", 0] == "length"
+    local.now += 100
+    local.submit("later", C, [1, 2], max_tokens=2)
+    local.run()
+    assert local.outbox.rejected["later"].error.status == 503
+    assert local.worker.models[C].state is ModelState.FAILED
+
+
+def test_in_timeshare_one_model_is_there_at_a_time(start: Any) -> None:
+    local = start("timeshare", 12, quantum=0.05)
+    many = prompts(12, 100)
+    for i, prompt in enumerate(many):
+        local.submit(str(i), FAMILIES[i % 3], prompt, max_tokens=16)
+    seen: list[str] = []
+
+    def watch() -> bool:
+        here = active(local)
+        assert len(here) <= 1
+        if here and (not seen or seen[-1] not in here):
+            seen.extend(here)
+        return False
+
+    local.run(until=watch)
+    assert set(seen) == set(FAMILIES)
+    assert all(right(local, str(i), FAMILIES[i % 3], prompt) for i, prompt in enumerate(many))
+    local.submit("again", seen[0], many[0], max_tokens=16)
+    local.run(until=watch)
+    assert right(local, "again", seen[0], many[0])
+
+
+def test_in_timeshare_a_quantum_ends_what_would_go_on_for_ever(start: Any) -> None:
+    local = start("timeshare", 12, A, B, quantum=0.05)
+    local.submit("first", A, [1, 2, 3], max_tokens=30)
+    local.submit("other", B, [1, 2, 3], max_tokens=2)
+    count = 0
+    for _ in range(400):
+        if len(local.worker.requests.of_model(local.worker.models[A].name)) < 2:
+            count += 1
+            local.submit(f"more{count}", A, [4, 5, count], max_tokens=30)
+        local.pump()
+        if ("other", 0) in local.outbox.finished:
+            break
+    assert ("other", 0) in local.outbox.finished
+    local.run()
+
+
+def test_a_request_that_waits_is_told_its_place(start: Any) -> None:
+    local = start("prism", 12, A)
+    local.submit("warm", A, [1], max_tokens=1)
+    local.run()
+    local.worker.max_batch_size = 1
+    for i in range(4):
+        local.submit(str(i), A, [1 + i] * 50, max_tokens=3)
+    local.run()
+    started = local.outbox.started
+    assert [started[str(i)].queue_position for i in range(4)] == [1, 2, 3, 4]
+    waits = [started[str(i)].estimated_seconds for i in range(4)]
+    assert waits == sorted(waits) and waits[3] > 0
+    assert started["warm"].estimated_seconds > 0, "its model had to come first"
