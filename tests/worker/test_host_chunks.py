@@ -99,7 +99,7 @@ def test_a_thread_makes_what_is_asked_for(made: list[HostChunks]) -> None:
 
 @pytest.mark.parametrize("chunk", [2 * MiB, 16 * MiB, 32 * MiB])
 def test_nothing_stays_registered(chunk: int) -> None:
-    """Of chunks of 2 MiB each eighth alone was unregistered; CUDA then found its addresses "already mapped"."""
+    """Of chunks of 2 MiB only each eighth was unregistered; CUDA then found addresses "already mapped"."""
     pinner = RecordingPinner()
     chunks = HostChunks(Bytes(chunk), 9, pinner)
     chunks.ask(9)
