@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prism.engine.kv_blocks import KvSpace
 from prism.engine.runner import InFlight, Runner
@@ -24,12 +25,12 @@ class EngineRequest:
     resumed: tuple[ResumedChoice, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A token of a choice, or its end. `token` is None when the stop token ended it."""
 
     sequence: Sequence
-    index: int
+    number: int
+    """Of the token in the choice's output, from 0."""
     token: int | None
     logprob: TokenLogprob | None
     finish: FinishReason | None
@@ -145,12 +146,13 @@ class Engine:
         return drawn
 
     def _take(self, sequence: Sequence, draw: Sampled) -> Drawn:
+        token, logprob = draw
         index = sequence.num_output
-        if draw.token in sequence.params.stop_token_ids:
+        if token in sequence.params.stop_token_ids:
             self.scheduler.remove(sequence)
-            return Drawn(sequence, index, None, draw.logprob, FinishReason.STOP, draw.token)
-        sequence.append(draw.token)
+            return Drawn(sequence, index, None, logprob, FinishReason.STOP, token)
+        sequence.append(token)
         finish = sequence.finish_reason()
         if finish is not None:
             self.scheduler.remove(sequence)
-        return Drawn(sequence, index, draw.token, draw.logprob, finish, None)
+        return Drawn(sequence, index, token, logprob, finish, None)

@@ -8,7 +8,7 @@ own logits and (seed, choice, position). Reported log-probabilities are of the r
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ DRAW_NUMBERS = 1 << 23
 """Logits that are drawn from at a time: intermediate results take up to 40 bytes for each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """One row's token, with its log-probabilities if they were asked for."""
 
     token: int

@@ -129,9 +129,13 @@ class Scheduler:
         size = self.kv.layout.tokens_per_block
         for sequence in self._could_run():
             held, computed = len(sequence.blocks), sequence.num_computed
-            if sequence.num_missing > size:
+            total = len(sequence.tokens) + sequence.num_pending
+            if total - computed == 1 and total <= held * size and budget:  # most: a decode with room
+                budget -= 1
+                continue
+            if total - computed > size:
                 held, computed = self._prefix(sequence)
-            length = min(sequence.num_total - computed, budget)
+            length = min(total - computed, budget)
             if length == 0:
                 break
             budget -= length
@@ -141,7 +145,7 @@ class Scheduler:
 
     def _could_run(self) -> Iterator[Sequence]:
         """Sequences that the next step could take, memory permitting, in its order."""
-        yield from (s for s in self.running if s.can_step)
+        yield from (s for s in self.running if not s.num_pending or s.can_step)
         places = min(self.max_batch_size - len(self.running), self._slots.num_free)
         able = (s for s in self.waiting if not s.num_pending and not self._must_follow(s))
         yield from islice(able, max(0, places))
@@ -192,17 +196,25 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:  # 1; preemption shortens the list from its end
             sequence = self.running[index]
-            news = len(sequence.blocks) + 1 - sequence.num_tabled
-            if not sequence.can_step or (chunks and news > entries):
+            start, held = sequence.num_computed, len(sequence.blocks)
+            missing = len(sequence.tokens) + sequence.num_pending - start
+            most = held + 1 if missing <= size else self.kv.layout.num_blocks(len(sequence.tokens))
+            if (sequence.num_pending and not sequence.can_step) or (
+                chunks and most - sequence.num_tabled > entries
+            ):
                 index += 1
                 continue
-            missing = sequence.num_missing
+            if missing == 1 and start < held * size:  # the common case: a decode whose block has room
+                sequence.num_computed = start + 1
+                sequence.num_pending += 1
+                chunks.append(Chunk(sequence, start, 1, True))
+                budget -= 1
+                entries -= held - sequence.num_tabled
+                index += 1
+                continue
             if missing > size:
                 missing = self._find_prefix(sequence)
-            if missing == 1 and sequence.num_computed < len(sequence.blocks) * size:
-                length = 1  # the common case: a decode whose block has room
-            else:
-                length = self._make_room(sequence, min(missing, budget), fresh)  # 2
+            length = self._make_room(sequence, min(missing, budget), fresh)  # 2
             if length:
                 budget -= length
                 entries -= len(sequence.blocks) - sequence.num_tabled

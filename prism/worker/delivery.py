@@ -57,7 +57,7 @@ def _output(ticket: Ticket, drawn: Drawn) -> Output:
         request_id=ticket.submit.request_id,
         attempt=ticket.submit.attempt,
         choice=drawn.sequence.choice,
-        index=drawn.index,
+        index=drawn.number,
         token_ids=[] if drawn.token is None else [drawn.token],
         logprobs=None if drawn.logprob is None or drawn.token is None else [drawn.logprob],
         finish=drawn.finish,

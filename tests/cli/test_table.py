@@ -26,6 +26,7 @@ def entry(name: str, worker: str = "worker-0", **changes: Any) -> dict[str, Any]
         "kv_limit_bytes": None,
         "num_running": 12,
         "num_waiting": 3,
+        "estimated_wait": 1.25,
         "load_progress": 1.0,
         "idle_seconds": 0.0,
         "num_activations": 1,
@@ -62,9 +63,9 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     limited = entry("b", kv_limit_bytes=2 * GiB, num_running=0, idle_seconds=61.4, pinned=True)
     assert lines(capsys, entry(LONG_NAME), limited) == [
         "worker-0 on cuda:0: 128G in slabs of 32M, 64M free",
-        "MODEL            STATE           WEIGHTS  KV USED  CACHED  HELD  HOST  LIMIT  RUN  WAIT  IDLE",
-        "Qwen/Qwen2.5-7B  active              15G     1.5M       0   96M     0      -   12     3    0s",
-        "b                active, pinned      15G     1.5M       0   96M     0  2048M    0     3   61s",
+        "MODEL            STATE           WEIGHTS  KV USED  CACHED  HELD  HOST  LIMIT  RUN  WAIT   ETA  IDLE",
+        "Qwen/Qwen2.5-7B  active              15G     1.5M       0   96M     0      -   12     3  1.2s    0s",
+        "b                active, pinned      15G     1.5M       0   96M     0  2048M    0     3  1.2s   61s",
     ]
 
 
