@@ -229,6 +229,13 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """Packed weights in host memory from which this worker can load at full speed."""
     kv_host_bytes: int = 0
     """Blocks that wait in host memory for when they are wanted again."""
+    load_seconds: float = 0.0
+    """How long its last activation took; 0 if there was none."""
+    prompt_tokens: int = 0
+    """Of requests that started. This and the next two count from the worker's start."""
+    decoded_tokens: int = 0
+    device_seconds: float = 0.0
+    """The part of the device's time that its steps had."""
 
 
 class Report(Message, frozen=True, kw_only=True):

@@ -51,6 +51,10 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         max_len=worker.max_len(model),
         pinned=model.pinned,
         error=model.error,
+        load_seconds=model.load_seconds,
+        prompt_tokens=model.usage.prompt_tokens,
+        decoded_tokens=model.usage.decoded_tokens,
+        device_seconds=model.usage.device_seconds,
         registered_bytes=(
             0 if worker.registrations is None else worker.registrations.registered_bytes(model.name)
         ),

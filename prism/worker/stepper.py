@@ -21,6 +21,7 @@ from prism.worker.lanes import Flight, Lane
 from prism.worker.models import Model
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
+from prism.worker.usage import DeviceTime
 from prism.worker.views import neighbours_decode, turn_snapshot
 
 MAX_QUEUED = 2
@@ -73,6 +74,7 @@ class Stepper:
         self._patience = patience
         self._num_free = device.pool.num_free
         """Free slabs at the last look."""
+        self._device_time = DeviceTime()
 
     # --- towards the device ---------------------------------------------------------------------------
 
@@ -122,6 +124,7 @@ class Stepper:
             ticket = self._requests.get(request_id)
             if ticket is not None and not ticket.is_started:
                 ticket.is_started = True
+                model.usage.prompt_tokens += len(ticket.submit.prompt)
                 sequences = model.engine.scheduler.sequences_of(request_id)
                 self._delivery.started(ticket, sequences, self._clock())
 
@@ -159,6 +162,7 @@ class Stepper:
                 model.name, flight.num_prompt_tokens, now - max(flight.begin, lane.last_end)
             )
             lane.last_end = now
+            model.usage.device_seconds += self._device_time.ended(flight.begin, now)
             model.stalled_until = 0.0  # what waited for these tokens, or for a place, may go on
             self._account(model, model.engine.commit(flight.step))
 
@@ -166,6 +170,7 @@ class Stepper:
         """Send a step's tokens and close what has ended."""
         now = self._clock()
         model.last_used = now
+        model.usage.decoded_tokens += len(drawn)
         pairs = []
         for item in drawn:
             ticket = self._requests.get(item.sequence.request_id)
