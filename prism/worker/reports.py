@@ -52,6 +52,7 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         pinned=model.pinned,
         error=model.error,
         load_seconds=model.load_seconds,
+        num_started=model.usage.num_requests,
         prompt_tokens=model.usage.prompt_tokens,
         decoded_tokens=model.usage.decoded_tokens,
         device_seconds=model.usage.device_seconds,

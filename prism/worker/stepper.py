@@ -124,6 +124,7 @@ class Stepper:
             ticket = self._requests.get(request_id)
             if ticket is not None and not ticket.is_started:
                 ticket.is_started = True
+                model.usage.num_requests += 1
                 model.usage.prompt_tokens += len(ticket.submit.prompt)
                 sequences = model.engine.scheduler.sequences_of(request_id)
                 self._delivery.started(ticket, sequences, self._clock())

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 class Usage:
     """Counters of one model; they only grow."""
 
+    num_requests: int = 0
+    """That started."""
     prompt_tokens: int = 0
-    """Of requests that started, what the prefix cache had included."""
+    """Theirs, what the prefix cache had included."""
     decoded_tokens: int = 0
     device_seconds: float = 0.0
 
@@ -18,9 +20,9 @@ class Usage:
 class DeviceTime:
     """Splits the device's time among the models whose steps end.
 
-    A step gets the time since it was queued, or since another one ended on whichever lane if that is later.
-    So the parts of steps that run side by side add up to the time that has passed, and the shares of all models
-    of a device to 1 at most.
+    A step gets the time since it was queued, or since another one ended on whichever lane, if later.
+    So the parts of steps that run side by side add up to the time that has passed, and the shares of all
+    models of a device to 1 at most.
     """
 
     def __init__(self) -> None:

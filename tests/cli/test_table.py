@@ -33,7 +33,12 @@ def entry(name: str, worker: str = "worker-0", **changes: Any) -> dict[str, Any]
         "pinned": False,
         "error": None,
     }
-    return {"model": name, "worker": worker, "report": report | changes}
+    return at(name, worker, report | changes)
+
+
+def at(name: str, worker: str, report: dict[str, Any] | None, **fields: Any) -> dict[str, Any]:
+    still = {"homes": [worker], "elsewhere": [], "migration": None}
+    return {"model": name, "worker": worker, "report": report} | still | fields
 
 
 def answer(*models: dict[str, Any]) -> dict[str, Any]:
@@ -81,11 +86,23 @@ def test_nothing_is_cut_in_a_narrow_terminal(
 
 
 def test_workers_are_shown_when_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
-    away = {"model": "b", "worker": "worker-1", "report": None}
+    away = at("b", "worker-1", None)
     table = lines(capsys, entry("a"), away)
     assert table[1].split()[:3] == ["MODEL", "WORKER", "STATE"]
     assert table[3].split() == ["b", "worker-1", "away"]
     assert "WORKER" not in lines(capsys, entry("a"))[1]
+
+
+def test_a_migration_is_shown_at_both_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    there = {"worker": "worker-1", "report": entry("a", state="loading", load_progress=0.5)["report"]}
+    moving = {"source": "worker-0", "target": "worker-1", "phase": "loading"}
+    source = entry("a")["report"]
+    table = lines(capsys, at("a", "worker-0", source, elsewhere=[there], migration=moving))
+    assert table[2].startswith("a      worker-0  active, moving to worker-1 ")
+    assert table[3].startswith("a      worker-1  loading 50%, arriving ")
+    merging = {"source": "worker-1", "target": None, "phase": "draining"}
+    table = lines(capsys, at("a", "worker-0", source, elsewhere=[there], migration=merging))
+    assert "moving" not in table[2] and "loading 50%, leaving" in table[3]
 
 
 def test_progress_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
