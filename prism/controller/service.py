@@ -93,9 +93,8 @@ class ControllerService:
 
     async def follow_time(self) -> None:
         """What has taken too long, and now and then a look at everything."""
-        never = asyncio.Event()
         while True:
-            await self._clock.wait(never, self._clock.now() + TICK_SECONDS)
+            await self._clock.wait(asyncio.Event(), self._clock.now() + TICK_SECONDS)
             if not self._is_rebuilt and self._clock.now() >= self._began + REBUILD_SECONDS:
                 self._rebuilt()
             self.planner.tick()

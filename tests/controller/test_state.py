@@ -56,9 +56,9 @@ def test_nothing_is_known_of_a_worker_that_has_ended() -> None:
 # --- several homes, and what is so though nobody decided it -----------------------------------------------
 
 
-def active(state: ControllerState, worker: WorkerId, model: str = "a", **fields: object) -> bool:
-    state.on_report(report(worker, model_report(model, **{"state": ModelState.ACTIVE} | fields)))
-    return state.adopt(worker, now=100.0)
+def active(known: ControllerState, worker: WorkerId, model: str = "a", **fields: object) -> bool:
+    known.on_report(report(worker, model_report(model, **{"state": ModelState.ACTIVE} | fields)))
+    return known.adopt(worker, now=100.0)
 
 
 def test_routes_have_weights_if_devices_differ_and_name_who_drains() -> None:
