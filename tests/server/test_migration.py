@@ -56,8 +56,10 @@ async def both_up(server: Server) -> bool:
 async def test_models_move_under_load_and_every_stream_is_right(
     client: httpx.AsyncClient, server: Server
 ) -> None:
-    """Twenty long streams; their models move away and back while new ones come. What a source has not finished
-    in two seconds goes on at the target with its tokens."""
+    """Twenty long streams; two models move while more requests come.
+
+    What a source has not finished in two seconds goes on at the target with its tokens.
+    """
     await eventually(lambda: both_up(server), "both workers are up", 60)
     expected = await alone(client, server)
     calls = [call.start(client, server.url) for call in load.calls()]
