@@ -313,6 +313,8 @@ class Evict(Command, frozen=True, kw_only=True):
 
     model: str
     returns: bool = False
+    moved: bool = False
+    """It lives elsewhere: it is pinned here no more."""
 
 
 class SetLimits(Command, frozen=True, kw_only=True):

@@ -66,11 +66,6 @@ class Mover:
         future = self._switched.setdefault(model, asyncio.get_running_loop().create_future())
         return await asyncio.shield(future)
 
-    def close(self) -> None:
-        """Nothing more is heard of commands under way."""
-        for task in self._tasks:
-            task.cancel()
-
     # --- events ---------------------------------------------------------------------------------------
 
     def on_report(self, worker: WorkerId) -> None:
@@ -179,7 +174,9 @@ class Mover:
     async def _evict(self, model: ModelId, worker: WorkerId, returns: bool, number: int) -> None:
         event: steps.Event = steps.SourceCold()
         try:
-            await self._commander.command(worker, Evict(epoch=0, command_id=0, model=model, returns=returns))
+            await self._commander.command(
+                worker, Evict(epoch=0, command_id=0, model=model, returns=returns, moved=True)
+            )
         except EngineFailure:
             event = steps.EvictRefused()
         except RequestError:

@@ -46,6 +46,9 @@ def _evict(worker: Worker, model: Model, command: Evict) -> None:
         worker.command_done(command, f"model {model.name} has unfinished requests")
         return
     model.is_wanted = False
+    if command.moved and model.pinned:
+        model.pinned = False
+        worker.capacities_changed()
     if model.is_active:
         model.evict_commands.append(command.command_id)
         worker.evict(model)

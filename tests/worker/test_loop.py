@@ -186,8 +186,10 @@ def test_an_eviction_that_is_not_to_wait_returns_what_runs(start: Any, paths: di
     local.submit("waits", "llama", prompt, max_tokens=30)
     local.worker.on_command(Evict(epoch=1, command_id=1, model="llama"))
     assert local.outbox.done[0].error is not None, "it has requests"
-    local.worker.on_command(Evict(epoch=1, command_id=2, model="llama", returns=True))
+    local.worker.models["llama"].pinned = True
+    local.worker.on_command(Evict(epoch=1, command_id=2, model="llama", returns=True, moved=True))
     local.run()
+    assert not local.worker.models["llama"].pinned, "memory would be kept for it here"
     assert sorted(local.outbox.returned) == ["r", "waits"]
     assert local.worker.models["llama"].state is ModelState.COLD and local.outbox.done[1].error is None
     so_far = local.outbox.tokens["r", 0]
