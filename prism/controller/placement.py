@@ -23,9 +23,12 @@ import numpy as np
 from prism.controller.decisions import Plan
 from prism.controller.homes import Homes
 from prism.controller.pressure import Floats, entry_of, lowest
-from prism.controller.replicas import fit_replicas
+from prism.controller.replicas import FULL, fit_replicas
 from prism.controller.snapshot import DeviceState, Home, ModelNeed, PlacementSnapshot
 from prism.types import ModelId
+
+MOST_DOUBT = 0.35
+"""About a full device: two models that need half of it each come apart, however few requests say so."""
 
 
 def decide(snapshot: PlacementSnapshot, now: float) -> Plan:
@@ -137,6 +140,13 @@ def _worth(homes: Homes, pressure: float) -> float:
     return homes.policy.gain * max(1.0, pressure)
 
 
+def _doubt(homes: Homes, place: int, target: int) -> float:
+    """By chance a device is full for a moment, but one that stays so hides how much is asked for."""
+    doubt = homes.policy.doubt * homes.fleet.noise(place, target)
+    is_full = homes.fleet.parts()[1][place] >= FULL
+    return min(doubt, MOST_DOUBT) if is_full else doubt
+
+
 def _relieve_device(homes: Homes, place: int, pressure: float) -> bool:
     best: tuple[float, ModelNeed, int] | None = None
     for name in homes.living(place):
@@ -146,7 +156,7 @@ def _relieve_device(homes: Homes, place: int, pressure: float) -> bool:
         gain, target = _gain(homes, model, place, pressure)
         cost = model.move_seconds if homes.fleet.workers[place] in model.resident else 0.0
         is_paid = gain * homes.policy.horizon >= cost
-        is_sure = gain > _worth(homes, pressure) + homes.policy.doubt * homes.fleet.noise(place, target)
+        is_sure = gain > _worth(homes, pressure) + _doubt(homes, place, target)
         if is_sure and is_paid and (best is None or gain > best[0]):
             best = gain, model, target
     if best is None:

@@ -6,7 +6,7 @@ from prism.controller.homes import Homes
 from prism.controller.pressure import entry_of, lowest
 from prism.controller.snapshot import ModelNeed
 
-FULL = 0.98
+FULL = 0.9
 MERGE_PATIENCE = 5.0
 """Cooldowns before a home is given up: having one too many costs little, and getting it back costs a load."""
 

@@ -137,6 +137,15 @@ def test_a_gain_that_is_small_too_late_or_too_dear_moves_nothing() -> None:
     assert run(fixed, apart, together).decisions == ()
 
 
+def test_what_chance_may_explain_moves_nothing_unless_the_device_is_full() -> None:
+    """Two models that filled a device with few, long requests were never sure enough to come apart."""
+    devices, homes = [device(0), device(1)], {"a": at(W0), "b": at(W0)}
+    for compute, noise, count in ((0.4, 0.05, 1), (0.4, 0.5, 0), (0.5, 0.5, 1)):
+        load = {"compute": compute, "token_rate": 1.0, "noise": noise}
+        models = [model(name, 10, W0, **load) for name in "ab"]
+        assert len(run(models, devices, homes).decisions) == count, (compute, noise)
+
+
 def test_each_move_that_soon_follows_another_doubles_the_wait() -> None:
     home = Home(W0, since=NOW - 200).moved(W1, NOW, cooldown=120.0)
     assert home == Home(W1, NOW, num_moves=1)
