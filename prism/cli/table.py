@@ -40,6 +40,10 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
     for entry in answer["models"]:
         if entry["report"] is not None and entry["report"]["error"]:
             console.print(f"{entry['model']}: {entry['report']['error']}")
+    for name in answer["placement"]["crowded"]:
+        console.print(f"{name}: takes turns in memory, since all that is asked for fits no device together")
+    for name in answer["placement"]["infeasible"]:
+        console.print(f"{name}: fits no device")
 
 
 def _host_memory(device: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
+from prism.controller.decisions import Plan
 from prism.controller.service import ControllerService
 from prism.controller.state import ControllerState
 from prism.errors import InvalidRequest, ModelNotFound, RequestError
@@ -152,7 +153,20 @@ def describe(service: ControllerService) -> dict[str, Any]:
         for report in state.reports.values()
     ]
     models = [_describe_model(service.state, model) for model in state.homes]
-    return {"epoch": state.epoch, "devices": devices, "models": models}
+    placement = _describe_plan(service.plan)
+    return {"epoch": state.epoch, "devices": devices, "models": models, "placement": placement}
+
+
+def _describe_plan(plan: Plan | None) -> dict[str, Any]:
+    """The devices' pressures at the last look, and the models that have too little room."""
+    if plan is None:
+        return {"pressures": {}, "crowded": [], "infeasible": []}
+    pressures = {worker: round(pressure, 3) for worker, pressure in plan.pressures.items()}
+    return {
+        "pressures": pressures,
+        "crowded": sorted(plan.crowded),
+        "infeasible": sorted(plan.infeasible),
+    }
 
 
 def _describe_model(state: ControllerState, model: ModelId) -> dict[str, Any]:

@@ -100,7 +100,10 @@ class Planner:
 
     def place(self) -> None:
         """One round."""
-        self.plan = plan = decide(self._snapshot(), self._now())
+        before, self.plan = self.plan, decide(self._snapshot(), self._now())
+        plan = self.plan
+        for model in sorted(plan.infeasible - (before.infeasible if before else frozenset())):
+            log.error("model %s fits no device", model)
         is_changed = False
         for decision in plan.decisions:
             is_changed = self._carry_out(decision, plan) or is_changed

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 import zmq.asyncio
 
 from prism import transport
 from prism.clock import Clock
+from prism.controller.decisions import Plan
 from prism.controller.links import WorkerLinks
 from prism.controller.planner import Planner
 from prism.controller.state import ControllerState
@@ -131,8 +132,8 @@ class ControllerService:
         self.state.on_worker_ended(worker)
         self.planner.on_worker_ended(worker)
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -141,6 +142,11 @@ class ControllerService:
             await self.links.command(worker, Activate(epoch=0, command_id=0, model=model))
         except RequestError as error:
             log.error("model %s could not be loaded at start: %s", model, error.message)
+
+    @property
+    def plan(self) -> Plan | None:
+        """How the last look found everything; None before the first."""
+        return self.planner.plan
 
     # --- for an administrator -------------------------------------------------------------------------
 

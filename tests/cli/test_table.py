@@ -54,7 +54,8 @@ def answer(*models: dict[str, Any]) -> dict[str, Any]:
         "kv_host_bytes": 0,
         "kv_host_error": None,
     }
-    return {"epoch": 1, "devices": [device], "models": list(models)}
+    placement = {"pressures": {}, "crowded": [], "infeasible": []}
+    return {"epoch": 1, "devices": [device], "models": list(models), "placement": placement}
 
 
 def lines(capsys: pytest.CaptureFixture[str], *models: dict[str, Any]) -> list[str]:
@@ -103,6 +104,14 @@ def test_a_migration_is_shown_at_both_ends(capsys: pytest.CaptureFixture[str]) -
     merging = {"source": "worker-1", "target": None, "phase": "draining"}
     table = lines(capsys, at("a", "worker-0", source, elsewhere=[there], migration=merging))
     assert "moving" not in table[2] and "loading 50%, leaving" in table[3]
+
+
+def test_models_without_room_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    of_all = answer(entry("a"))
+    of_all["placement"] |= {"crowded": ["a"], "infeasible": ["b"]}
+    print_models(of_all, as_json=False)
+    crowded, infeasible = capsys.readouterr().out.splitlines()[-2:]
+    assert crowded.startswith("a: takes turns") and infeasible == "b: fits no device"
 
 
 def test_progress_and_errors(capsys: pytest.CaptureFixture[str]) -> None:

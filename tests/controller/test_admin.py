@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from prism.controller.admin import LimitsBody, build_app
+from prism.controller.decisions import Plan
 from prism.controller.migration import Migration, Phase
 from prism.controller.snapshot import Home
 from prism.controller.state import ControllerState
@@ -29,6 +30,7 @@ class FakeService:
         self.state = ControllerState(epoch=7, homes=homes)
         self.asked: list[tuple[Any, ...]] = []
         self.error: RequestError | None = None
+        self.plan: Plan | None = None
 
     async def load(self, model: str, pinned: bool | None = None) -> None:
         self._ask("load", model, pinned)
@@ -102,6 +104,16 @@ async def test_a_migration_under_way_is_shown(client: httpx.AsyncClient, service
     first, _ = (await client.get("/admin/models")).json()["models"]
     assert first["migration"] == {"source": "worker-0", "target": "worker-1", "phase": "loading"}
     assert [place["worker"] for place in first["elsewhere"]] == ["worker-1"]
+
+
+@pytest.mark.anyio
+async def test_what_placement_has_found_is_shown(client: httpx.AsyncClient, service: FakeService) -> None:
+    empty = {"pressures": {}, "crowded": [], "infeasible": []}
+    assert (await client.get("/admin/models")).json()["placement"] == empty
+    pressures = {WorkerId("worker-0"): 0.51234}
+    service.plan = Plan((), {}, frozenset((ModelId("a"),)), frozenset((ModelId("org/b"),)), pressures)
+    found = (await client.get("/admin/models")).json()["placement"]
+    assert found == {"pressures": {"worker-0": 0.512}, "crowded": ["a"], "infeasible": ["org/b"]}
 
 
 @pytest.mark.anyio
