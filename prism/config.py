@@ -119,6 +119,8 @@ class DeviceConfig(_Section):
     """Most tokens of one step, prompts and decodes together."""
     max_batch_size: int = Field(default=256, ge=1, le=1024)
     """Most sequences of one step."""
+    speed: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Of its steps, relative to the other devices; placement gives a faster one more."""
     lanes: int = Field(default=2, ge=1, le=8)
     """Steps of so many models at a time on a GPU; each lane has workspaces of its own. A CPU has one."""
 
@@ -164,12 +166,24 @@ class LimitsConfig(_Section):
 
 
 class SchedulingConfig(_Section):
-    """Who gets a device, and when."""
+    """Who gets a device and when, on which one models live, and when they move to another."""
 
     mode: Mode = Mode.PRISM
     """How models share a device; docs/design/scheduling.md."""
     quantum: Annotated[Duration, Field(gt=0)] = 10.0
     """In mode timeshare: a model takes requests for so long while others wait."""
+    placement_interval: Duration = 10.0
+    """Between two looks at all models and devices; 0 moves nothing by itself."""
+    demand_window: Annotated[Duration, Field(ge=1)] = 60.0
+    """Over so long a time rates are taken."""
+    migration_gain: float = Field(default=0.1, ge=0.01, le=10)
+    """A move must lower a device's pressure by more; 1 is a device that is full."""
+    migration_cooldown: Duration = 120.0
+    """Shortest time between two moves of a model; each one that soon follows doubles it."""
+    max_migrations: int = Field(default=2, ge=0, le=64)
+    """Most moves that one look starts."""
+    drain_timeout: Duration = 60.0
+    """A move's source finishes requests for so long; the rest goes on at the target."""
 
 
 class HostMemoryConfig(_Section):

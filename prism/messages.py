@@ -1,6 +1,6 @@
 """Everything that Prism's processes say to one another, as tagged unions (msgspec, MessagePack).
 
- gateway --Submit, CancelChoice--> worker               worker --Started, Outputs, Rejected--> gateway
+ gateway --Submit, CancelChoice--> worker     worker --Started, Outputs, Rejected, Returned--> gateway
  gateway --Demand--> controller                         controller --Routes--> gateway
  controller --Activate, Evict, SetLimits--> worker      worker --CommandDone--> controller
  worker --Report--> controller, gateways                everyone --Hello, Ready--> agent
@@ -127,6 +127,14 @@ class Rejected(Message, frozen=True, kw_only=True):
     error: WireError
 
 
+class Returned(Message, frozen=True, kw_only=True):
+    """The worker will not finish this request, though nothing is wrong: another one is to go on with it."""
+
+    request_id: str
+    attempt: int
+    incarnation: int
+
+
 # --- everyone and the agent ------------------------------------------------------------------------
 
 
@@ -235,6 +243,15 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks that wait in host memory for when they are wanted again."""
     estimated_wait: float = 0.0
     """Seconds until a request that came now would start, as far as is known."""
+    load_seconds: float = 0.0
+    """How long its last activation took; 0 if there was none."""
+    num_started: int = 0
+    """Requests that started. This and the next three count from the worker's start."""
+    prompt_tokens: int = 0
+    """Theirs."""
+    decoded_tokens: int = 0
+    device_seconds: float = 0.0
+    """The part of the device's time that its steps had."""
 
 
 class Report(Message, frozen=True, kw_only=True):
@@ -269,6 +286,10 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     workers: list[str]
+    weights: list[float] = []
+    """How much load each of them bears; empty if all bear the same."""
+    draining: list[str] = []
+    """Workers that finish what they have, and get more only when no other is up."""
 
 
 class Routes(Message, frozen=True, kw_only=True):
@@ -294,9 +315,12 @@ class Activate(Command, frozen=True, kw_only=True):
 
 
 class Evict(Command, frozen=True, kw_only=True):
-    """Give up a model's weights once nothing of it runs; its waiting requests load it again."""
+    """Give up a model's weights. While it has unfinished requests that is refused, or they are `Returned`."""
 
     model: str
+    returns: bool = False
+    moved: bool = False
+    """It lives elsewhere: it is pinned here no more."""
 
 
 class SetLimits(Command, frozen=True, kw_only=True):
@@ -316,7 +340,7 @@ class CommandDone(Message, frozen=True, kw_only=True):
 
 
 ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits
-FromWorker = Started | Outputs | Rejected | Report | CommandDone
+FromWorker = Started | Outputs | Rejected | Returned | Report | CommandDone
 ToAgent = Hello | Ready | WeightsWanted
 FromAgent = ProcessUp | ProcessEnded | Stop | WeightsProgress | WeightsReady | WeightsHeld | WeightsFailed
 ToController = Hello | Demand

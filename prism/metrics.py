@@ -52,10 +52,12 @@ class Metrics:
         self.request_queue_time_seconds = self._histogram("request_queue_time_seconds", _LONG)
         self.request_prefill_time_seconds = self._histogram("request_prefill_time_seconds", _LONG)
         self.request_decode_time_seconds = self._histogram("request_decode_time_seconds", _LONG)
-        self.resubmissions = self._counter("resubmissions", "Requests sent again after a worker had died")
+        self.resubmissions = self._counter(
+            "resubmissions", "Requests sent again: a worker had died, or gave them back"
+        )
 
     def _declare_cluster(self) -> None:
-        """Written by workers (slabs, graphs, activations, evictions) and the agent (restarts)."""
+        """Written by workers (slabs, graphs, models coming and going), controller (migrations), agent (restarts)."""
         self.slabs = Gauge(
             "prism:slabs",
             "Slabs by owner: free, retiring, weights, kv, workspace",
@@ -67,6 +69,7 @@ class Metrics:
         self.graph_bytes = self._of_worker("graph_bytes", "Device memory that the driver took for them")
         self.activations = self._counter("activations", "Models brought into device memory")
         self.activation_seconds = self._histogram("activation_seconds", _LONG)
+        self.migrations = self._counter("migrations", "Models moved, copied or merged", "result")
         self.evictions = self._counter("evictions", "Models whose weights gave way")
         self.worker_restarts = Counter(
             "prism:worker_restarts", "Workers started again", ("worker",), registry=self._registry

@@ -26,6 +26,12 @@ def load_model(admin: str, name: str, pin: bool | None) -> None:
     typer.echo(f"{name} is active")
 
 
+def move_model(admin: str, name: str, device: int) -> None:
+    """Move a model to another device; what the old one has, it finishes."""
+    answer = _call("POST", admin, f"/admin/models/{_quoted(name)}/move", {"device": device})
+    typer.echo(f"{name} lives on {answer['worker']}")
+
+
 def unload_model(admin: str, name: str) -> None:
     """Evict a model."""
     _call("POST", admin, f"/admin/models/{_quoted(name)}/unload")

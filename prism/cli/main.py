@@ -78,6 +78,18 @@ def unload(name: str, admin: AdminOption = DEFAULT_ADMIN) -> None:
 
 
 @app.command()
+def move(
+    name: str,
+    device: Annotated[int, typer.Argument(help="Place in the configuration's `devices`, from 0.")],
+    admin: AdminOption = DEFAULT_ADMIN,
+) -> None:
+    """Move a model to another device; returns once new requests go there."""
+    from prism.cli.admin import move_model
+
+    move_model(admin, name, device)
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine and print what is missing and what it costs."""
     from prism.cli.doctor import run_doctor

@@ -40,6 +40,10 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
     for entry in answer["models"]:
         if entry["report"] is not None and entry["report"]["error"]:
             console.print(f"{entry['model']}: {entry['report']['error']}")
+    for name in answer["placement"]["crowded"]:
+        console.print(f"{name}: takes turns in memory, since all that is asked for fits no device together")
+    for name in answer["placement"]["infeasible"]:
+        console.print(f"{name}: fits no device")
 
 
 def _host_memory(device: dict[str, Any]) -> str:
@@ -54,7 +58,7 @@ def _host_memory(device: dict[str, Any]) -> str:
 
 def models_table(answer: dict[str, Any]) -> Table:
     """One row a model. The worker is shown when there are several."""
-    several = len({entry["worker"] for entry in answer["models"]}) > 1
+    several = len({place["worker"] for entry in answer["models"] for place in _places(entry)}) > 1
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in _TEXTS:
         if several or name != "WORKER":
@@ -62,17 +66,33 @@ def models_table(answer: dict[str, Any]) -> Table:
     for name in _NUMBERS:
         table.add_column(name, justify="right", no_wrap=True)
     for entry in answer["models"]:
-        worker = [entry["worker"]] if several else []
-        table.add_row(entry["model"], *worker, *_cells(entry["report"]))
+        for place in _places(entry):
+            worker = [place["worker"]] if several else []
+            table.add_row(entry["model"], *worker, *_cells(place["report"], _part(entry, place["worker"])))
     return table
 
 
-def _cells(report: dict[str, Any] | None) -> list[str]:
+def _places(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where a model is: its home first."""
+    return [entry, *entry["elsewhere"]]
+
+
+def _part(entry: dict[str, Any], worker: str) -> str | None:
+    """What a device is in a migration under way."""
+    migration = entry["migration"]
+    if migration is None:
+        return None
+    if worker == migration["source"]:
+        return f"moving to {migration['target']}" if migration["target"] else "leaving"
+    return "arriving" if worker == migration["target"] else None
+
+
+def _cells(report: dict[str, Any] | None, part: str | None) -> list[str]:
     if report is None:
         return ["away"]
     limit = report["kv_limit_bytes"]
     return [
-        _state(report),
+        _state(report) if part is None else f"{_state(report)}, {part}",
         _size(report["weights_bytes"]),
         _size(report["kv_used_bytes"]),
         _size(report["kv_cached_bytes"]),

@@ -3,6 +3,7 @@
 GET  /admin/models                    state and memory of all models (`prism ps`)
 POST /admin/models/{name}/load        {"pinned": bool | null}
 POST /admin/models/{name}/unload      409 while it has requests
+POST /admin/models/{name}/move        {"device": int}; returns when new requests go there
 POST /admin/models/{name}/limits      {"kv_floor_bytes": int, "kv_limit_bytes": int | null}
 GET  /health
 """
@@ -18,9 +19,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
+from prism.controller.decisions import Plan
 from prism.controller.service import ControllerService
+from prism.controller.state import ControllerState
 from prism.errors import InvalidRequest, ModelNotFound, RequestError
-from prism.types import ModelId
+from prism.types import ModelId, WorkerId
 
 
 class _Body(BaseModel):
@@ -55,6 +58,13 @@ class LimitsBody(_Body):
         return self
 
 
+class MoveBody(_Body):
+    """Where a model is to live."""
+
+    device: Annotated[int, Field(ge=0, lt=2**31)]
+    """Place in the configuration's `devices`."""
+
+
 def build_app(service: ControllerService) -> FastAPI:
     """The admin application."""
     app = FastAPI(openapi_url=None)
@@ -83,6 +93,12 @@ def build_app(service: ControllerService) -> FastAPI:
         model = known(name)
         await service.unload(model)
         return {"model": model, "state": "cold"}
+
+    @app.post("/admin/models/{name:path}/move")
+    async def move(name: str, body: MoveBody) -> dict[str, Any]:
+        model = known(name)
+        worker = await service.move(model, body.device)
+        return {"model": model, "worker": worker}
 
     @app.post("/admin/models/{name:path}/limits")
     async def limits(name: str, body: LimitsBody) -> dict[str, Any]:
@@ -136,17 +152,42 @@ def describe(service: ControllerService) -> dict[str, Any]:
         }
         for report in state.reports.values()
     ]
-    models = []
-    for model, worker in state.homes.items():
-        report = state.model_report(model)
-        models.append(
-            {
-                "model": model,
-                "worker": worker,
-                "report": None if report is None else msgspec.to_builtins(report),
-            }
-        )
-    return {"epoch": state.epoch, "devices": devices, "models": models}
+    models = [_describe_model(service.state, model) for model in state.homes]
+    placement = _describe_plan(service.plan)
+    return {"epoch": state.epoch, "devices": devices, "models": models, "placement": placement}
+
+
+def _describe_plan(plan: Plan | None) -> dict[str, Any]:
+    """The devices' pressures at the last look, and the models that have too little room."""
+    if plan is None:
+        return {"pressures": {}, "crowded": [], "infeasible": []}
+    pressures = {worker: round(pressure, 3) for worker, pressure in plan.pressures.items()}
+    return {
+        "pressures": pressures,
+        "crowded": sorted(plan.crowded),
+        "infeasible": sorted(plan.infeasible),
+    }
+
+
+def _describe_model(state: ControllerState, model: ModelId) -> dict[str, Any]:
+    """Its first home with `report`; other homes, and where it comes from or goes to, are in `elsewhere`."""
+    home, *others = state.places(model)
+    migration = state.migrations.get(model)
+    return {
+        "model": model,
+        "worker": home,
+        "report": _report(state, model, home),
+        "homes": list(state.workers(model)),
+        "elsewhere": [{"worker": worker, "report": _report(state, model, worker)} for worker in others],
+        "migration": None
+        if migration is None
+        else {"source": migration.source, "target": migration.target, "phase": migration.phase.value},
+    }
+
+
+def _report(state: ControllerState, model: ModelId, worker: WorkerId) -> dict[str, Any] | None:
+    report = state.report_of(worker, model)
+    return None if report is None else dict(msgspec.to_builtins(report))
 
 
 def error_response(error: RequestError) -> JSONResponse:

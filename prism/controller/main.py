@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,14 +14,20 @@ import uvicorn
 import zmq.asyncio
 
 from prism import logs, transport
+from prism.clock import SystemClock
 from prism.config import Config, ModelConfig
 from prism.controller.admin import build_app
-from prism.controller.placement import place
+from prism.controller.links import WorkerLinks
+from prism.controller.placement import first_homes
+from prism.controller.planner import Planner
 from prism.controller.service import ControllerService
-from prism.controller.state import ControllerState, DeviceSize, ModelSize
+from prism.controller.snapshot import DeviceState, ModelNeed
+from prism.controller.state import ControllerState
+from prism.controller.views import Catalog
 from prism.errors import CheckpointError
 from prism.messages import Hello, Ready, Role
-from prism.modelspec import read_spec
+from prism.metrics import Metrics
+from prism.modelspec import ModelSpec, read_spec
 from prism.types import ModelId, WorkerId
 
 log = logging.getLogger(__name__)
@@ -49,8 +55,15 @@ async def _serve(run_dir: Path, name: str, incarnation: int, config: Config, lis
     address = transport.socket_address(run_dir, identity)
     router = transport.bind_router(context, address)
     agent = transport.connect_dealer(context, transport.socket_address(run_dir, "agent"), identity)
-    state = ControllerState(epoch=incarnation, homes=initial_homes(config))
-    service = ControllerService(state, context, router, agent, identity)
+    clock, catalog = SystemClock(), catalog_of(config)
+    homes = first_homes(catalog.models, catalog.devices)
+    speeds = {device.worker: device.speed for device in catalog.devices}
+    state = ControllerState(epoch=incarnation, homes=homes, speeds=speeds)
+
+    def planner(state: ControllerState, links: WorkerLinks, routes_changed: Callable[[], None]) -> Planner:
+        return Planner(config.scheduling, catalog, state, links, routes_changed, clock.now, Metrics())
+
+    service = ControllerService(state, planner, context, router, agent, identity, clock)
     server = Server(uvicorn.Config(build_app(service), log_config=None, access_log=False, lifespan="off"))
 
     def stop() -> None:
@@ -60,6 +73,7 @@ async def _serve(run_dir: Path, name: str, incarnation: int, config: Config, lis
     followers = [
         asyncio.create_task(service.follow_agent(stop)),
         asyncio.create_task(service.follow_gateways()),
+        asyncio.create_task(service.follow_time()),
     ]
     for task in followers:
         task.add_done_callback(lambda _: stop())
@@ -71,30 +85,39 @@ async def _serve(run_dir: Path, name: str, incarnation: int, config: Config, lis
         task.cancel()
 
 
-def initial_homes(config: Config) -> dict[ModelId, WorkerId]:
-    """A home for each model by the size of its weights."""
+def catalog_of(config: Config) -> Catalog:
+    """Models and devices as placement sees them before any worker has reported."""
     devices = tuple(
-        DeviceSize(WorkerId(f"worker-{i}"), device.memory, device.slab)
+        DeviceState(WorkerId(f"worker-{i}"), device.memory, device.slab, device.speed)
         for i, device in enumerate(config.devices)
     )
-    models = tuple(
-        ModelSize(
-            ModelId(model.name),
-            _weights_bytes(model),
-            None if model.device is None else WorkerId(f"worker-{model.device}"),
-        )
-        for model in config.models
+    return Catalog(
+        tuple(_need(model) for model in config.models),
+        devices,
+        frozenset(ModelId(model.name) for model in config.models if model.pinned),
+        frozenset(ModelId(model.name) for model in config.models if model.pinned or model.preload),
     )
-    return place(models, devices)
 
 
-def _weights_bytes(model: ModelConfig) -> int:
-    """Size of the weights as the model's shape tells; 0 for a directory that cannot be read."""
+def _need(model: ModelConfig) -> ModelNeed:
+    """As far as the model's directory tells; one that cannot be read takes nothing."""
     try:
         spec = read_spec(model.path, dtype=model.dtype, quantization=model.quantization)
     except CheckpointError as error:
         log.error("model %s: %s", model.name, error)
-        return 0
+        spec = None
+    return ModelNeed(
+        model=ModelId(model.name),
+        weights_bytes=0 if spec is None else _weights_bytes(spec),
+        kv_bytes_per_token=0 if spec is None else spec.kv_bytes_per_token,
+        kv_floor_bytes=model.memory.floor,
+        tpot=model.slo.tpot,
+        device=None if model.device is None else WorkerId(f"worker-{model.device}"),
+    )
+
+
+def _weights_bytes(spec: ModelSpec) -> int:
+    """Size of the weights as the model's shape tells."""
     attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
     layer = attention + 3 * spec.hidden_size * spec.intermediate_size
     embeddings = (1 if spec.tied_embeddings else 2) * spec.vocab_size * spec.hidden_size

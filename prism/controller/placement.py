@@ -1,33 +1,197 @@
-"""Gives every configured model a home device. Pure.
+"""Decides on which devices each model lives. Pure.
 
-Those whose device is given go there. The others follow, largest first, each to the device on which the
-weights assigned so far fill the smallest share of its memory after adding it, among those that can hold it at
-all. Homes only say where a model is loaded when it is asked for, so they may overcommit memory.
+It starts from the homes as they are, and changes as little as it must:
+
+1. A model without a home gets the device on which the pressure is least after adding it, among those with
+   room. Live models come first, by descending demand.
+2. A device with more live models than fit gives some away: what is not in memory first, then what asks
+   least.
+3. A model for whose load fewer homes suffice loses one; one whose home is too little gets another
+   (replicas.py).
+4. The most pressed device gives a model away, if that lowers the higher pressure of the two by more than
+   `gain` and beyond `doubt`, pays within `horizon`, and the model has lived there for `cooldown`.
+5. A model of which nothing is in memory, and that nobody asks for, moves its home to a device that is better.
+
+What has no room anywhere beside others is crowded: it lives where it fits alone, and its worker swaps.
+What fits no device is infeasible, and lives on the largest, whose worker says so.
 """
 
 from __future__ import annotations
 
-from prism.controller.state import DeviceSize, ModelSize
-from prism.types import ModelId, WorkerId
+import numpy as np
+
+from prism.controller.decisions import Plan
+from prism.controller.homes import Homes
+from prism.controller.pressure import Floats, entry_of, lowest
+from prism.controller.replicas import FULL, fit_replicas
+from prism.controller.snapshot import DeviceState, Home, ModelNeed, PlacementSnapshot
+from prism.types import ModelId
+
+MOST_DOUBT = 0.35
+"""About a full device: two models that need half of it each come apart, however few requests say so."""
 
 
-def place(models: tuple[ModelSize, ...], devices: tuple[DeviceSize, ...]) -> dict[ModelId, WorkerId]:
-    """A home for each model; the order of `models` is kept."""
-    assigned = {device.worker: 0 for device in devices}
-    homes: dict[ModelId, WorkerId] = {}
-    for model in sorted(models, key=lambda m: (m.worker is None, -m.weights_bytes, m.model)):
-        able = tuple(device for device in devices if _holds(device, model.weights_bytes))
-        home = model.worker or _emptiest(able or devices, assigned, model.weights_bytes)
-        assigned[home] += model.weights_bytes
-        homes[model.model] = home
-    return {model.model: homes[model.model] for model in models}
+def decide(snapshot: PlacementSnapshot, now: float) -> Plan:
+    """See the module's docstring."""
+    homes = Homes(snapshot, now)
+    _settle(homes)  # 1
+    _relieve_overfull(homes)  # 2
+    fit_replicas(homes)  # 3
+    while homes.moves_left and _relieve(homes):  # 4
+        pass
+    _rehome_idle(homes)  # 5
+    return homes.plan()
 
 
-def _holds(device: DeviceSize, weights: int) -> bool:
-    """The model fits alone: its weights in whole slabs, and one slab of KV."""
-    return -(-weights // device.slab_bytes) + 1 <= device.memory_bytes // device.slab_bytes
+def first_homes(
+    models: tuple[ModelNeed, ...], devices: tuple[DeviceState, ...]
+) -> dict[ModelId, tuple[Home, ...]]:
+    """Homes before anybody has asked for anything; they hold back no move."""
+    homes = decide(PlacementSnapshot(models, devices), 0.0).homes
+    return {model: tuple(Home(home.worker) for home in each) for model, each in homes.items()}
 
 
-def _emptiest(devices: tuple[DeviceSize, ...], assigned: dict[WorkerId, int], added: int) -> WorkerId:
-    """The device that is least full once `added` bytes have come."""
-    return min(devices, key=lambda d: ((assigned[d.worker] + added) / d.memory_bytes, d.worker)).worker
+# --- 1: homes for those that have none ----------------------------------------------------------------
+
+
+def _settle(homes: Homes) -> None:
+    """As many homes as a model is split over, one at least."""
+    missing = [m for m in homes.models.values() if len(homes.of(m.model)) < m.tp]
+    demand = {m.model: homes.fleet.demand(homes.entries[m.model]) for m in missing}
+    for model in sorted(
+        missing,
+        key=lambda m: (m.device is None, not m.is_live, -demand[m.model], -m.weights_bytes, m.model),
+    ):
+        while len(homes.of(model.model)) < model.tp:
+            place = _best(homes, model)
+            if place is None:
+                homes.infeasible.add(model.model)
+                break
+            homes.give(model, place)
+
+
+def _best(homes: Homes, model: ModelNeed) -> int | None:
+    """The best device for one more home; None only if each device that is allowed has one already."""
+    fleet, allowed = homes.fleet, homes.allowed(model)
+    entry = entry_of(model, len(homes.of(model.model)) + 1)
+    if not allowed.any():
+        return None
+    if not (able := allowed & fleet.fits_alone(entry)).any():
+        return lowest(-fleet.capacity, allowed)
+    if not model.is_live:
+        return lowest(fleet.homeliness(entry), able)
+    if (roomy := able & fleet.fits(entry)).any():
+        return lowest(fleet.with_added(entry), roomy)
+    homes.crowded.add(model.model)
+    return lowest(fleet.with_added(entry), able)
+
+
+# --- 2: what does not fit -----------------------------------------------------------------------------
+
+
+def _relieve_overfull(homes: Homes) -> None:
+    """Move what must leave. What has no room anywhere is crowded and stays."""
+    for place in map(int, np.flatnonzero(homes.fleet.excess() > 0)):
+        excess = float(homes.fleet.excess()[place])
+        for model in _by_ease(homes, place):
+            if excess <= 0:
+                break
+            excess -= homes.fleet.need(homes.entries[model.model], place)
+            _push_out(homes, model, place)
+
+
+def _by_ease(homes: Homes, place: int) -> list[ModelNeed]:
+    """Live models of a device: what is not in memory, and asks least, is moved most easily."""
+    worker = homes.fleet.workers[place]
+    models = [homes.models[model] for model in homes.living(place)]
+    able = [model for model in models if model.is_live and not homes.is_busy(model)]
+    return sorted(able, key=lambda m: (worker in m.resident, homes.fleet.demand(homes.entries[m.model])))
+
+
+def _push_out(homes: Homes, model: ModelNeed, place: int) -> None:
+    entry = homes.entries[model.model]
+    if (roomy := homes.roomy(model, entry)).any():
+        if homes.may_move(model) or homes.fleet.workers[place] not in model.resident:
+            homes.move(model, place, lowest(homes.fleet.with_added(entry), roomy), 0.0)
+    else:
+        homes.crowded.add(model.model)
+
+
+# --- 4: pressure --------------------------------------------------------------------------------------
+
+
+def _relieve(homes: Homes) -> bool:
+    """The best move from the most pressed device that has one; False if there is none worth it."""
+    pressures, is_up = homes.fleet.pressures(), homes.fleet.is_up
+    if not is_up.any():
+        return False
+    least = float(pressures[is_up].min())
+    for place in map(int, np.argsort(-pressures, kind="stable")):
+        pressure = float(pressures[place])
+        if pressure - least <= _worth(homes, pressure):  # no device can gain more
+            return False
+        if _relieve_device(homes, place, pressure):
+            return True
+    return False
+
+
+def _worth(homes: Homes, pressure: float) -> float:
+    """What a move must gain: beyond 1 pressures are noisy in proportion."""
+    return homes.policy.gain * max(1.0, pressure)
+
+
+def _doubt(homes: Homes, place: int, target: int) -> float:
+    """By chance a device is full for a moment, but one that stays so hides how much is asked for."""
+    doubt = homes.policy.doubt * homes.fleet.noise(place, target)
+    is_full = homes.fleet.parts()[1][place] >= FULL
+    return min(doubt, MOST_DOUBT) if is_full else doubt
+
+
+def _relieve_device(homes: Homes, place: int, pressure: float) -> bool:
+    best: tuple[float, ModelNeed, int] | None = None
+    for name in homes.living(place):
+        model = homes.models[name]
+        if not model.is_live or model.device is not None or not homes.may_move(model):
+            continue
+        gain, target = _gain(homes, model, place, pressure)
+        cost = model.move_seconds if homes.fleet.workers[place] in model.resident else 0.0
+        is_paid = gain * homes.policy.horizon >= cost
+        is_sure = gain > _worth(homes, pressure) + _doubt(homes, place, target)
+        if is_sure and is_paid and (best is None or gain > best[0]):
+            best = gain, model, target
+    if best is None:
+        return False
+    gain, model, target = best
+    homes.move(model, place, target, gain)
+    return True
+
+
+def _gain(homes: Homes, model: ModelNeed, place: int, pressure: float) -> tuple[float, int]:
+    """By how much the higher pressure of the two devices falls, and the target where it falls most."""
+    entry = homes.entries[model.model]
+    roomy = homes.roomy(model, entry)
+    if not roomy.any():
+        return 0.0, place
+    added: Floats = homes.fleet.with_added(entry)
+    target = lowest(added, roomy)
+    return pressure - max(float(added[target]), homes.fleet.with_removed(entry, place)), target
+
+
+# --- 5: idle models -----------------------------------------------------------------------------------
+
+
+def _rehome_idle(homes: Homes) -> None:
+    """To where each would go best if somebody asked for it, with the inertia of a move."""
+    fleet = homes.fleet
+    for model in homes.models.values():
+        if model.is_live or model.resident or model.device is not None or not homes.may_move(model):
+            continue
+        entry, places = homes.entries[model.model], homes.places(model.model)
+        able = homes.allowed(model) & fleet.is_up & fleet.fits_alone(entry)
+        if len(places) != 1 or not able.any():
+            continue
+        there = fleet.homeliness(entry)
+        target, place = lowest(there, able), places[0]
+        gain = float(there[place] - there[target] - entry.weights / fleet.capacity[place])
+        if gain > homes.policy.gain:
+            homes.move(model, place, target, gain)

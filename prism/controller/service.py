@@ -1,21 +1,22 @@
-"""The controller's connections: reports come in, routes and commands go out."""
+"""The controller's events: reports and demands come in, routes and commands go out."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from itertools import count
+from collections.abc import Callable, Coroutine
 
-import msgspec
 import zmq.asyncio
 
 from prism import transport
+from prism.clock import Clock
+from prism.controller.decisions import Plan
+from prism.controller.links import WorkerLinks
+from prism.controller.planner import Planner
 from prism.controller.state import ControllerState
-from prism.errors import Conflict, EngineFailure, InvalidRequest, Unavailable
+from prism.errors import Conflict, EngineFailure, InvalidRequest, RequestError, Unavailable
 from prism.messages import (
     Activate,
-    CommandDone,
     Demand,
     Evict,
     Hello,
@@ -31,20 +32,9 @@ from prism.types import ModelId, WorkerId
 
 log = logging.getLogger(__name__)
 
-COMMAND_SECONDS = 120.0
-
-
-class WorkerLink:
-    """A connection to one incarnation of a worker."""
-
-    def __init__(self, socket: zmq.asyncio.Socket, reader: asyncio.Task[None]) -> None:
-        self.socket = socket
-        self.reader = reader
-
-    def close(self) -> None:
-        """Stop listening."""
-        self.reader.cancel()
-        self.socket.close(linger=0)
+TICK_SECONDS = 1.0
+REBUILD_SECONDS = 2.0
+"""A later controller sends no routes until all workers have reported, or for so long."""
 
 
 class ControllerService:
@@ -53,21 +43,24 @@ class ControllerService:
     def __init__(
         self,
         state: ControllerState,
+        planner: Callable[[ControllerState, WorkerLinks, Callable[[], None]], Planner],
         context: zmq.asyncio.Context,
         router: zmq.asyncio.Socket,
         agent: zmq.asyncio.Socket,
         identity: str,
+        clock: Clock,
     ) -> None:
+        """`planner` makes the one that has this service's connections."""
         self.state = state
-        self._context = context
+        self.links = WorkerLinks(context, identity, state.epoch, self._on_report)
+        self.planner = planner(state, self.links, self._routes_changed)
         self._router = router
         self._agent = agent
-        self._identity = identity
-        self._links: dict[WorkerId, WorkerLink] = {}
+        self._clock = clock
         self._gateways: set[str] = set()
-        self._commands: dict[int, asyncio.Future[CommandDone]] = {}
-        self._command_workers: dict[int, WorkerId] = {}
-        self._next_command = count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._began = clock.now()
+        self._is_rebuilt = state.epoch <= 1
 
     # --- sockets --------------------------------------------------------------------------------------
 
@@ -76,7 +69,7 @@ class ControllerService:
         async for _, message in transport.areceive(self._agent):
             match message:
                 case ProcessUp(role=Role.WORKER, name=name, address=str(address)):
-                    self._connect(WorkerId(name), address)
+                    self.links.connect(WorkerId(name), address)
                 case ProcessEnded(role=Role.WORKER, name=name):
                     self._worker_ended(WorkerId(name))
                 case ProcessEnded(role=Role.GATEWAY, name=name, incarnation=incarnation):
@@ -87,90 +80,115 @@ class ControllerService:
                     pass
 
     async def follow_gateways(self) -> None:
-        """Whoever says Hello gets the routes. A demand for an unknown model is answered with them too."""
+        """Whoever says Hello gets the routes. A demand is answered with them too."""
         async for sender, message in transport.areceive(self._router):
             match message:
                 case Hello(role=Role.GATEWAY):
                     self._gateways.add(sender)
                     self._send_routes(sender)
-                case Demand():
+                case Demand(model=model):
+                    self.planner.on_demand(ModelId(model))
                     self._send_routes(sender)
                 case _:
                     log.error("unexpected message dropped", extra={"sender": sender})
 
+    async def follow_time(self) -> None:
+        """What has taken too long, and now and then a look at everything."""
+        while True:
+            await self._clock.wait(asyncio.Event(), self._clock.now() + TICK_SECONDS)
+            if not self._is_rebuilt and self._clock.now() >= self._began + REBUILD_SECONDS:
+                self._rebuilt()
+            self.planner.tick()
+
     def _send_routes(self, gateway: str) -> None:
-        routes = Routes(epoch=self.state.epoch, version=self.state.version, routes=self.state.routes())
-        transport.asend(self._router, routes, gateway)
+        if self._is_rebuilt:
+            state = self.state
+            routes = Routes(epoch=state.epoch, version=state.version, routes=state.routes())
+            transport.asend(self._router, routes, gateway)
 
-    def _connect(self, worker: WorkerId, address: str) -> None:
-        self._disconnect(worker)
-        socket = transport.connect_dealer(self._context, address, self._identity)
-        name, _, incarnation = self._identity.rpartition(".")
-        transport.asend(socket, Hello(role=Role.CONTROLLER, name=name, incarnation=int(incarnation)))
-        self._links[worker] = WorkerLink(socket, asyncio.create_task(self._follow_worker(socket)))
+    def _routes_changed(self) -> None:
+        self.state.version += 1
+        for gateway in self._gateways:
+            self._send_routes(gateway)
 
-    def _disconnect(self, worker: WorkerId) -> None:
-        link = self._links.pop(worker, None)
-        if link is not None:
-            link.close()
+    def _rebuilt(self) -> None:
+        self._is_rebuilt = True
+        self._routes_changed()
 
-    async def _follow_worker(self, socket: zmq.asyncio.Socket) -> None:
-        async for _, message in transport.areceive(socket):
-            match message:
-                case Report():
-                    self.state.on_report(message)
-                case CommandDone(command_id=number):
-                    future = self._commands.get(number)
-                    if future is not None and not future.done():
-                        future.set_result(message)
-                case _:
-                    log.error("unexpected message dropped")
+    def _on_report(self, report: Report) -> None:
+        worker = WorkerId(report.worker)
+        known = self.state.reports.get(worker)
+        if not self.state.on_report(report):
+            return
+        self.planner.on_report(report)
+        if known is None:
+            for model in self.planner.to_preload(worker):
+                self._spawn(self._preload(worker, model))
+        if not self._is_rebuilt and self.state.reports.keys() >= self.planner.workers:
+            self._rebuilt()
 
     def _worker_ended(self, worker: WorkerId) -> None:
-        """What was asked of it fails now, not after a time-out."""
-        self._disconnect(worker)
+        self.links.ended(worker)
         self.state.on_worker_ended(worker)
-        for number, future in self._commands.items():
-            if self._command_workers[number] == worker and not future.done():
-                future.set_exception(Unavailable(f"{worker} ended before it had done it", retry_after=1.0))
+        self.planner.on_worker_ended(worker)
 
-    # --- commands -------------------------------------------------------------------------------------
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _preload(self, worker: WorkerId, model: ModelId) -> None:
+        try:
+            await self.links.command(worker, Activate(epoch=0, command_id=0, model=model))
+        except RequestError as error:
+            log.error("model %s could not be loaded at start: %s", model, error.message)
+
+    @property
+    def plan(self) -> Plan | None:
+        """How the last look found everything; None before the first."""
+        return self.planner.plan
+
+    # --- for an administrator -------------------------------------------------------------------------
 
     async def load(self, model: ModelId, pinned: bool | None = None) -> None:
-        """Have a model loaded; returns when it is active. Raises `Unavailable` or `EngineFailure`."""
-        await self._command(model, Activate(epoch=0, command_id=0, model=model, pinned=pinned))
+        """Have a model loaded at all its homes; returns when it is active.
+
+        Raises `Unavailable` or `EngineFailure`.
+        """
+        for worker in self.state.workers(model):
+            await self.links.command(worker, Activate(epoch=0, command_id=0, model=model, pinned=pinned))
 
     async def unload(self, model: ModelId) -> None:
-        """Have a model evicted. Raises `Unavailable`, or `Conflict` while it is in use."""
-        try:
-            await self._command(model, Evict(epoch=0, command_id=0, model=model))
-        except EngineFailure as error:
-            raise Conflict(error.message, param="model") from None
+        """Have a model evicted wherever it is. Raises `Unavailable`, or `Conflict` while it is in use."""
+        self.planner.mover.call_off(model)
+        for worker in self.state.places(model):
+            try:
+                await self.links.command(worker, Evict(epoch=0, command_id=0, model=model))
+            except EngineFailure as error:
+                raise Conflict(error.message, param="model") from None
 
     async def set_limits(self, model: ModelId, floor: int, limit: int | None) -> None:
         """Change a model's KV floor and limit, in bytes. Raises `InvalidRequest` for what can never be."""
-        report = self.state.reports.get(self.state.homes[model])
-        if report is not None and floor > report.num_slabs * report.slab_bytes:
-            raise InvalidRequest("is more than the memory of the model's device", param="kv_floor_bytes")
-        command = SetLimits(epoch=0, command_id=0, model=model, kv_floor_bytes=floor, kv_limit_bytes=limit)
-        await self._command(model, command)
+        for worker in self.state.places(model):
+            report = self.state.reports.get(worker)
+            if report is not None and floor > report.num_slabs * report.slab_bytes:
+                raise InvalidRequest("is more than the memory of the model's device", param="kv_floor_bytes")
+        for worker in self.state.places(model):
+            command = SetLimits(
+                epoch=0, command_id=0, model=model, kv_floor_bytes=floor, kv_limit_bytes=limit
+            )
+            await self.links.command(worker, command)
 
-    async def _command(self, model: ModelId, command: Activate | Evict | SetLimits) -> None:
-        worker = self.state.homes[model]
-        link = self._links.get(worker)
-        if link is None:
-            raise Unavailable(f"{worker}, where {model} lives, is not up", retry_after=1.0)
-        number = next(self._next_command)
-        future = asyncio.get_running_loop().create_future()
-        self._commands[number] = future
-        self._command_workers[number] = worker
-        command = msgspec.structs.replace(command, epoch=self.state.epoch, command_id=number)
-        transport.asend(link.socket, command)
-        try:
-            done = await asyncio.wait_for(future, COMMAND_SECONDS)
-        except TimeoutError:
-            raise Unavailable(f"{worker} has not done it within {COMMAND_SECONDS:g} s") from None
-        finally:
-            del self._commands[number], self._command_workers[number]
-        if done.error is not None:
-            raise EngineFailure(done.error)
+    async def move(self, model: ModelId, device: int) -> WorkerId:
+        """Move a model's first home; returns when new requests go there.
+
+        Raises `InvalidRequest`, `Conflict`, `Unavailable` or `EngineFailure`.
+        """
+        target = WorkerId(f"worker-{device}")
+        self.planner.check_move(model, target)
+        if target not in self.links.up:
+            raise Unavailable(f"{target} is not up", retry_after=1.0)
+        failure = await self.planner.move(model, target)
+        if failure is not None:
+            raise EngineFailure(failure)
+        return target

@@ -21,7 +21,7 @@ from prism.gateway.recovery import (
 from prism.gateway.requests import Accepted, Failed, Finished, Gap, Placement, Request, Stale
 from prism.gateway.routing import Routing, choose
 from prism.gateway.timers import Timers
-from prism.messages import CancelChoice, Demand, Output, Outputs, Rejected, Report, Routes, Started
+from prism.messages import CancelChoice, Demand, Output, Outputs, Rejected, Report, Returned, Routes, Started
 from prism.types import ModelId, RequestId
 
 log = logging.getLogger(__name__)
@@ -134,6 +134,14 @@ class Dispatcher:
             live[0].fail(rejected.error)
             self._close(live[0], now)
 
+    def on_returned(self, placement: Placement, returned: Returned, now: float) -> None:
+        """A worker hands a request back, since its model has moved: it goes on elsewhere with its tokens."""
+        live = self._live.get(RequestId(returned.request_id))
+        if live is not None and live[0].is_from_here(placement, returned.attempt):
+            live[0].hand_back()
+            self._hold(*live)
+            self._place_held(now)
+
     def on_outputs(self, placement: Placement, outputs: Outputs, now: float) -> None:
         """The tokens of one step."""
         for output in outputs.items:
@@ -235,12 +243,15 @@ class Dispatcher:
         if request.ending is not None:
             self._close(request, now)
         else:
-            self._held[request.request_id] = request
-            self._timers.set(request.latest_start + START_MARGIN, request.request_id)
-            self._live[request.request_id][1].resubmitted()
+            self._hold(request, self._live[request.request_id][1])
         if is_death and killed_alone and self._quarantine.killed(request.model, now):
             log.error("model quarantined: its requests kill workers", extra={"model": request.model})
             self._fail_held(request.model, now)
+
+    def _hold(self, request: Request, sink: Sink) -> None:
+        self._held[request.request_id] = request
+        self._timers.set(request.latest_start + START_MARGIN, request.request_id)
+        sink.resubmitted()
 
     def _fail_held(self, model: ModelId, now: float) -> None:
         error = _quarantined(model, self._quarantine.seconds_left(model, now))

@@ -24,6 +24,7 @@ from prism.messages import (
     Ready,
     Rejected,
     Report,
+    Returned,
     Role,
     Routes,
     Started,
@@ -33,6 +34,7 @@ from prism.messages import (
 from prism.transport import areceive, asend, connect_dealer, identity_of, wait_disconnected
 from prism.types import Incarnation, WorkerId
 
+WorkerMessage = Outputs | Started | Rejected | Returned | Report
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,7 @@ class Listener(Protocol):
         """A worker has ended."""
         ...
 
-    def on_worker_message(self, placement: Placement, message: Outputs | Started | Rejected | Report) -> None:
+    def on_worker_message(self, placement: Placement, message: WorkerMessage) -> None:
         """What a worker says."""
         ...
 
@@ -175,7 +177,7 @@ class ProcessLinks:
     async def _read_worker(self, placement: Placement, socket: zmq.asyncio.Socket) -> None:
         async for envelope in areceive(socket):
             message = envelope.message
-            if isinstance(message, Outputs | Started | Rejected | Report):
+            if isinstance(message, WorkerMessage):
                 self._heard.on_worker_message(placement, message)
 
     @property

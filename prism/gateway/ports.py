@@ -33,7 +33,7 @@ class Sink(Protocol):
         ...
 
     def resubmitted(self) -> None:
-        """Its worker died; it goes on."""
+        """Its worker died or gave it back; it goes on."""
         ...
 
     def ended(self, ending: Ending, now: float) -> None:

@@ -198,6 +198,11 @@ class Request:
         assert self.ending is None
         self.ending, self.placement = Failed(error), None
 
+    def hand_back(self) -> None:
+        """Its worker gave it up for another; nobody is to blame."""
+        assert self.ending is None and self.placement is not None
+        self.placement = None
+
     def lose(self) -> bool:
         """Its worker died under it, or lost tokens of it; it is held again or fails.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from prism.gateway.requests import Placement
-from prism.messages import ModelReport, Report, Routes
+from prism.messages import ModelReport, Report, Route, Routes
 from prism.types import Incarnation, ModelId, ModelState, WorkerId
 
 LOAD_STEP = 8
@@ -25,21 +25,29 @@ class Candidate:
     placement: Placement
     is_active: bool
     """The model is in device memory there."""
-    load: int
-    """Requests there: what its report says, and what was sent from here since."""
+    load: float
+    """Requests there, by the share that it bears: what its report says, and what was sent from here since."""
+    is_draining: bool = False
+    """It finishes what it has: the model has moved away."""
 
 
 def choose(candidates: tuple[Candidate, ...], prompt: list[int]) -> Placement | None:
     """The worker for a prompt, or None if there is none.
 
-    1. One that has the model in memory.
-    2. The least loaded, in steps of `LOAD_STEP`.
-    3. The one to which the first tokens of the prompt are bound by hash (rendezvous).
+    1. One that the model has not moved away from.
+    2. One that has the model in memory.
+    3. The least loaded, in steps of `LOAD_STEP`.
+    4. The one to which the first tokens of the prompt are bound by hash (rendezvous).
     """
     prefix = ",".join(map(str, prompt[:PREFIX_TOKENS]))
     best = min(
         candidates,
-        key=lambda c: (not c.is_active, c.load // LOAD_STEP, _affinity(prefix, c.placement.worker)),
+        key=lambda c: (
+            c.is_draining,
+            not c.is_active,
+            c.load // LOAD_STEP,
+            _affinity(prefix, c.placement.worker),
+        ),
         default=None,
     )
     return None if best is None else best.placement
@@ -54,7 +62,7 @@ class Routing:
 
     def __init__(self) -> None:
         self._version = (-1, -1)
-        self._routes: dict[ModelId, tuple[WorkerId, ...]] = {}
+        self._routes: dict[ModelId, Route] = {}
         self._up: dict[WorkerId, Incarnation] = {}
         self._reports: dict[WorkerId, dict[ModelId, ModelReport]] = {}
         self._sent: dict[WorkerId, int] = {}
@@ -75,10 +83,7 @@ class Routing:
         if version <= self._version:
             return False
         self._version = version
-        self._routes = {
-            ModelId(route.model): tuple(WorkerId(worker) for worker in route.workers)
-            for route in routes.routes
-        }
+        self._routes = {ModelId(route.model): route for route in routes.routes}
         return True
 
     def worker_up(self, placement: Placement) -> None:
@@ -104,13 +109,23 @@ class Routing:
         self._sent[placement.worker] = self._sent.get(placement.worker, 0) + 1
 
     def candidates(self, model: ModelId) -> tuple[Candidate, ...]:
-        """The workers that are routed and up."""
-        found = []
-        for worker in self._routes.get(model, ()):
-            if (incarnation := self._up.get(worker)) is not None:
-                reports = self._reports.get(worker, {})
-                load = sum(each.num_running + each.num_waiting for each in reports.values())
-                is_active = model in reports and reports[model].state is ModelState.ACTIVE
-                load += self._sent.get(worker, 0)
-                found.append(Candidate(Placement(worker, incarnation), is_active, load))
-        return tuple(found)
+        """The workers that are routed and up, draining ones last."""
+        route = self._routes.get(model)
+        if route is None:
+            return ()
+        weights = route.weights or [1.0] * len(route.workers)
+        found = [
+            self._candidate(model, w, weight, False) for w, weight in zip(route.workers, weights, strict=True)
+        ]
+        found += [self._candidate(model, worker, 1.0, True) for worker in route.draining]
+        return tuple(candidate for candidate in found if candidate is not None)
+
+    def _candidate(self, model: ModelId, name: str, weight: float, is_draining: bool) -> Candidate | None:
+        worker = WorkerId(name)
+        if (incarnation := self._up.get(worker)) is None:
+            return None
+        reports = self._reports.get(worker, {})
+        load = sum(each.num_running + each.num_waiting for each in reports.values())
+        is_active = model in reports and reports[model].state is ModelState.ACTIVE
+        load += self._sent.get(worker, 0)
+        return Candidate(Placement(worker, incarnation), is_active, load / weight, is_draining)

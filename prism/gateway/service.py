@@ -13,10 +13,11 @@ from prism.clock import Clock
 from prism.config import Config
 from prism.errors import Overloaded, Unavailable
 from prism.gateway.dispatcher import Dispatcher
+from prism.gateway.links import WorkerMessage
 from prism.gateway.ports import Links, Sink
 from prism.gateway.requests import Placement, Request
 from prism.gateway.tokenizers import TextModels
-from prism.messages import Outputs, Rejected, Report, Routes, Started
+from prism.messages import Outputs, Rejected, Report, Returned, Routes, Started
 from prism.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class Gateway:
         self.dispatcher.on_routes(routes, self.clock.now())
         self._wake.set()
 
-    def on_worker_message(self, placement: Placement, message: Outputs | Started | Rejected | Report) -> None:
+    def on_worker_message(self, placement: Placement, message: WorkerMessage) -> None:
         """What a worker says."""
         now = self.clock.now()
         match message:
@@ -127,6 +128,8 @@ class Gateway:
                 self.dispatcher.on_started(placement, message, now)
             case Rejected():
                 self.dispatcher.on_rejected(placement, message, now)
+            case Returned():
+                self.dispatcher.on_returned(placement, message, now)
             case Report():
                 self.dispatcher.on_report(message)
             case _:

@@ -41,14 +41,21 @@ def _activate(worker: Worker, model: Model, command: Activate) -> None:
 
 
 def _evict(worker: Worker, model: Model, command: Evict) -> None:
-    if worker.requests.of_model(model.name):
+    """What runs is suspended with its tokens before it is returned: none is lost or repeated."""
+    if worker.requests.of_model(model.name) and not command.returns:
         worker.command_done(command, f"model {model.name} has unfinished requests")
         return
     model.is_wanted = False
+    if command.moved and model.pinned:
+        model.pinned = False
+        worker.capacities_changed()
     if model.is_active:
         model.evict_commands.append(command.command_id)
         worker.evict(model)
-    elif model.load is not None:
+        worker.return_requests(model)
+        return
+    worker.return_requests(model)
+    if model.load is not None:
         model.evict_commands.append(command.command_id)
         worker.residency.cancel_load(model)
     elif model.is_evicting:

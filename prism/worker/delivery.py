@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from prism.engine import sequence
 from prism.engine.engine import Drawn
 from prism.errors import RequestError
-from prism.messages import Output, Outputs, Rejected, Started
+from prism.messages import Output, Outputs, Rejected, Returned, Started
 from prism.types import GatewayId, Incarnation
 from prism.worker.outbox import Outbox
 from prism.worker.requests import Ticket
@@ -48,6 +48,15 @@ class Delivery:
             attempt=ticket.submit.attempt,
             incarnation=self._incarnation,
             error=error.wire(),
+        )
+        self._outbox.to_gateway(ticket.gateway, message)
+
+    def returned(self, ticket: Ticket) -> None:
+        """Another worker is to go on with the request."""
+        message = Returned(
+            request_id=ticket.request_id,
+            attempt=ticket.submit.attempt,
+            incarnation=self._incarnation,
         )
         self._outbox.to_gateway(ticket.gateway, message)
 

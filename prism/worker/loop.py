@@ -91,7 +91,10 @@ class Worker:
         self.limits = config.limits
         self.max_batch_tokens = device_config.max_batch_tokens
         self.max_batch_size = device_config.max_batch_size
-        self.models = {m.name: _new_model(m, device.slab_bytes) for m in config.models}
+        self.models = {
+            m.name: _new_model(m, device.slab_bytes, is_ours=_is_ours(m, name, len(config.devices)))
+            for m in config.models
+        }
         self.requests = Requests()
         self.registrations = registrations
         self.host = HostKv(device, chunks)
@@ -388,6 +391,12 @@ class Worker:
         self.residency.evict(model, self.reclaimer, self)
         self.memory_changed()
 
+    def return_requests(self, model: Model) -> None:
+        """Hand back whatever waits for a model that goes elsewhere; nothing of it runs any more."""
+        for ticket in self.requests.of_model(model.name):
+            self._end(ticket)
+            self._delivery.returned(ticket)
+
     def model_failed(self, model: Model) -> None:
         """Refuse what waits for a model that cannot be loaded."""
         wait = max(1.0, model.retry_at - self._clock())
@@ -455,11 +464,16 @@ def index_of(worker: str) -> int:
     return int(worker.removeprefix("worker-"))
 
 
-def _new_model(config: ModelConfig, slab_bytes: Bytes) -> Model:
+def _is_ours(model: ModelConfig, worker: WorkerId, num_devices: int) -> bool:
+    """The configuration leaves no choice; else the controller says who is to load it."""
+    return num_devices == 1 or model.device == index_of(worker)
+
+
+def _new_model(config: ModelConfig, slab_bytes: Bytes, *, is_ours: bool) -> Model:
     return Model(
         config=config,
         kv_floor=slabs_up(config.memory.floor, slab_bytes),
         kv_limit=limit_slabs(config.memory.limit, slab_bytes),
         pinned=config.pinned,
-        is_wanted=config.pinned or config.preload,
+        is_wanted=is_ours and (config.pinned or config.preload),
     )

@@ -31,6 +31,7 @@ from prism.messages import (
     Ready,
     Rejected,
     Report,
+    Returned,
     Role,
     SetLimits,
     Started,
@@ -104,7 +105,7 @@ class Sockets:
         )
         self.peers: dict[str, Role] = {}
 
-    def to_gateway(self, gateway: GatewayId, message: Started | Outputs | Rejected) -> None:
+    def to_gateway(self, gateway: GatewayId, message: Started | Outputs | Rejected | Returned) -> None:
         """To one gateway."""
         transport.send(self.router, message, gateway)
 

@@ -16,6 +16,7 @@ from prism.types import Bytes, ModelId, ModelState, SlabId
 from prism.weights.layout import Layout, plan_layout
 from prism.worker.lanes import Flight, Lane
 from prism.worker.loading import Load
+from prism.worker.usage import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ class Model:
     """From the wish for it to its activity, the last time."""
     num_activations: int = 0
     num_evictions: int = 0
+    usage: Usage = field(default_factory=Usage)
     load_commands: list[int] = field(default_factory=list)
     evict_commands: list[int] = field(default_factory=list)
 

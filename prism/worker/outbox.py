@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from prism.messages import CommandDone, Outputs, Rejected, Started, WeightsWanted
+from prism.messages import CommandDone, Outputs, Rejected, Returned, Started, WeightsWanted
 from prism.types import GatewayId
 
 
 class Outbox(Protocol):
     """Sends without waiting. A receiver that is gone is no error."""
 
-    def to_gateway(self, gateway: GatewayId, message: Started | Outputs | Rejected) -> None:
+    def to_gateway(self, gateway: GatewayId, message: Started | Outputs | Rejected | Returned) -> None:
         """About one gateway's requests."""
         ...
 

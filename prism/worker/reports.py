@@ -53,6 +53,11 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         pinned=model.pinned,
         error=model.error,
         estimated_wait=estimate(worker, model, float("inf")).seconds if tickets else 0.0,
+        load_seconds=model.load_seconds,
+        num_started=model.usage.num_requests,
+        prompt_tokens=model.usage.prompt_tokens,
+        decoded_tokens=model.usage.decoded_tokens,
+        device_seconds=model.usage.device_seconds,
         registered_bytes=(
             0 if worker.registrations is None else worker.registrations.registered_bytes(model.name)
         ),

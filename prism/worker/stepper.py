@@ -26,6 +26,7 @@ from prism.worker.lanes import Deferred, Flight, Lane
 from prism.worker.models import Model
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
+from prism.worker.usage import DeviceTime
 from prism.worker.views import neighbours_decode, turn_snapshot
 
 MAX_QUEUED = 2
@@ -92,6 +93,7 @@ class Stepper:
         self._patience = patience
         self._num_free = device.pool.num_free
         """Free slabs at the last look."""
+        self._device_time = DeviceTime()
         self._early = EarlySteps(
             device,
             models,
@@ -178,6 +180,8 @@ class Stepper:
             ticket = self._requests.get(request_id)
             if ticket is not None and not ticket.is_started:
                 ticket.is_started = True
+                model.usage.num_requests += 1
+                model.usage.prompt_tokens += len(ticket.submit.prompt)
                 sequences = model.engine.scheduler.sequences_of(request_id)
                 self._delivery.started(ticket, sequences, self._clock())
 
@@ -223,6 +227,7 @@ class Stepper:
             lane.last_end = now
             if self._models[flight.model].early is flight:
                 return  # its model is not active yet, and it was launched as weights arrived
+            self._models[flight.model].usage.device_seconds += self._device_time.ended(flight.begin, now)
             self._host.prompts_ran(flight.model, flight.num_prompt_tokens, seconds)
             self._costs.ran(ModelId(flight.model), flight.step.step, seconds)
         self.commit(flight)
@@ -241,6 +246,7 @@ class Stepper:
         """Send a step's tokens and close what has ended."""
         now = self._clock()
         model.last_used = now
+        model.usage.decoded_tokens += len(drawn)
         pairs = []
         for item in drawn:
             ticket = self._requests.get(item.sequence.request_id)

@@ -100,7 +100,7 @@ def test_a_port_that_is_taken(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
     assert result.err == f"error: server.port: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
-@pytest.mark.parametrize("verb", [("ps",), ("load", "x"), ("unload", "x")])
+@pytest.mark.parametrize("verb", [("ps",), ("load", "x"), ("unload", "x"), ("move", "x", "1")])
 def test_an_address_where_nobody_answers(run: Run, verb: tuple[str, ...]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -121,6 +121,12 @@ def test_an_address_that_is_not_prisms(run: Run, refusing: str) -> None:
 def test_what_the_server_refuses_is_told(run: Run, refusing: str, verb: str) -> None:
     result = run(verb, "x", "--admin", refusing)
     assert (result.status, result.out, result.err) == (1, "", "error: model 'x' does not exist\n")
+
+
+def test_a_move_that_is_refused_is_told(run: Run, refusing: str) -> None:
+    result = run("move", "x", "1", "--admin", refusing)
+    assert (result.status, result.out, result.err) == (1, "", "error: model 'x' does not exist\n")
+    assert run("move", "x", "one", "--admin", refusing).status == 2
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../b", "org/x", "a?b", "a#b", "ä b"])
@@ -148,7 +154,7 @@ def test_version(run: Run) -> None:
 
 def test_help_names_every_verb(run: Run) -> None:
     text = run("--help").out
-    for verb in ("serve", "demo", "ps", "load", "unload", "doctor", "schema", "version"):
+    for verb in ("serve", "demo", "ps", "load", "unload", "move", "doctor", "schema", "version"):
         assert verb in text
 
 

@@ -34,7 +34,12 @@ def entry(name: str, worker: str = "worker-0", **changes: Any) -> dict[str, Any]
         "pinned": False,
         "error": None,
     }
-    return {"model": name, "worker": worker, "report": report | changes}
+    return at(name, worker, report | changes)
+
+
+def at(name: str, worker: str, report: dict[str, Any] | None, **fields: Any) -> dict[str, Any]:
+    still = {"homes": [worker], "elsewhere": [], "migration": None}
+    return {"model": name, "worker": worker, "report": report} | still | fields
 
 
 def answer(*models: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +55,8 @@ def answer(*models: dict[str, Any]) -> dict[str, Any]:
         "kv_host_bytes": 0,
         "kv_host_error": None,
     }
-    return {"epoch": 1, "devices": [device], "models": list(models)}
+    placement = {"pressures": {}, "crowded": [], "infeasible": []}
+    return {"epoch": 1, "devices": [device], "models": list(models), "placement": placement}
 
 
 def lines(capsys: pytest.CaptureFixture[str], *models: dict[str, Any]) -> list[str]:
@@ -82,11 +88,31 @@ def test_nothing_is_cut_in_a_narrow_terminal(
 
 
 def test_workers_are_shown_when_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
-    away = {"model": "b", "worker": "worker-1", "report": None}
+    away = at("b", "worker-1", None)
     table = lines(capsys, entry("a"), away)
     assert table[1].split()[:3] == ["MODEL", "WORKER", "STATE"]
     assert table[3].split() == ["b", "worker-1", "away"]
     assert "WORKER" not in lines(capsys, entry("a"))[1]
+
+
+def test_a_migration_is_shown_at_both_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    there = {"worker": "worker-1", "report": entry("a", state="loading", load_progress=0.5)["report"]}
+    moving = {"source": "worker-0", "target": "worker-1", "phase": "loading"}
+    source = entry("a")["report"]
+    table = lines(capsys, at("a", "worker-0", source, elsewhere=[there], migration=moving))
+    assert table[2].startswith("a      worker-0  active, moving to worker-1 ")
+    assert table[3].startswith("a      worker-1  loading 50%, arriving ")
+    merging = {"source": "worker-1", "target": None, "phase": "draining"}
+    table = lines(capsys, at("a", "worker-0", source, elsewhere=[there], migration=merging))
+    assert "moving" not in table[2] and "loading 50%, leaving" in table[3]
+
+
+def test_models_without_room_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    of_all = answer(entry("a"))
+    of_all["placement"] |= {"crowded": ["a"], "infeasible": ["b"]}
+    print_models(of_all, as_json=False)
+    crowded, infeasible = capsys.readouterr().out.splitlines()[-2:]
+    assert crowded.startswith("a: takes turns") and infeasible == "b: fits no device"
 
 
 def test_progress_and_errors(capsys: pytest.CaptureFixture[str]) -> None:

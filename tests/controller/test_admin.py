@@ -10,6 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from prism.controller.admin import LimitsBody, build_app
+from prism.controller.decisions import Plan
+from prism.controller.migration import Migration, Phase
+from prism.controller.snapshot import Home
 from prism.controller.state import ControllerState
 from prism.errors import Conflict, EngineFailure, RequestError, Unavailable
 from prism.types import ModelId, ModelState, WorkerId
@@ -20,16 +23,24 @@ class FakeService:
     """Keeps what it was asked for."""
 
     def __init__(self) -> None:
-        homes = {ModelId("a"): WorkerId("worker-0"), ModelId("org/b"): WorkerId("worker-1")}
+        homes = {
+            ModelId("a"): (Home(WorkerId("worker-0")),),
+            ModelId("org/b"): (Home(WorkerId("worker-1")), Home(WorkerId("worker-0"))),
+        }
         self.state = ControllerState(epoch=7, homes=homes)
         self.asked: list[tuple[Any, ...]] = []
         self.error: RequestError | None = None
+        self.plan: Plan | None = None
 
     async def load(self, model: str, pinned: bool | None = None) -> None:
         self._ask("load", model, pinned)
 
     async def unload(self, model: str) -> None:
         self._ask("unload", model)
+
+    async def move(self, model: str, device: int) -> WorkerId:
+        self._ask("move", model, device)
+        return WorkerId(f"worker-{device}")
 
     async def set_limits(self, model: str, floor: int, limit: int | None) -> None:
         self._ask("limits", model, floor, limit)
@@ -80,7 +91,29 @@ async def test_models_with_and_without_a_worker(client: httpx.AsyncClient, servi
     ]
     first, second = answer["models"]
     assert first["model"] == "a" and first["report"]["state"] == "active"
-    assert second == {"model": "org/b", "worker": "worker-1", "report": None}
+    assert first["homes"] == ["worker-0"] and first["elsewhere"] == [] and first["migration"] is None
+    assert second["model"] == "org/b" and second["worker"] == "worker-1" and second["report"] is None
+    assert second["homes"] == ["worker-1", "worker-0"]
+    assert second["elsewhere"] == [{"worker": "worker-0", "report": None}]
+
+
+@pytest.mark.anyio
+async def test_a_migration_under_way_is_shown(client: httpx.AsyncClient, service: FakeService) -> None:
+    moving = Migration(ModelId("a"), WorkerId("worker-0"), WorkerId("worker-1"), Phase.LOADING, 0.0)
+    service.state.migrations[ModelId("a")] = moving
+    first, _ = (await client.get("/admin/models")).json()["models"]
+    assert first["migration"] == {"source": "worker-0", "target": "worker-1", "phase": "loading"}
+    assert [place["worker"] for place in first["elsewhere"]] == ["worker-1"]
+
+
+@pytest.mark.anyio
+async def test_what_placement_has_found_is_shown(client: httpx.AsyncClient, service: FakeService) -> None:
+    empty = {"pressures": {}, "crowded": [], "infeasible": []}
+    assert (await client.get("/admin/models")).json()["placement"] == empty
+    pressures = {WorkerId("worker-0"): 0.51234}
+    service.plan = Plan((), {}, frozenset((ModelId("a"),)), frozenset((ModelId("org/b"),)), pressures)
+    found = (await client.get("/admin/models")).json()["placement"]
+    assert found == {"pressures": {"worker-0": 0.512}, "crowded": ["a"], "infeasible": ["org/b"]}
 
 
 @pytest.mark.anyio
@@ -91,6 +124,7 @@ async def test_commands_are_passed_on(client: httpx.AsyncClient, service: FakeSe
         ("a/unload", None),
         ("a/limits", {"kv_floor_bytes": 5, "kv_limit_bytes": 9}),
         ("a/limits", {}),
+        ("org/b/move", {"device": 0}),
     ):
         response = await client.post(f"/admin/models/{path}", json=body)
         assert response.status_code == 200, response.text
@@ -100,6 +134,7 @@ async def test_commands_are_passed_on(client: httpx.AsyncClient, service: FakeSe
         ("unload", "a"),
         ("limits", "a", 5, 9),
         ("limits", "a", 0, None),
+        ("move", "org/b", 0),
     ]
     assert (await client.get("/health")).json() == {"status": "ok"}
 
@@ -124,6 +159,10 @@ async def test_commands_are_passed_on(client: httpx.AsyncClient, service: FakeSe
         ("a/load", {"pinned": 1}, 400, "pinned"),
         ("a/unload", {"now": True}, 400, "now"),
         ("a/frob", None, 404, None),
+        ("nope/move", {"device": 0}, 404, "model"),
+        ("a/move", {}, 400, "device"),
+        ("a/move", {"device": "0"}, 400, "device"),
+        ("a/move", {"device": -1}, 400, "device"),
     ],
 )
 async def test_refusals(

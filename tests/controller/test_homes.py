@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from prism.config import Config
-from prism.controller.main import initial_homes
+from prism.controller.main import catalog_of
+from prism.controller.placement import first_homes
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -16,6 +17,12 @@ SHAPE = {
     "num_attention_heads": 4,
     "torch_dtype": "bfloat16",
 }
+
+
+def homes_of(config: Config) -> dict[str, str]:
+    catalog = catalog_of(config)
+    homes = first_homes(catalog.models, catalog.devices)
+    return {str(model): each[0].worker for model, each in homes.items()}
 
 
 def test_quantised_models_count_as_what_they_take(tmp_path: Path) -> None:
@@ -28,7 +35,7 @@ def test_quantised_models_count_as_what_they_take(tmp_path: Path) -> None:
 
     models = [model("a", 10, "none"), model("b", 11, "fp8"), model("c", 8, "none")]
     config = Config.model_validate({"models": models, "devices": [{"memory": "1GiB"}, {"memory": "1GiB"}]})
-    assert initial_homes(config) == {"a": "worker-0", "b": "worker-1", "c": "worker-1"}
+    assert homes_of(config) == {"a": "worker-0", "b": "worker-1", "c": "worker-1"}
     plain = [each | {"quantization": "none"} for each in models]
     config = Config.model_validate({"models": plain, "devices": [{"memory": "1GiB"}, {"memory": "1GiB"}]})
-    assert initial_homes(config) == {"a": "worker-1", "b": "worker-0", "c": "worker-1"}
+    assert homes_of(config) == {"a": "worker-1", "b": "worker-0", "c": "worker-1"}

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 import zmq.asyncio
 
-from prism.controller import service as service_module
+from prism.clock import ManualClock
+from prism.config import SchedulingConfig
+from prism.controller import links as links_module
+from prism.controller.links import WorkerLinks
+from prism.controller.planner import Planner
 from prism.controller.service import ControllerService
+from prism.controller.snapshot import DeviceState, Home, ModelNeed
 from prism.controller.state import ControllerState
+from prism.controller.views import Catalog
 from prism.errors import Conflict, EngineFailure, InvalidRequest, Unavailable
 from prism.messages import (
     Activate,
@@ -27,56 +33,77 @@ from prism.messages import (
     SetLimits,
     Stop,
 )
+from prism.metrics import Metrics
 from prism.transport import areceive, asend, bind_router, connect_dealer, socket_address
-from prism.types import ModelId, WorkerId
-from tests.controller.reports import report
+from prism.types import MiB, ModelId, ModelState, WorkerId
+from tests.controller.reports import model_report, report
 from tests.gateway.processes import Peer
 
 pytestmark = pytest.mark.anyio
 
 A = ModelId("a")
 HOME = WorkerId("worker-0")
-EPOCH = 7
+EPOCH = 1
 
 
 class World:
     """A controller, the agent that it follows, and whoever connects."""
 
-    def __init__(self, run_dir: Path) -> None:
+    preloaded: frozenset[ModelId] = frozenset()
+
+    def __init__(self, run_dir: Path, epoch: int = 1) -> None:
         self.context = zmq.asyncio.Context()
         self.run_dir = run_dir
         self.agent = Peer(self.context, run_dir, "agent")
         self.address = socket_address(run_dir, "controller.1")
         router = bind_router(self.context, self.address)
         agent = connect_dealer(self.context, socket_address(run_dir, "agent"), "controller.1")
-        state = ControllerState(epoch=EPOCH, homes={A: HOME})
-        self.service = ControllerService(state, self.context, router, agent, "controller.1")
+        self.clock, self.metrics = ManualClock(), Metrics()
+        state = ControllerState(epoch=epoch, homes={A: (Home(HOME),)})
+        self.service = ControllerService(
+            state, self.planner, self.context, router, agent, "controller.1", self.clock
+        )
         self.is_stopped = asyncio.Event()
         self.tasks = [
             asyncio.create_task(self.service.follow_agent(self.is_stopped.set)),
             asyncio.create_task(self.service.follow_gateways()),
+            asyncio.create_task(self.service.follow_time()),
         ]
         self.peers = [self.agent]
         asend(agent, Hello(role=Role.CONTROLLER, name="controller", incarnation=1))
+
+    def planner(
+        self, state: ControllerState, links: WorkerLinks, routes_changed: Callable[[], None]
+    ) -> Planner:
+        devices = tuple(DeviceState(WorkerId(f"worker-{i}"), 16 * MiB, 2 * MiB) for i in range(2))
+        catalog = Catalog((ModelNeed(A, 4 * MiB),), devices, preloaded=self.preloaded)
+        config = SchedulingConfig()
+        return Planner(config, catalog, state, links, routes_changed, self.clock.now, self.metrics)
 
     async def until(self, condition: object) -> None:
         async with asyncio.timeout(10):
             while not condition():  # type: ignore[operator]
                 await asyncio.sleep(0.001)
 
-    async def worker(self, incarnation: int = 1) -> Peer:
+    async def worker(self, incarnation: int = 1, name: str = "worker-0") -> Peer:
         """A worker that is up, and to which the controller has connected."""
-        worker = Peer(self.context, self.run_dir, f"worker-0.{incarnation}")
+        worker = Peer(self.context, self.run_dir, f"{name}.{incarnation}")
         self.peers.append(worker)
         await self.until(lambda: self.agent.sender)
-        up = {"role": Role.WORKER, "name": "worker-0", "incarnation": incarnation}
+        up = {"role": Role.WORKER, "name": name, "incarnation": incarnation}
         self.agent.say(ProcessUp(**up, address=worker.address))
         await self.until(lambda: worker.heard)
         assert worker.heard.pop() == Hello(role=Role.CONTROLLER, name="controller", incarnation=1)
         return worker
 
-    def worker_ends(self, incarnation: int = 1) -> None:
-        self.agent.say(ProcessEnded(role=Role.WORKER, name="worker-0", incarnation=incarnation))
+    def worker_ends(self, incarnation: int = 1, name: str = "worker-0") -> None:
+        self.agent.say(ProcessEnded(role=Role.WORKER, name=name, incarnation=incarnation))
+
+    async def pass_time(self, seconds: float) -> None:
+        """Ticks come every second; those of a moment that was jumped over come once."""
+        self.clock.advance(seconds)
+        for _ in range(10):
+            await asyncio.sleep(0)
 
     async def close(self) -> None:
         for task in self.tasks:
@@ -104,6 +131,40 @@ async def command(world: World, worker: Peer) -> Activate | Evict | SetLimits:
 
 def done(heard: Activate | Evict | SetLimits, error: str | None = None) -> CommandDone:
     return CommandDone(command_id=heard.command_id, worker="worker-0", error=error)
+
+
+class Gateway:
+    """Keeps the newest routes that it was sent."""
+
+    def __init__(self, world: World) -> None:
+        self.socket = connect_dealer(world.context, world.address, "gateway-0.1")
+        asend(self.socket, Hello(role=Role.GATEWAY, name="gateway-0", incarnation=1))
+        self.routes: Routes | None = None
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for envelope in areceive(self.socket):
+            assert isinstance(envelope.message, Routes)
+            assert self.routes is None or envelope.message.version >= self.routes.version
+            self.routes = envelope.message
+
+    @property
+    def route(self) -> tuple[list[str], list[str]]:
+        if self.routes is None:
+            return [], []
+        (route,) = self.routes.routes
+        return route.workers, route.draining
+
+    def close(self) -> None:
+        self._reader.cancel()
+        self.socket.close(linger=0)
+
+
+@pytest.fixture
+async def gateway(world: World) -> AsyncIterator[Gateway]:
+    gateway = Gateway(world)
+    yield gateway
+    gateway.close()
 
 
 async def test_gateways_get_the_routes_when_they_come_and_when_they_ask(world: World) -> None:
@@ -169,7 +230,7 @@ async def test_without_a_worker_a_command_fails_at_once(world: World) -> None:
         await world.service.load(A)
     await world.worker()
     world.worker_ends()
-    await world.until(lambda: not world.service._links)
+    await world.until(lambda: not world.service.links.up)
     with pytest.raises(Unavailable):
         await world.service.load(A)
 
@@ -186,13 +247,13 @@ async def test_a_worker_that_dies_fails_what_was_asked_of_it(world: World) -> No
 
 
 async def test_a_worker_that_never_answers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "COMMAND_SECONDS", 0.01)
+    monkeypatch.setattr(links_module, "COMMAND_SECONDS", 0.01)
     worker = await world.worker()
     with pytest.raises(Unavailable, match="has not done it within"):
         await world.service.load(A)
     worker.say(done(await command(world, worker)))  # too late, which harms nobody
     task = asyncio.create_task(world.service.unload(A))
-    monkeypatch.setattr(service_module, "COMMAND_SECONDS", 10.0)
+    monkeypatch.setattr(links_module, "COMMAND_SECONDS", 10.0)
     worker.say(done(await command(world, worker)))
     await task
 
@@ -202,3 +263,188 @@ async def test_stop(world: World) -> None:
     world.agent.say(Stop(grace=1))
     async with asyncio.timeout(10):
         await world.is_stopped.wait()
+
+
+# --- moving ---------------------------------------------------------------------------------------------
+
+
+async def both(world: World) -> tuple[Peer, Peer]:
+    """Two workers; the model is active on the first."""
+    first, second = await world.worker(), await world.worker(name="worker-1")
+    first.say(report("worker-0", model_report("a", state=ModelState.ACTIVE, num_running=1)))
+    second.say(report("worker-1", model_report("a")))
+    await world.until(lambda: len(world.service.state.reports) == 2)
+    return first, second
+
+
+async def answered(world: World, worker: Peer, kind: type[object]) -> Activate | Evict | SetLimits:
+    heard = await command(world, worker)
+    assert isinstance(heard, kind)
+    worker.say(done(heard))
+    return heard
+
+
+async def test_a_model_moves_while_its_source_serves(world: World, gateway: Gateway) -> None:
+    first, second = await both(world)
+    task = asyncio.create_task(world.service.move(A, 1))
+    await answered(world, second, SetLimits)
+    activate = await command(world, second)
+    assert isinstance(activate, Activate) and gateway.route == (["worker-0"], [])
+    with pytest.raises(Conflict, match="is being moved"):
+        await world.service.move(A, 1)
+    second.say(done(activate))
+    assert await task == "worker-1"
+    await world.until(lambda: gateway.route == (["worker-1"], ["worker-0"]))
+    first.say(report("worker-0", model_report("a", state=ModelState.ACTIVE, num_running=1), num_free_slabs=1))
+    await world.until(lambda: world.service.state.reports[HOME].num_free_slabs == 1)
+    assert not first.heard, "it has a request"
+    world.clock.advance(2)
+    first.say(report("worker-0", model_report("a", state=ModelState.ACTIVE)))
+    evict = await answered(world, first, Evict)
+    assert isinstance(evict, Evict) and not evict.returns
+    await world.until(lambda: gateway.route == (["worker-1"], []))
+    text = world.metrics.text().decode()
+    assert 'prism:migrations_total{model_name="a",result="done"} 1.0' in text
+
+
+async def test_a_source_that_does_not_drain_returns_its_requests(world: World, gateway: Gateway) -> None:
+    first, second = await both(world)
+    task = asyncio.create_task(world.service.move(A, 1))
+    await answered(world, second, SetLimits)
+    await answered(world, second, Activate)
+    await task
+    await world.pass_time(59)
+    assert not first.heard
+    await world.pass_time(2)
+    evict = await command(world, first)
+    assert isinstance(evict, Evict) and evict.returns
+    first.say(done(evict))
+    await world.until(lambda: gateway.route == (["worker-1"], []))
+
+
+async def test_a_target_that_fails_leaves_everything_as_it_was(world: World, gateway: Gateway) -> None:
+    _, second = await both(world)
+    task = asyncio.create_task(world.service.move(A, 1))
+    await answered(world, second, SetLimits)
+    second.say(done(await command(world, second), "no such tensor"))
+    with pytest.raises(EngineFailure, match="no such tensor"):
+        await task
+    assert gateway.route == (["worker-0"], []) and not world.service.state.migrations
+
+
+async def test_a_target_that_dies_gives_the_model_back(world: World, gateway: Gateway) -> None:
+    first, second = await both(world)
+    task = asyncio.create_task(world.service.move(A, 1))
+    await answered(world, second, SetLimits)
+    await answered(world, second, Activate)
+    await task
+    world.worker_ends(name="worker-1")
+    await world.until(lambda: gateway.route == (["worker-0"], []))
+    assert not first.heard
+
+
+async def test_limits_and_pins_travel_with_the_model(world: World) -> None:
+    first, second = await both(world)
+    fields = {"state": ModelState.ACTIVE, "kv_floor_bytes": 5, "kv_limit_bytes": 9, "pinned": True}
+    first.say(report("worker-0", model_report("a", **fields), num_free_slabs=1))
+    await world.until(lambda: world.service.state.reports[HOME].num_free_slabs == 1)
+    task = asyncio.create_task(world.service.move(A, 1))
+    limits = await answered(world, second, SetLimits)
+    assert isinstance(limits, SetLimits) and (limits.kv_floor_bytes, limits.kv_limit_bytes) == (5, 9)
+    activate = await answered(world, second, Activate)
+    assert isinstance(activate, Activate) and activate.pinned is True
+    await task
+
+
+async def test_moves_that_cannot_be(world: World) -> None:
+    with pytest.raises(Unavailable, match="worker-1 is not up"):
+        await world.service.move(A, 1)
+    with pytest.raises(InvalidRequest, match="there are 2 devices"):
+        await world.service.move(A, 2)
+    await both(world)
+    assert await world.service.move(A, 0) == "worker-0", "it lives there"
+
+
+async def test_what_is_not_in_memory_moves_at_once(world: World, gateway: Gateway) -> None:
+    await world.worker(name="worker-1")
+    assert await world.service.move(A, 1) == "worker-1"
+    await world.until(lambda: gateway.route == (["worker-1"], []))
+
+
+async def test_a_demand_for_a_model_whose_home_is_away_gets_another(world: World, gateway: Gateway) -> None:
+    await world.until(lambda: gateway.routes)
+    asend(gateway.socket, Demand(model="a"))
+    await world.worker(name="worker-1")
+    assert gateway.route == (["worker-0"], []), "nobody was up"
+    asend(gateway.socket, Demand(model="a"))
+    await world.until(lambda: gateway.route == (["worker-1"], []))
+    await world.worker()
+    asend(gateway.socket, Demand(model="a"))
+    await world.until(lambda: world.service.links.up == {"worker-0", "worker-1"})
+    assert gateway.route == (["worker-1"], [])
+
+
+async def test_an_unload_calls_a_migration_off(world: World) -> None:
+    first, second = await both(world)
+    moving = asyncio.create_task(world.service.move(A, 1))
+    await answered(world, second, SetLimits)
+    await command(world, second)
+    unloading = asyncio.create_task(world.service.unload(A))
+    with pytest.raises(EngineFailure, match="called off"):
+        await moving
+    await answered(world, second, Evict)
+    await answered(world, first, Evict)
+    await unloading
+
+
+async def test_a_later_controller_says_nothing_before_it_has_heard_from_all(tmp_path: Path) -> None:
+    """It would send requests to where its predecessor's models had been, and load them a second time."""
+    world = World(tmp_path, epoch=2)
+    gateway = Gateway(world)
+    first, second = await world.worker(), await world.worker(name="worker-1")
+    first.say(report("worker-0", model_report("a")))
+    await world.until(lambda: len(world.service.state.reports) == 1)
+    assert gateway.routes is None
+    second.say(report("worker-1", model_report("a", state=ModelState.ACTIVE)))
+    await world.until(lambda: gateway.routes)
+    assert gateway.route == (["worker-1"], [])
+    gateway.close()
+    await world.close()
+
+
+async def test_a_later_controller_does_not_wait_for_ever(tmp_path: Path) -> None:
+    world = World(tmp_path, epoch=2)
+    gateway = Gateway(world)
+    await world.until(lambda: world.service._gateways)
+    assert gateway.routes is None
+    await world.pass_time(2.5)
+    await world.until(lambda: gateway.routes)
+    gateway.close()
+    await world.close()
+
+
+async def test_preloaded_models_are_loaded_at_home_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker loaded each of them."""
+    monkeypatch.setattr(World, "preloaded", frozenset((A,)))
+    world = World(tmp_path)
+    first, second = await world.worker(), await world.worker(name="worker-1")
+    second.say(report("worker-1", model_report("a")))
+    first.say(report("worker-0", model_report("a")))
+    assert isinstance(await command(world, first), Activate)
+    assert not second.heard
+    await world.close()
+
+
+async def test_placement_looks_now_and_then(world: World, gateway: Gateway) -> None:
+    """A model that fills its device gets another one."""
+    first, second = await both(world)
+    for now in range(61):
+        busy = {"device_seconds": float(now), "num_started": 10 * now, "decoded_tokens": 100 * now}
+        first.say(report("worker-0", model_report("a", state=ModelState.ACTIVE, **busy), num_free_slabs=now))
+        await world.until(lambda now=now: world.service.state.reports[HOME].num_free_slabs == now)
+        await world.pass_time(1)
+    await answered(world, second, SetLimits)
+    await answered(world, second, Activate)
+    await world.until(lambda: gateway.route == (["worker-0", "worker-1"], []))

@@ -19,7 +19,17 @@ from prism.gateway.requests import (
     Request,
     Stale,
 )
-from prism.messages import CancelChoice, Output, Outputs, Rejected, Started, Submit
+from prism.messages import (
+    CancelChoice,
+    Output,
+    Outputs,
+    Rejected,
+    Returned,
+    Route,
+    Routes,
+    Started,
+    Submit,
+)
 from prism.types import FinishReason, ModelId, RequestId, SamplingParams, Slo
 from tests.gateway.fakes import MODEL, FakeLinks, place, routes
 
@@ -221,6 +231,14 @@ class Chaos:
             )
             self.dispatcher.on_rejected(where, rejected, self.now)
 
+    def give_back(self, pick: int) -> None:
+        if (found := self.submit_of(pick)) is not None:
+            where, submit = found
+            returned = Returned(
+                request_id=submit.request_id, attempt=submit.attempt, incarnation=where.incarnation
+            )
+            self.dispatcher.on_returned(where, returned, self.now)
+
     def cancel(self, pick: int) -> None:
         if self.sinks:
             self.dispatcher.cancel(RequestId(list(self.sinks)[pick % len(self.sinks)]), self.now)
@@ -247,6 +265,7 @@ EVENTS = st.one_of(
     st.tuples(st.just("start"), PICK),
     st.tuples(st.just("token"), PICK, st.integers(0, 2), st.integers(0, 4), st.integers(1, 3)),
     st.tuples(st.just("reject"), PICK),
+    st.tuples(st.just("give_back"), PICK),
     st.tuples(st.just("cancel"), PICK),
     st.tuples(st.just("wait"), st.floats(0, 100)),
 )
@@ -328,6 +347,27 @@ def test_a_gap_is_run_again() -> None:
     assert links.cancels == [CancelChoice(request_id="r0", attempt=1)]
     assert links.submits[-1].attempt == 2
     assert links.submits[-1].resumed[0].token_ids == [0]
+
+
+def test_what_a_worker_returns_goes_on_where_the_model_is() -> None:
+    """And nobody is suspected of anything."""
+    dispatcher, links = ready()
+    target = place("w1")
+    dispatcher.on_worker_up(target, 0)
+    request, sink = make_request(), CountingSink()
+    dispatcher.open(request, sink, 0)
+    dispatcher.on_outputs(W1, Outputs(incarnation=1, items=[output(request, 0, [0, 1])]), 0)
+    moved = Route(model=MODEL, workers=["w1"], draining=["w0"])
+    dispatcher.on_routes(Routes(epoch=1, version=2, routes=[moved]), 1)
+    dispatcher.on_returned(target, Returned(request_id="r0", attempt=1, incarnation=1), 1)  # not its worker
+    dispatcher.on_returned(W1, Returned(request_id="r0", attempt=0, incarnation=1), 1)  # an earlier attempt
+    assert len(links.submits) == 1
+    for _ in range(2):
+        dispatcher.on_returned(W1, Returned(request_id="r0", attempt=1, incarnation=1), 1)
+    assert [where for where, m in links.sent if isinstance(m, Submit)] == [W1, target]
+    assert links.submits[-1].resumed[0].token_ids == [0, 1]
+    assert (request.num_deaths, request.strikes) == (0, 0)
+    dispatcher.check()
 
 
 def test_resubmissions_go_by_slack_and_at_a_bounded_rate() -> None:

@@ -78,7 +78,8 @@ class Server:
         server = {"port": self.port, "admin_port": self.admin_port} | sections.pop("server", {})
         common = sections.pop("model", {})
         named = [{"name": name, "path": str(path)} | common for name, path in models.items()]
-        self.config = {"models": named, "devices": [device], "server": server, **sections}
+        devices = sections.pop("devices", [device])
+        self.config = {"models": named, "devices": devices, "server": server, **sections}
         (self.home / "prism.yaml").write_text(json.dumps(self.config))
         RUNNING.append(self)
 

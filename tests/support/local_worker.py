@@ -19,6 +19,7 @@ from prism.messages import (
     CommandDone,
     Outputs,
     Rejected,
+    Returned,
     Started,
     Submit,
     WeightsWanted,
@@ -90,16 +91,19 @@ class RecordingOutbox:
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.finished: dict[tuple[str, int], str] = {}
         self.rejected: dict[str, Rejected] = {}
+        self.returned: list[str] = []
         self.wanted: list[str] = []
         self.done: list[CommandDone] = []
 
-    def to_gateway(self, gateway: GatewayId, message: Started | Outputs | Rejected) -> None:
+    def to_gateway(self, gateway: GatewayId, message: Started | Outputs | Rejected | Returned) -> None:
         match message:
             case Started():
                 self.started[message.request_id] = message
             case Rejected():
                 assert message.request_id not in self.rejected
                 self.rejected[message.request_id] = message
+            case Returned():
+                self.returned.append(message.request_id)
             case Outputs():
                 for item in message.items:
                     key = (item.request_id, item.choice)

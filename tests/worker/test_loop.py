@@ -177,6 +177,38 @@ def test_commands_load_and_evict(start: Any) -> None:
     assert [(d.command_id, d.error is None) for d in local.outbox.done] == [(1, True), (3, True), (4, False)]
 
 
+def test_an_eviction_that_is_not_to_wait_returns_what_runs(start: Any, paths: dict[str, Path]) -> None:
+    """What was drawn has been sent, and another attempt goes on behind it, without a tear."""
+    model, prompt = make_model("llama", seed=0), [1, 2, 3]
+    local = start("llama")
+    local.submit("r", "llama", prompt, max_tokens=30)
+    local.run(until=lambda: len(local.outbox.tokens.get(("r", 0), [])) > 5)
+    local.submit("waits", "llama", prompt, max_tokens=30)
+    local.worker.on_command(Evict(epoch=1, command_id=1, model="llama"))
+    assert local.outbox.done[0].error is not None, "it has requests"
+    local.worker.models["llama"].pinned = True
+    local.worker.on_command(Evict(epoch=1, command_id=2, model="llama", returns=True, moved=True))
+    local.run()
+    assert not local.worker.models["llama"].pinned, "memory would be kept for it here"
+    assert sorted(local.outbox.returned) == ["r", "waits"]
+    assert local.worker.models["llama"].state is ModelState.COLD and local.outbox.done[1].error is None
+    so_far = local.outbox.tokens["r", 0]
+    assert so_far == reference(model, prompt, 30)[: len(so_far)] and 5 < len(so_far) < 30
+    resumed = [ResumedChoice(choice=0, token_ids=so_far, finished=False)]
+    local.submit("r", "llama", prompt, max_tokens=30, resumed=resumed, attempt=1)
+    local.run()
+    assert local.outbox.tokens["r", 0] == reference(model, prompt, 30)
+
+
+def test_a_load_that_is_not_wanted_any_more_returns_who_waits_for_it(start: Any) -> None:
+    local = start("llama")
+    local.submit("r", "llama", [1, 2, 3])
+    local.worker.on_command(Evict(epoch=1, command_id=1, model="llama", returns=True))
+    local.run()
+    assert local.outbox.returned == ["r"]
+    assert local.worker.models["llama"].state is ModelState.COLD
+
+
 def test_a_checkpoint_that_cannot_be_packed_fails_its_requests_only(start: Any) -> None:
     local = start("llama", "qwen3")
     local.submit("bad", "llama", [1])

@@ -1,0 +1,180 @@
+"""How hard devices are pressed by the models that live on them, as arrays over all devices. Pure.
+
+The pressure of a device is its tighter resource, and a tenth of the other, which decides between equals:
+
+    kv       = KV_HELD * KV_TPOT * sum(token_rate * kv_bytes_per_token / tpot) / (memory - weights)
+    compute  = sum(compute) / speed
+    pressure = max(kv, compute) + 0.1 * min(kv, compute)
+
+The sum in `kv` is the published KV pressure ratio. Its factor makes it comparable with a share of time: at an
+objective of `KV_TPOT`, with tokens that are held for `KV_HELD`, 1 means that what runs fills the memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prism.controller.snapshot import DeviceState, ModelNeed
+
+KV_HELD = 10.0
+KV_TPOT = 0.1
+LEAST_TPOT = 1e-3
+"""An objective of 0 is none that counts."""
+SECOND = 0.1
+"""Weight of the resource that is not the tighter one."""
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one home of a model brings to its device: the whole of it, or a share of its load."""
+
+    weights: float
+    floor: float
+    kv: float
+    compute: float
+    noise: float
+    is_live: bool
+
+
+def entry_of(model: ModelNeed, num_homes: int) -> Entry:
+    """The load is shared among replicas and parts; weights and floor are so among parts only."""
+    kv = KV_HELD * KV_TPOT * model.token_rate * model.kv_bytes_per_token / max(model.tpot, LEAST_TPOT)
+    count = max(1, num_homes, model.tp)
+    return Entry(
+        model.weights_bytes / model.tp,
+        model.kv_floor_bytes / model.tp,
+        kv / count,
+        model.compute / count,
+        model.noise,
+        model.is_live,
+    )
+
+
+def pressure_of(kv: Any, compute: Any) -> Any:
+    """See the module's docstring; numbers or arrays."""
+    return np.maximum(kv, compute) + SECOND * np.minimum(kv, compute)
+
+
+class Fleet:
+    """Sums for each device of what lives there, kept while models come and go."""
+
+    def __init__(self, devices: Sequence[DeviceState]) -> None:
+        self.workers = tuple(device.worker for device in devices)
+        self.index = {worker: place for place, worker in enumerate(self.workers)}
+        self._slab: Floats = np.array([float(device.slab_bytes) for device in devices])
+        self._slabs: Floats = np.array([float(d.memory_bytes // d.slab_bytes) for d in devices])
+        self.capacity: Floats = self._slab * self._slabs
+        self.speed: Floats = np.array([device.speed for device in devices])
+        self._means = tuple(float(each.mean()) for each in (self.capacity, self._slab, self.speed))
+        self.is_up: Mask = np.array([device.is_up for device in devices], dtype=bool)
+        self._used: Floats = np.zeros(len(devices))
+        self._weights: Floats = np.zeros(len(devices))
+        self._kv: Floats = np.zeros(len(devices))
+        self._compute: Floats = np.zeros(len(devices))
+        self._kv_variance: Floats = np.zeros(len(devices))
+        self._compute_variance: Floats = np.zeros(len(devices))
+        self._pressures: Floats | None = None
+        self._idle: Floats = np.zeros(len(devices))
+
+    # --- who lives where ------------------------------------------------------------------------------
+
+    def add(self, entry: Entry, place: int, sign: int = 1) -> None:
+        """A model comes to live on a device; what is idle reserves nothing."""
+        if not entry.is_live:
+            self._idle[place] += sign * entry.weights
+            return
+        self._pressures = None
+        self._used[place] += sign * self.need(entry, place)
+        self._weights[place] += sign * entry.weights
+        self._kv[place] += sign * entry.kv
+        self._compute[place] += sign * entry.compute
+        self._kv_variance[place] += sign * (entry.kv * entry.noise) ** 2
+        self._compute_variance[place] += sign * (entry.compute * entry.noise) ** 2
+
+    def remove(self, entry: Entry, place: int) -> None:
+        """It leaves."""
+        self.add(entry, place, -1)
+
+    def need(self, entry: Entry, place: int) -> float:
+        """Slabs that it takes at least on a device: weights, and a floor of KV, one slab or more."""
+        slab = float(self._slab[place])
+        return math.ceil(entry.weights / slab) + max(1, math.ceil(entry.floor / slab))
+
+    def _need(self, entry: Entry) -> Floats:
+        """The same on all devices."""
+        floor = np.maximum(1.0, np.ceil(entry.floor / self._slab))
+        return np.asarray(np.ceil(entry.weights / self._slab) + floor)
+
+    # --- what follows ---------------------------------------------------------------------------------
+
+    def holds(self, entry: Entry, place: int) -> bool:
+        """A device can hold it, with nothing beside it."""
+        return self.need(entry, place) <= float(self._slabs[place])
+
+    def fits_alone(self, entry: Entry) -> Mask:
+        """Devices that can hold it at all."""
+        return np.asarray(self._need(entry) <= self._slabs)
+
+    def fits(self, entry: Entry) -> Mask:
+        """Devices that have room for it beside what lives there."""
+        return np.asarray(self._used + self._need(entry) <= self._slabs)
+
+    def excess(self) -> Floats:
+        """Slabs by which what is live on a device is too much, where it is."""
+        return self._used - self._slabs
+
+    def pressures(self) -> Floats:
+        """Of all devices as they are."""
+        if self._pressures is None:
+            self._pressures = np.asarray(pressure_of(*self.parts()))
+        return self._pressures
+
+    def parts(self) -> tuple[Floats, Floats]:
+        """KV and compute of all devices as they are."""
+        return self._kv / self._shared(0.0), self._compute / self.speed
+
+    def noise(self, place: int, other: int) -> float:
+        """Standard deviation of the difference between two devices' pressures, as far as it was measured."""
+        both = [place, other]
+        kv = self._kv_variance[both] / self._shared(0.0)[both] ** 2
+        compute = self._compute_variance[both] / self.speed[both] ** 2
+        return math.sqrt(max(0.0, float(np.maximum(kv, compute).sum())))
+
+    def with_added(self, entry: Entry) -> Floats:
+        """Pressure that each device would have with the entry on it."""
+        kv = (self._kv + entry.kv) / self._shared(entry.weights)
+        return np.asarray(pressure_of(kv, (self._compute + entry.compute) / self.speed))
+
+    def with_removed(self, entry: Entry, place: int) -> float:
+        """Pressure that its device would have without it."""
+        shared = max(self._slab[place], self.capacity[place] - self._weights[place] + entry.weights)
+        compute = (self._compute[place] - entry.compute) / self.speed[place]
+        return float(pressure_of((self._kv[place] - entry.kv) / shared, compute))
+
+    def _shared(self, added: float) -> Floats:
+        """Memory for KV; where weights leave none it is one slab, which makes the pressure very high."""
+        return np.maximum(self._slab, self.capacity - self._weights - added)
+
+    def homeliness(self, entry: Entry) -> Floats:
+        """For idle models, less is better: pressure, and how much of a device all weights would fill."""
+        return np.asarray(self.pressures() + (self._idle + self._weights + entry.weights) / self.capacity)
+
+    def demand(self, entry: Entry) -> float:
+        """The pressure of a model by itself, on a device that is like the mean of all."""
+        memory, slab, speed = self._means
+        kv, compute = entry.kv / max(memory - entry.weights, slab), entry.compute / speed
+        return max(kv, compute) + SECOND * min(kv, compute)
+
+
+def lowest(values: Floats, mask: Mask) -> int:
+    """The first of the places with the lowest value, where the mask allows it."""
+    return int(np.argmin(np.where(mask, values, np.inf)))

@@ -1,0 +1,86 @@
+"""What placement sees of the controller's state. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from prism.controller.demand import DemandWindow
+from prism.controller.snapshot import DeviceState, Home, ModelNeed, PlacementSnapshot, Policy
+from prism.controller.state import ControllerState
+from prism.types import ModelId, WorkerId
+
+LINK_BYTES = 10e9
+"""A second, for a model whose load has not been seen yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """What the configuration tells: models with what they take at least, and devices."""
+
+    models: tuple[ModelNeed, ...]
+    devices: tuple[DeviceState, ...]
+    pinned: frozenset[ModelId] = frozenset()
+    """Loaded at start and never evicted under pressure."""
+    preloaded: frozenset[ModelId] = frozenset()
+    """Loaded at start, pinned or not."""
+
+
+def snapshot(
+    catalog: Catalog,
+    state: ControllerState,
+    demand: DemandWindow,
+    up: frozenset[WorkerId],
+    policy: Policy,
+    now: float,
+) -> PlacementSnapshot:
+    """Everything, at this moment."""
+    return PlacementSnapshot(
+        models=tuple(_need(catalog, state, demand, model, now) for model in catalog.models),
+        devices=tuple(_device(state, device, up) for device in catalog.devices),
+        homes={model: _homes(state, model, now) for model in state.homes},
+        busy=frozenset(state.migrations),
+        policy=policy,
+    )
+
+
+def _homes(state: ControllerState, model: ModelId, now: float) -> tuple[Home, ...]:
+    """With the ends of its migration: it takes room on both."""
+    homes, migration = state.homes[model], state.migrations.get(model)
+    ends = () if migration is None else (migration.source, migration.target)
+    known = {home.worker for home in homes}
+    return (*homes, *(Home(worker, now) for worker in ends if worker is not None and worker not in known))
+
+
+def _device(state: ControllerState, device: DeviceState, up: frozenset[WorkerId]) -> DeviceState:
+    report = state.reports.get(device.worker)
+    is_up = device.worker in up
+    if report is None:
+        return replace(device, is_up=is_up)
+    memory = report.num_slabs * report.slab_bytes
+    return replace(device, memory_bytes=memory, slab_bytes=report.slab_bytes, is_up=is_up)
+
+
+def _need(
+    catalog: Catalog, state: ControllerState, demand: DemandWindow, model: ModelNeed, now: float
+) -> ModelNeed:
+    load = demand.load(model.model, now)
+    found = [state.report_of(worker, model.model) for worker in state.reports]
+    reports = [report for report in found if report is not None]
+    is_asked_for = any(report.num_running + report.num_waiting for report in reports)
+    is_pinned = any(report.pinned for report in reports) if reports else model.model in catalog.pinned
+    weights = max((report.weights_bytes for report in reports), default=0) or model.weights_bytes
+    load_seconds = max((report.load_seconds for report in reports), default=0.0) or weights / LINK_BYTES
+    cached = max((report.kv_cached_bytes for report in reports), default=0)
+    num_cached = cached / max(1, model.kv_bytes_per_token)
+    recompute = num_cached * load.compute / load.token_rate if load.token_rate else 0.0
+    return replace(
+        model,
+        weights_bytes=weights,
+        kv_floor_bytes=max((report.kv_floor_bytes for report in reports), default=model.kv_floor_bytes),
+        token_rate=load.token_rate,
+        compute=load.compute,
+        noise=load.noise,
+        move_seconds=load_seconds + recompute,
+        is_wanted=is_asked_for or is_pinned,
+        resident=state.resident(model.model),
+    )

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+
+from prism.controller.demand import DemandWindow, Load
+from prism.types import ModelId, WorkerId
+from tests.controller.reports import model_report, report
+
+A = ModelId("a")
+
+
+def window(**speeds: float) -> DemandWindow:
+    named = {WorkerId(name.replace("_", "-")): speed for name, speed in speeds.items()}
+    return DemandWindow(60.0, named)
+
+
+def tell(
+    demand: DemandWindow, now: float, tokens: int, worker: str = "worker-0", incarnation: int = 1
+) -> None:
+    counters = {"num_started": tokens // 10, "prompt_tokens": tokens // 2, "decoded_tokens": tokens // 2}
+    model = model_report("a", device_seconds=tokens / 100, **counters)
+    demand.on_report(report(worker, model, incarnation=incarnation), now)
+
+
+def test_rates_are_differences_within_the_window() -> None:
+    demand = window()
+    assert demand.load(A, 0.0) == Load()
+    for second in range(101):
+        tell(demand, 1000.0 + second, 5000 + 20 * second)
+    load = demand.load(A, 1100.0)
+    assert load.token_rate == pytest.approx(20) and load.compute == pytest.approx(0.2)
+    assert load.noise == pytest.approx(120**-0.5)
+    assert demand.load(A, 1130.0).token_rate == pytest.approx(10, abs=0.5)
+    assert demand.load(A, 1200.0) == Load()
+
+
+def test_all_workers_count_and_fast_ones_more() -> None:
+    demand = window(worker_1=2.0)
+    for second in (0, 60):
+        tell(demand, second, 30 * second)
+        tell(demand, second, 10 * second, "worker-1")
+    load = demand.load(A, 60.0)
+    assert load.token_rate == pytest.approx(40)
+    assert load.compute == pytest.approx(0.3 + 2 * 0.1)
+
+
+def test_a_new_incarnation_counts_from_its_first_report() -> None:
+    """Its counters are smaller: the difference would be negative."""
+    demand = window()
+    tell(demand, 0.0, 1000)
+    tell(demand, 30.0, 1600)
+    tell(demand, 31.0, 100, incarnation=2)
+    tell(demand, 60.0, 700, incarnation=2)
+    assert demand.load(A, 60.0).token_rate == pytest.approx(20)
+
+
+def test_what_was_seen_for_a_moment_is_no_rate() -> None:
+    demand = window()
+    tell(demand, 0.0, 0)
+    tell(demand, 1.0, 100)
+    assert demand.load(A, 1.0).token_rate == pytest.approx(5)
+    assert demand.load(A, 25.0).token_rate == pytest.approx(4)

@@ -1,0 +1,136 @@
+"""Two workers on the CPU: models move between them under load, and no stream notices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server import load
+from tests.server.clients import Answer, Call, ends, golden_calls
+from tests.server.harness import Server, eventually
+from tests.server.test_kill import assert_alike, num_events
+
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+
+DEVICE = {"memory": "64MiB", "slab": "2MiB", "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Two devices; nothing moves by itself, and a source has a second to finish."""
+    scheduling = {"placement_interval": 0, "drain_timeout": "2s"}
+    with Server(devices=[DEVICE, DEVICE], scheduling=scheduling) as server:
+        yield server
+
+
+async def entries(server: Server) -> dict[str, dict[str, Any]]:
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+        answer = (await client.get(f"{server.admin}/admin/models")).raise_for_status().json()
+    return {entry["model"]: entry for entry in answer["models"]}
+
+
+async def is_alone_at(server: Server, model: str, worker: str) -> bool:
+    """It lives there, nothing of it is elsewhere, and no migration is under way."""
+    entry = (await entries(server))[model]
+    return (entry["homes"], entry["elsewhere"], entry["migration"]) == ([worker], [], None)
+
+
+async def move(client: httpx.AsyncClient, server: Server, model: str, device: int) -> None:
+    answer = await client.post(f"{server.admin}/admin/models/{model}/move", json={"device": device})
+    assert answer.status_code == 200, answer.text
+
+
+async def alone(client: httpx.AsyncClient, server: Server) -> list[Answer]:
+    return await ends([call.start(client, server.url) for call in load.calls()])
+
+
+async def both_up(server: Server) -> bool:
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+        answer = (await client.get(f"{server.admin}/admin/models")).json()
+    return len(answer["devices"]) == 2
+
+
+async def test_models_move_under_load_and_every_stream_is_right(
+    client: httpx.AsyncClient, server: Server
+) -> None:
+    """Twenty long streams; two models move while more requests come.
+
+    What a source has not finished in two seconds goes on at the target with its tokens.
+    """
+    await eventually(lambda: both_up(server), "both workers are up", 60)
+    expected = await alone(client, server)
+    calls = [call.start(client, server.url) for call in load.calls()]
+    await eventually(lambda: num_events(calls) > 100, "the streams are under way", 60)
+    homes = {model: entry["worker"] for model, entry in (await entries(server)).items()}
+    late: list[tuple[Call, str]] = []
+    for model in ("radio", "speller"):
+        await move(client, server, model, 1 - int(homes[model][-1]))
+        late += golden_calls(model, 3)
+        for call, _ in late[-3:]:
+            call.start(client, server.url)
+    assert not all(call.answer.is_done for call in calls), "the load is too small"
+    assert_alike(await ends(calls), expected)
+    for call, text in late:
+        assert (await call.end()).text == text
+    for model in ("radio", "speller"):
+        there = f"worker-{1 - int(homes[model][-1])}"
+        await eventually(lambda m=model, w=there: is_alone_at(server, m, w), f"{model} is on {there} alone")
+    samples = await server.metrics()
+    moved = [value for name, value in samples.items() if "migrations_total" in name and "done" in name]
+    assert sum(moved) == 2, samples
+    assert sum(value for name, value in samples.items() if "resubmissions_total" in name) > 0
+
+
+async def test_a_source_that_dies_in_a_migration_loses_nothing(
+    client: httpx.AsyncClient, server: Server
+) -> None:
+    expected = await alone(client, server)
+    calls = [call.start(client, server.url) for call in load.calls()]
+    await eventually(lambda: num_events(calls) > 100, "the streams are under way", 60)
+    source = (await entries(server))["radio"]["worker"]
+    await move(client, server, "radio", 1 - int(source[-1]))
+    server.kill(source)
+    assert_alike(await ends(calls), expected)
+    there = f"worker-{1 - int(source[-1])}"
+    await eventually(lambda: is_alone_at(server, "radio", there), f"radio is on {there} alone")
+    await eventually(lambda: both_up(server), "both workers are up", 60)
+
+
+async def test_a_controller_that_dies_in_a_migration_leaves_one_home(
+    client: httpx.AsyncClient, server: Server
+) -> None:
+    """The next one finds the model active on two devices, or on one, and keeps what is so."""
+    calls = [call.start(client, server.url) for call in load.calls()[:6]]
+    await eventually(lambda: num_events(calls) > 50, "the streams are under way", 60)
+    source = (await entries(server))["radio"]["worker"]
+    await move(client, server, "radio", 1 - int(source[-1]))
+    pid = server.kill("controller")
+    await eventually(lambda: server.pid("controller") not in (None, pid), "another one starts", 60)
+    for answer in await ends(calls):
+        assert answer.is_done and answer.error is None
+    for call, text in golden_calls("radio", 3):
+        assert (await call.start(client, server.url).end()).text == text
+
+
+async def test_two_busy_models_come_apart_by_themselves(client: httpx.AsyncClient) -> None:
+    """They were put on one device by hand; the other one is free."""
+    scheduling = {"placement_interval": "1s", "demand_window": "5s", "migration_cooldown": "1s"}
+    with Server(devices=[DEVICE, DEVICE], scheduling=scheduling) as server:
+        await eventually(lambda: both_up(server), "both workers are up", 60)
+        expected = await alone(client, server)
+        calls: list[Call] = []
+        for model in ("radio", "speller"):
+            await move(client, server, model, 0)
+        for _ in range(2):
+            calls += [call.start(client, server.url) for call in load.calls()]
+
+        async def are_apart() -> bool:
+            found = await entries(server)
+            assert not all(call.answer.is_done for call in calls), "the load is too small"
+            return bool(set(found["radio"]["homes"]) != set(found["speller"]["homes"]))
+
+        await eventually(are_apart, "one of them moves", 60)
+        assert_alike(await ends(calls), [*expected, *expected])
