@@ -20,6 +20,8 @@ COMMON = {
     "transport",
     "logs",
     "modelspec",
+    "costs",
+    "profile",
 }
 ALLOWED = {
     "memory": {"memory"},
@@ -53,6 +55,7 @@ PURE = [
     "worker/reclaim.py",
     "worker/costs.py",
     "worker/copies.py",
+    "worker/on_time.py",
     "controller/state.py",
     "controller/placement.py",
     "gateway/routing.py",
