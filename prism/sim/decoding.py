@@ -107,6 +107,12 @@ class DecodeGroup:
         self.num_blocks += self.blocks_for(count)
         self._begun += count
 
+    def forgo(self) -> None:
+        """A step that was begun is not run after all."""
+        self._begun -= 1
+        assert self._begun >= self._steps
+        self.num_blocks -= self._phases[self._begun % self.block]
+
     def run(self, count: int) -> None:
         """So many of the begun steps have run."""
         self._steps += count

@@ -34,6 +34,8 @@ class Rounds(Generic[M]):
         self.num_steps = num_steps
         self.done = 0
         """Steps whose end has been accounted for."""
+        self.begun = 1
+        """Steps that have got their blocks; the first one has them when this is made."""
         self._first = sum(part.first for part in parts)
         self._growth = sum(part.growth for part in parts)
         self.end = self.end_of(num_steps)
@@ -65,12 +67,12 @@ class Rounds(Generic[M]):
         ended = self.ended_by(now)
         return ended + (ended < self.num_steps and self.end_of(ended) < now)
 
-    def cut(self, now: int) -> None:
-        """Nothing begins from `now` on; a step that has begun ends."""
-        begun = self.begun_by(now)
-        if begun < self.num_steps:
-            self.num_steps = begun
-            self.end = max(self.end_of(begun), self.start)
+    def cut(self, now: int, at_least: int = 0) -> None:
+        """Nothing begins from `now` on; a step that has begun ends, and so do the first `at_least` ones."""
+        keep = max(self.begun_by(now), at_least)
+        if keep < self.num_steps:
+            self.num_steps = keep
+            self.end = self.end_of(keep)
 
     def steps_of(self, index: int, steps: int) -> int:
         """How many of the first `steps` are the member's."""
