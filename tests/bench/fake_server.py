@@ -1,0 +1,121 @@
+"""A small streaming server that misbehaves on demand: the prompt's first token says how."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+from typing import Any
+
+REFUSE, DROP, SILENT, HOLD, NO_HTTP, ERROR_EVENT, NOT_JSON, EARLY_END, ROLE_FIRST, BURST = range(10, 20)
+NORMAL = 100
+"""From here on everything is fine."""
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class FakeServer:
+    """Use as an async context manager. Keeps the bodies that it was sent."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.num_connections = 0
+        self.release = asyncio.Event()
+        """Ends what `HOLD` holds."""
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> FakeServer:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        await self._server.wait_closed()
+        await asyncio.sleep(0)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        self._writers.add(writer)
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                length = int(head.split("content-length:")[1].split()[0])
+                body = json.loads(await reader.readexactly(length))
+                self.bodies.append(body)
+                if not await self._answer(body, writer):
+                    break
+        self._writers.discard(writer)
+        writer.close()
+
+    async def _answer(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        prompt = body.get("prompt", [NORMAL])
+        kind, count = prompt[0], body.get("max_tokens") or body["max_completion_tokens"]
+        match kind:
+            case 10:
+                text = json.dumps({"error": {"message": "too many"}}).encode()
+                writer.write(b"HTTP/1.1 429 X\r\ncontent-length: %d\r\n\r\n%b" % (len(text), text))
+                return True
+            case 11:  # in the middle of an answer
+                writer.write(HEAD + chunk(token("a")))
+                return False
+            case 12:
+                return False
+            case 13:
+                writer.write(HEAD + chunk(token("a")))
+                await self.release.wait()
+                writer.write(b"".join(map(chunk, events(body, prompt, count)[1:])) + chunk(b""))
+                return True
+            case 14:
+                writer.write(b"what?\r\n\r\n")
+                return False
+            case 15:
+                writer.write(HEAD + chunk(event({"error": {"message": "out of luck"}})) + chunk(b""))
+                return True
+            case 16:
+                writer.write(HEAD + chunk(b"data: {oops\n\n") + chunk(b""))
+                return True
+            case 17:
+                writer.write(HEAD + chunk(token("a")) + chunk(b""))
+                return True
+            case 19:  # all in one piece, cut where it hurts
+                whole = HEAD + b"".join(map(chunk, events(body, prompt, count))) + chunk(b"")
+                writer.write(whole[:-25])
+                await writer.drain()
+                writer.write(whole[-25:])
+                return True
+        writer.write(HEAD)
+        for piece in events(body, prompt, count):
+            writer.write(chunk(piece))
+            await writer.drain()
+        writer.write(chunk(b""))
+        return True
+
+
+def events(body: dict[str, Any], prompt: Any, count: int) -> list[bytes]:
+    """A good answer."""
+    usage = {"prompt_tokens": len(prompt), "completion_tokens": count}
+    if "messages" in body:
+        usage["prompt_tokens"] = 7
+        parts = [chat(role="assistant", content=""), *(chat(content="x") for _ in range(count))]
+    else:
+        parts = [token("x") for _ in range(count)]
+    return [*parts, event({"choices": [], "usage": usage}), b"data: [DONE]\n\n"]
+
+
+def event(value: Any) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def token(text: str, finish: str | None = None) -> bytes:
+    return event({"choices": [{"index": 0, "text": text, "finish_reason": finish}]})
+
+
+def chat(**delta: str) -> bytes:
+    return event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
