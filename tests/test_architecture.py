@@ -34,6 +34,7 @@ ALLOWED = {
     "controller": {"controller"},
     "agent": {"agent", "weights", "memory"},
     "demo": {"demo"},
+    "bench": {"bench", "sim"},
     "sim": {"sim", "engine", "worker", "controller"},
 }
 """Which packages a package may import besides the common modules; `cli` may import everything."""
@@ -64,7 +65,7 @@ PURE = [
     "agent/backoff.py",
 ]
 IMPURE = {"torch", "asyncio", "time", "random", "logging", "zmq", "threading", "socket"}
-WITHOUT_TORCH = ("gateway", "controller", "agent", "sim")
+WITHOUT_TORCH = ("gateway", "controller", "agent", "sim", "bench")
 
 
 def imports(path: Path) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from prism import __version__
+from prism.cli.bench import bench
 from prism.errors import ConfigError
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ AdminOption = Annotated[
     str, typer.Option("--admin", envvar="PRISM_ADMIN", help="Admin address of the server.")
 ]
 DEFAULT_ADMIN = "http://127.0.0.1:8001"
+
+app.command()(bench)
 
 
 @app.command()

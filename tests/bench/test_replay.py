@@ -150,9 +150,8 @@ async def test_requests_leave_at_their_times_though_nothing_comes_back() -> None
 async def test_a_bound_on_requests_at_a_time_delays_the_others() -> None:
     async with FakeServer() as server:
         records = await replay(server.url, [fake.NORMAL] * 6, max_concurrency=2)
-    spans = sorted((record.start, record.end) for record in records)
-    for (_, end), (start, _) in zip(spans, spans[2:], strict=False):
-        assert start >= end or start >= min(e for _, e in spans)
+    for one in records:
+        assert sum(other.start <= one.start < other.end for other in records) <= 2
     assert records[-1].lateness >= records[0].end - records[0].request.at - 0.001
 
 
