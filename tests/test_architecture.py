@@ -35,6 +35,7 @@ ALLOWED = {
     "agent": {"agent", "weights", "memory"},
     "demo": {"demo"},
     "bench": {"bench", "sim"},
+    "calibration": {"calibration", "worker", "engine", "models", "weights", "memory"},
     "sim": {"sim", "engine", "worker", "controller"},
 }
 """Which packages a package may import besides the common modules; `cli` may import everything."""

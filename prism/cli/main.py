@@ -89,6 +89,19 @@ def doctor() -> None:
 
 
 @app.command()
+def profile(
+    config: Annotated[Path, typer.Argument(help="YAML configuration, or placement JSON.")],
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("profile.json"),
+    device: Annotated[int, typer.Option(help="Place in the configuration's devices.")] = 0,
+) -> None:
+    """Measure what steps and loads of the configured models cost on a device."""
+    from prism.calibration.calibrate import run_profile
+    from prism.configfile import load_config
+
+    sys.exit(run_profile(load_config(config), device, output, lambda line: typer.echo(line, err=True)))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors."""
     from prism.configfile import config_schema

@@ -148,7 +148,7 @@ def test_version(run: Run) -> None:
 
 def test_help_names_every_verb(run: Run) -> None:
     text = run("--help").out
-    for verb in ("serve", "demo", "ps", "load", "unload", "doctor", "schema", "version"):
+    for verb in ("serve", "demo", "ps", "load", "unload", "bench", "profile", "doctor", "schema", "version"):
         assert verb in text
 
 
