@@ -15,6 +15,7 @@ from prism.errors import ConfigError
 try:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 except ModuleNotFoundError:
     raise ConfigError(["--html needs matplotlib: pip install 'prism-serve[bench]'"]) from None
 
@@ -50,6 +51,8 @@ def latency_cdf(
         if values:
             axes.step(values, np.arange(1, len(values) + 1) / len(values), where="post", label=key)
     axes.set(xlabel=f"{name} (ms)", ylabel="share of requests", xscale="log", ylim=(0, 1.01))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     if axes.lines:
         axes.legend(fontsize="x-small", ncols=1 + len(shown) // 10, loc="lower right")
     return svg(figure)
