@@ -14,6 +14,7 @@ MAX_MESSAGE = 4096
 
 class _Delta(msgspec.Struct):
     content: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
 
 
@@ -96,7 +97,9 @@ class Answer:
 def _is_role(choice: _Choice) -> bool:
     """A chat's piece without text: the first one of many servers, or the end alone."""
     delta = choice.delta
-    return delta is not None and not delta.content and not delta.reasoning_content
+    if delta is None:
+        return False
+    return not (delta.content or delta.reasoning or delta.reasoning_content)
 
 
 def message_of(error: Any) -> str:

@@ -47,7 +47,11 @@ class Call:
         self._on_end(self)
 
     def _time_out(self, seconds: float) -> None:
-        self.finish(TimedOut(seconds))
+        self.abandon(TimedOut(seconds))
+
+    def abandon(self, outcome: Outcome) -> None:
+        """The client wants no more of it."""
+        self.finish(outcome)
         if self.connection is not None:
             self.connection.abort()
 
@@ -143,14 +147,14 @@ class Pool:
         self._address = address
         self._idle: list[Connection] = []
         self._opening: set[asyncio.Task[None]] = set()
-        self._place: tuple[str, int] | None = None
+        self._places: list[tuple[str, int]] = []
         self._tls = ssl.create_default_context() if address.is_secure else None
 
     async def resolve(self) -> None:
         """Look the name up once. Raises `OSError`."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(self._address.host, self._address.port, type=1)  # SOCK_STREAM
-        self._place = found[0][4][:2]  # type: ignore[assignment]
+        self._places = [(str(place[4][0]), int(place[4][1])) for place in found]
 
     def put(self, connection: Connection) -> None:
         """It has nothing to do."""
@@ -169,14 +173,8 @@ class Pool:
         task.add_done_callback(self._opening.discard)
 
     async def _open(self, call: Call) -> None:
-        assert self._place is not None, "not resolved"
-        host, port = self._place
-        server = self._address.host if self._tls is not None else None
-        loop = asyncio.get_running_loop()
         try:
-            _, connection = await loop.create_connection(
-                lambda: Connection(self), host, port, ssl=self._tls, server_hostname=server
-            )
+            connection = await self._connect()
         except OSError as error:
             call.finish(Failed(f"cannot connect: {error}"))
             return
@@ -184,6 +182,23 @@ class Pool:
             connection.abort()
             return
         connection.send(call)
+
+    async def _connect(self) -> Connection:
+        """To the first address of the name that answers, which goes first from then on."""
+        loop = asyncio.get_running_loop()
+        server = self._address.host if self._tls is not None else None
+        last: OSError | None = None
+        for place in list(self._places):
+            try:
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self), *place, ssl=self._tls, server_hostname=server
+                )
+            except OSError as error:
+                last = error
+                continue
+            self._places.sort(key=lambda other: other != place)
+            return connection
+        raise last or OSError("not resolved")
 
     async def close(self) -> None:
         """Drop all connections that are idle, and those that are being opened."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from prism.bench.targets import NONE, Objectives
 from prism.errors import ConfigError
 from prism.sim.generate import Synthetic
 
+DEFAULT_INPUT, DEFAULT_OUTPUT = 1024, 128
+"""vLLM's."""
+DEFAULT_SLO_SCALE = 5.0
 DATASETS = ("trace", "synthetic", "random")
 
 
@@ -55,7 +58,7 @@ class Options:
     """Measure this instead of replaying."""
     baseline_requests: int = 20
     slo_from: Path | None = None
-    slo_scale: float = 5.0
+    slo_scale: float = DEFAULT_SLO_SCALE
     # results
     percentile_metrics: tuple[str, ...] = METRICS
     metric_percentiles: tuple[float, ...] = (99.0,)
@@ -109,7 +112,35 @@ def _rules(o: Options) -> Iterable[tuple[bool, str]]:
         not o.save_result and (o.result_dir is not None or o.result_filename is not None),
         "--result-dir and --result-filename go with --save-result",
     )
+    yield from _traffic_rules(o)
+    yield (
+        o.baseline is not None and (o.save_result or o.html is not None),
+        "--baseline writes a baseline alone: --save-result and --html go without it",
+    )
+    yield (
+        o.slo_scale != DEFAULT_SLO_SCALE and o.slo_from is None and o.baseline is None,
+        "--slo-scale goes with --slo-from",
+    )
     yield o.baseline is not None and o.slo_from is not None, "--baseline measures, --slo-from uses: not both"
+
+
+def _traffic_rules(o: Options) -> Iterable[tuple[bool, str]]:
+    """What would be ignored with this traffic."""
+    lengths = (o.input_len, o.output_len)
+    others = replace(o.synthetic, prompt=o.input_len, output=o.output_len)
+    plain = Synthetic(prompt=o.input_len, output=o.output_len)
+    yield (
+        o.dataset_name == "trace" and lengths != (DEFAULT_INPUT, DEFAULT_OUTPUT),
+        "a trace has its own lengths: --input-len and --output-len go without it",
+    )
+    yield (
+        o.dataset_name != "synthetic" and others != plain,
+        "--duration, --alpha, --on, --off and --length-spread go with --dataset-name synthetic",
+    )
+    yield (
+        o.dataset_name != "random" and o.range_ratio != 0,
+        "--random-range-ratio goes with --dataset-name random",
+    )
 
 
 def parse_goodput(words: Sequence[str]) -> Objectives:

@@ -9,13 +9,14 @@ from functools import partial
 from typing import NamedTuple
 
 from prism.bench.connections import Call, Pool, clock
-from prism.bench.outcomes import Record
+from prism.bench.outcomes import Failed, Record
 from prism.bench.targets import Address
 from prism.bench.workload import Planned
 from prism.errors import ConfigError
 
 LEAD_SECONDS = 0.05
 """Between the start and the first request."""
+INTERRUPTED = "interrupted"
 EARLY_SECONDS = 0.0005
 """The loop's timers count whole milliseconds; who is due within half of one leaves now."""
 
@@ -49,7 +50,9 @@ class Replay:
         self._on_end = on_end
         self._records: dict[int, Record] = {}
         self._waiting: deque[int] = deque()
-        self._num_active = 0
+        self._calls: dict[int, Call] = {}
+        """Under way, by place in the plan."""
+        self._is_stopped = False
         self._next = 0
         self._begin = 0.0
         self._pools: dict[Address, Pool] = {}
@@ -73,8 +76,21 @@ class Replay:
         records = [self._records[i] for i in range(len(self._planned))]
         return Run(records, max(record.end for record in records))
 
+    def stop(self) -> None:
+        """End now: what is under way or has not left yet has failed."""
+        self._is_stopped = True
+        now = clock() - self._begin
+        for place, request in enumerate(self._planned):
+            call = self._calls.get(place)
+            if call is not None:
+                call.abandon(Failed(INTERRUPTED))
+            elif place not in self._records:
+                self._record(place, Record(request, now, (), now, 0, 0, Failed(INTERRUPTED)))
+
     def _send_due(self) -> None:
         """Send what is due, and come again for the next one."""
+        if self._is_stopped:
+            return
         loop = asyncio.get_running_loop()
         while self._next < len(self._planned):
             wait = self._begin + self._planned[self._next].at - clock()
@@ -86,17 +102,20 @@ class Replay:
             self._send_waiting()
 
     def _send_waiting(self) -> None:
-        while self._waiting and (self._max_active is None or self._num_active < self._max_active):
+        while self._waiting and not self._is_stopped:
+            if self._max_active is not None and len(self._calls) >= self._max_active:
+                return
             place = self._waiting.popleft()
-            self._num_active += 1
             call = Call(self._requests[place], self._timeout, partial(self._ended, place))
+            self._calls[place] = call
             self._pools[self._planned[place].target.address].send(call)
 
     def _ended(self, place: int, call: Call) -> None:
-        assert place not in self._records and call.outcome is not None
+        assert call.outcome is not None
+        del self._calls[place]
         answer, request, begin = call.answer, self._planned[place], self._begin
         usage = answer.usage
-        record = self._records[place] = Record(
+        record = Record(
             request=request,
             start=call.start - begin,
             times=tuple(time - begin for time in answer.times),
@@ -105,9 +124,13 @@ class Replay:
             output_tokens=len(answer.times) if usage is None else usage.completion_tokens,
             outcome=call.outcome,
         )
-        self._num_active -= 1
+        self._record(place, record)
+        self._send_waiting()
+
+    def _record(self, place: int, record: Record) -> None:
+        assert place not in self._records, "a request has ended twice"
+        self._records[place] = record
         if self._on_end is not None:
             self._on_end(record)
-        self._send_waiting()
         if len(self._records) == len(self._planned):
             self._all_ended.set()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import resource
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -139,10 +141,20 @@ def _replay(planned: Sequence[Planned], options: Options) -> Run:
             on_end=ended,
         )
         try:
-            run: Run = uvloop.run(replay.run())
+            run: Run = uvloop.run(_until_interrupted(replay))
             return run
         finally:
             gc.unfreeze()
+
+
+async def _until_interrupted(replay: Replay) -> Run:
+    """Ctrl-C ends the run, and what has been measured is told."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, replay.stop)
+    try:
+        return await replay.run()
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 def _write(run: Run, result: dict[str, Any], options: Options, now: datetime) -> None:

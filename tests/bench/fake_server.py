@@ -5,11 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import suppress
+from enum import IntEnum
 from typing import Any
 
-REFUSE, DROP, SILENT, HOLD, NO_HTTP, ERROR_EVENT, NOT_JSON, EARLY_END, ROLE_FIRST, BURST = range(10, 20)
-NORMAL = 100
-"""From here on everything is fine."""
+
+class Kind(IntEnum):
+    """First token of a prompt, and what it gets; any other token gets a good answer."""
+
+    REFUSE = 10
+    DROP = 11
+    SILENT = 12
+    HOLD = 13
+    NO_HTTP = 14
+    ERROR_EVENT = 15
+    NOT_JSON = 16
+    EARLY_END = 17
+    BURST = 18
+    NORMAL = 100
+
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -51,36 +64,36 @@ class FakeServer:
         writer.close()
 
     async def _answer(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
-        prompt = body.get("prompt", [NORMAL])
+        prompt = body.get("prompt", [Kind.NORMAL])
         kind, count = prompt[0], body.get("max_tokens") or body["max_completion_tokens"]
         match kind:
-            case 10:
+            case Kind.REFUSE:
                 text = json.dumps({"error": {"message": "too many"}}).encode()
                 writer.write(b"HTTP/1.1 429 X\r\ncontent-length: %d\r\n\r\n%b" % (len(text), text))
                 return True
-            case 11:  # in the middle of an answer
+            case Kind.DROP:  # in the middle of an answer
                 writer.write(HEAD + chunk(token("a")))
                 return False
-            case 12:
+            case Kind.SILENT:
                 return False
-            case 13:
+            case Kind.HOLD:
                 writer.write(HEAD + chunk(token("a")))
                 await self.release.wait()
                 writer.write(b"".join(map(chunk, events(body, prompt, count)[1:])) + chunk(b""))
                 return True
-            case 14:
+            case Kind.NO_HTTP:
                 writer.write(b"what?\r\n\r\n")
                 return False
-            case 15:
+            case Kind.ERROR_EVENT:
                 writer.write(HEAD + chunk(event({"error": {"message": "out of luck"}})) + chunk(b""))
                 return True
-            case 16:
+            case Kind.NOT_JSON:
                 writer.write(HEAD + chunk(b"data: {oops\n\n") + chunk(b""))
                 return True
-            case 17:
+            case Kind.EARLY_END:
                 writer.write(HEAD + chunk(token("a")) + chunk(b""))
                 return True
-            case 19:  # all in one piece, cut where it hurts
+            case Kind.BURST:  # all in one piece, cut where it hurts
                 whole = HEAD + b"".join(map(chunk, events(body, prompt, count))) + chunk(b"")
                 writer.write(whole[:-25])
                 await writer.drain()

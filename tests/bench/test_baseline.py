@@ -20,8 +20,7 @@ from prism.bench.targets import Objectives
 from prism.bench.wire import Style
 from prism.bench.workload import Planned
 from prism.errors import ConfigError
-from tests.bench import fake_server as fake
-from tests.bench.fake_server import FakeServer
+from tests.bench.fake_server import FakeServer, Kind
 from tests.bench.records import target
 from tests.bench.test_replay import target as target_at
 
@@ -59,7 +58,7 @@ async def test_each_model_is_measured_alone() -> None:
 async def test_a_baseline_with_failures_is_none() -> None:
     async with FakeServer() as server:
         at = target_at(server.url)
-        style = Style(token_ids=(fake.REFUSE, fake.REFUSE + 1))
+        style = Style(token_ids=(Kind.REFUSE, Kind.REFUSE + 1))
         with pytest.raises(ConfigError, match=r"model m: 2 of 2 failed: .*429"):
             await measure({at: [Planned(i, 0.0, at, 5, 3) for i in range(2)]}, style, timeout=10, seed=0)
 

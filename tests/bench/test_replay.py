@@ -14,8 +14,7 @@ from prism.bench.targets import Defaults, Target, make_targets
 from prism.bench.wire import Style, encode_all
 from prism.bench.workload import Planned
 from prism.errors import ConfigError
-from tests.bench import fake_server as fake
-from tests.bench.fake_server import FakeServer
+from tests.bench.fake_server import FakeServer, Kind
 
 pytestmark = pytest.mark.anyio
 
@@ -33,7 +32,7 @@ def plans(at: Target, count: int, gap: float = 0.0, output: int = 3) -> list[Pla
     return [Planned(i, i * gap, at, 5, output) for i in range(count)]
 
 
-def requests(planned: list[Planned], kinds: list[int]) -> list[bytes]:
+def requests(planned: list[Planned], kinds: list[Kind]) -> list[bytes]:
     """Each with a prompt whose first token is the given one."""
     return [
         encode_all([plan], Style(token_ids=(kind, kind + 1)), 0)[0]
@@ -41,14 +40,14 @@ def requests(planned: list[Planned], kinds: list[int]) -> list[bytes]:
     ]
 
 
-async def replay(url: str, kinds: list[int], timeout: float = 20.0, **options: int) -> list[Record]:
+async def replay(url: str, kinds: list[Kind], timeout: float = 20.0, **options: int) -> list[Record]:
     planned = plans(target(url), len(kinds))
     return (await Replay(planned, requests(planned, kinds), timeout=timeout, **options).run()).records
 
 
 async def test_tokens_are_timed_and_counted() -> None:
     async with FakeServer() as server:
-        (record,) = await replay(server.url, [fake.NORMAL])
+        (record,) = await replay(server.url, [Kind.NORMAL])
     assert record.outcome == Finished()
     assert (record.input_tokens, record.output_tokens, len(record.times)) == (5, 3, 3)
     assert 0 <= record.start < record.times[0] <= record.times[-1] <= record.end
@@ -58,14 +57,14 @@ async def test_tokens_are_timed_and_counted() -> None:
 
 async def test_connections_are_kept() -> None:
     async with FakeServer() as server:
-        records = await replay(server.url, [fake.NORMAL] * 20, max_concurrency=1)
+        records = await replay(server.url, [Kind.NORMAL] * 20, max_concurrency=1)
         assert server.num_connections == 1
     assert [record.outcome for record in records] == [Finished()] * 20
 
 
 async def test_an_event_may_come_in_two_reads() -> None:
     async with FakeServer() as server:
-        (record,) = await replay(server.url, [fake.BURST])
+        (record,) = await replay(server.url, [Kind.BURST])
     assert record.outcome == Finished()
     assert (record.output_tokens, len(record.times)) == (3, 3)
 
@@ -73,14 +72,14 @@ async def test_an_event_may_come_in_two_reads() -> None:
 @pytest.mark.parametrize(
     ("kind", "outcome"),
     [
-        (fake.REFUSE, Refused(429, "too many")),
-        (fake.DROP, Failed("the connection was closed")),
-        (fake.SILENT, Failed("the connection was closed")),
-        (fake.ERROR_EVENT, Failed("an error event: out of luck")),
-        (fake.EARLY_END, Failed("the stream ended before the answer did")),
+        (Kind.REFUSE, Refused(429, "too many")),
+        (Kind.DROP, Failed("the connection was closed")),
+        (Kind.SILENT, Failed("the connection was closed")),
+        (Kind.ERROR_EVENT, Failed("an error event: out of luck")),
+        (Kind.EARLY_END, Failed("the stream ended before the answer did")),
     ],
 )
-async def test_endings(kind: int, outcome: Outcome) -> None:
+async def test_endings(kind: Kind, outcome: Outcome) -> None:
     async with FakeServer() as server:
         (record,) = await replay(server.url, [kind])
     assert record.outcome == outcome
@@ -88,9 +87,9 @@ async def test_endings(kind: int, outcome: Outcome) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(fake.NO_HTTP, "an answer that is no HTTP"), (fake.NOT_JSON, "an event that cannot be")],
+    [(Kind.NO_HTTP, "an answer that is no HTTP"), (Kind.NOT_JSON, "an event that cannot be")],
 )
-async def test_nonsense(kind: int, reason: str) -> None:
+async def test_nonsense(kind: Kind, reason: str) -> None:
     async with FakeServer() as server:
         (record,) = await replay(server.url, [kind])
     assert isinstance(record.outcome, Failed) and record.outcome.reason.startswith(reason)
@@ -98,7 +97,7 @@ async def test_nonsense(kind: int, reason: str) -> None:
 
 async def test_who_waits_for_too_long_gives_up() -> None:
     async with FakeServer() as server:
-        records = await replay(server.url, [fake.HOLD, fake.NORMAL], timeout=0.3)
+        records = await replay(server.url, [Kind.HOLD, Kind.NORMAL], timeout=0.3)
     assert [record.outcome for record in records] == [TimedOut(0.3), Finished()]
     assert len(records[0].times) == 1
 
@@ -106,17 +105,17 @@ async def test_who_waits_for_too_long_gives_up() -> None:
 async def test_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    (record,) = await replay(url, [fake.NORMAL])
+    (record,) = await replay(url, [Kind.NORMAL])
     assert isinstance(record.outcome, Failed) and record.outcome.reason.startswith("cannot connect: ")
 
 
 async def test_a_name_that_is_not_known() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.invalid"):
-        await replay("http://nowhere.invalid", [fake.NORMAL])
+        await replay("http://nowhere.invalid", [Kind.NORMAL])
 
 
 async def test_every_request_ends_once_whatever_happens() -> None:
-    kinds = [fake.NORMAL, *range(10, 20)] * 20
+    kinds = list(Kind) * 20
     heard: Counter[int] = Counter()
     async with FakeServer() as server:
         planned = plans(target(server.url), len(kinds), gap=0.001)
@@ -126,8 +125,12 @@ async def test_every_request_ends_once_whatever_happens() -> None:
         records = (await run.run()).records
     assert [record.request for record in records] == planned
     assert heard == Counter(range(len(kinds)))
-    expected = {fake.NORMAL: Finished, fake.REFUSE: Refused, fake.HOLD: TimedOut, fake.BURST: Finished}
-    expected[fake.ROLE_FIRST] = Finished
+    expected: dict[int, type] = {
+        Kind.NORMAL: Finished,
+        Kind.REFUSE: Refused,
+        Kind.HOLD: TimedOut,
+        Kind.BURST: Finished,
+    }
     for kind, record in zip(kinds, records, strict=True):
         assert isinstance(record.outcome, expected.get(kind, Failed)), (kind, record.outcome)
 
@@ -135,7 +138,7 @@ async def test_every_request_ends_once_whatever_happens() -> None:
 async def test_requests_leave_at_their_times_though_nothing_comes_back() -> None:
     async with FakeServer() as server:
         planned = plans(target(server.url), 20, gap=0.01)
-        run = asyncio.create_task(Replay(planned, requests(planned, [fake.HOLD] * 20), timeout=20).run())
+        run = asyncio.create_task(Replay(planned, requests(planned, [Kind.HOLD] * 20), timeout=20).run())
         while len(server.bodies) < 20:  # none of them has ended
             assert not run.done()
             await asyncio.sleep(0.001)
@@ -147,9 +150,27 @@ async def test_requests_leave_at_their_times_though_nothing_comes_back() -> None
     assert records[0].end > records[-1].start
 
 
+async def test_who_interrupts_gets_an_end_for_every_request() -> None:
+    async with FakeServer() as server:
+        planned = plans(target(server.url), 30, gap=0.01)
+        planned += [Planned(30, 3600.0, target(server.url), 5, 3)]
+        replay = Replay(planned, requests(planned, [Kind.NORMAL, Kind.HOLD] * 15 + [Kind.NORMAL]), timeout=20)
+        run = asyncio.create_task(replay.run())
+        while len(server.bodies) < 10:
+            await asyncio.sleep(0.001)
+        replay.stop()
+        records, duration = await run
+    assert [record.request for record in records] == planned
+    outcomes = Counter(record.outcome for record in records)
+    assert set(outcomes) == {Finished(), Failed("interrupted")}
+    assert outcomes[Finished()] >= 4
+    assert records[-1].outcome == Failed("interrupted")
+    assert duration < 100, "the time of requests that never left counts"
+
+
 async def test_a_bound_on_requests_at_a_time_delays_the_others() -> None:
     async with FakeServer() as server:
-        records = await replay(server.url, [fake.NORMAL] * 6, max_concurrency=2)
+        records = await replay(server.url, [Kind.NORMAL] * 6, max_concurrency=2)
     for one in records:
         assert sum(other.start <= one.start < other.end for other in records) <= 2
     assert records[-1].lateness >= records[0].end - records[0].request.at - 0.001
