@@ -198,6 +198,13 @@ class HostMemoryConfig(_Section):
     """Most that each worker keeps of KV which lost its place on the device; 0 computes it again."""
 
 
+class SchedulingConfig(_Section):
+    """What the worker's plans start from."""
+
+    profile: str | None = None
+    """Costs of steps and loads that `prism profile` has measured; None derives them from models' shapes."""
+
+
 class Config(_Section):
     """Everything that `prism serve` needs."""
 
@@ -207,6 +214,7 @@ class Config(_Section):
     limits: LimitsConfig = LimitsConfig()
     scheduling: SchedulingConfig = SchedulingConfig()
     host_memory: HostMemoryConfig = HostMemoryConfig()
+    scheduling: SchedulingConfig = SchedulingConfig()
 
     @field_validator("models")
     @classmethod

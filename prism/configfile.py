@@ -46,7 +46,7 @@ def parse_config(text: str, folder: Path, environment: Mapping[str, str]) -> Con
         raw = _from_placement(raw, problems)
     if not isinstance(raw, dict):
         raise ConfigError([*problems, "must hold a mapping with `models:`, or a list of placements"])
-    raw = _with_paths(raw, folder, problems)
+    raw = _with_profile(_with_paths(raw, folder, problems), folder, problems)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -126,6 +126,24 @@ def _with_paths(raw: dict[str, Any], folder: Path, problems: list[str]) -> dict[
             model = model | {"path": _model_path(model["path"], folder, place, problems)}
         resolved.append(model)
     return raw | {"models": resolved}
+
+
+def _with_profile(raw: dict[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:
+    """The same with the profile's absolute path."""
+    section = raw.get("scheduling")
+    if not isinstance(section, dict) or not isinstance(section.get("profile"), str):
+        return raw
+    place, path = "scheduling.profile", section["profile"]
+    if place in {_place(problem) for problem in problems}:
+        return raw
+    try:
+        resolved = (folder / Path(path).expanduser()).resolve()
+        if not resolved.is_file():
+            problems.append(f"{place}: there is no file {resolved}")
+    except (OSError, ValueError, RuntimeError) as error:  # as of model paths
+        problems.append(f"{place}: {path!r} cannot be read: {error}")
+        return raw
+    return raw | {"scheduling": section | {"profile": str(resolved)}}
 
 
 def _model_path(path: str, folder: Path, place: str, problems: list[str]) -> str:

@@ -57,7 +57,7 @@ class Metrics:
         )
 
     def _declare_cluster(self) -> None:
-        """Written by workers (slabs, graphs, models coming and going), controller (migrations), agent (restarts)."""
+        """Written by workers, the controller (migrations) and the agent (restarts)."""
         self.slabs = Gauge(
             "prism:slabs",
             "Slabs by owner: free, retiring, weights, kv, workspace",

@@ -22,6 +22,7 @@ COMMON = {
     "modelspec",
     "costs",
     "modes",
+    "profile",
 }
 ALLOWED = {
     "memory": {"memory"},
@@ -34,6 +35,9 @@ ALLOWED = {
     "controller": {"controller"},
     "agent": {"agent", "weights", "memory"},
     "demo": {"demo"},
+    "bench": {"bench", "sim"},
+    "calibration": {"calibration", "worker", "engine", "models", "weights", "memory"},
+    "sim": {"sim", "engine", "worker", "controller"},
 }
 """Which packages a package may import besides the common modules; `cli` may import everything."""
 
@@ -74,7 +78,7 @@ PURE = [
     "agent/backoff.py",
 ]
 IMPURE = {"torch", "asyncio", "time", "random", "logging", "zmq", "threading", "socket"}
-WITHOUT_TORCH = ("gateway", "controller", "agent")
+WITHOUT_TORCH = ("gateway", "controller", "agent", "sim", "bench")
 
 
 def imports(path: Path) -> set[str]:
@@ -129,6 +133,15 @@ def test_control_plane_imports_no_torch() -> None:
     for package in WITHOUT_TORCH:
         for path in (ROOT / package).rglob("*.py"):
             assert not any(name.split(".")[0] == "torch" for name in imports(path)), path
+
+
+def test_the_simulator_uses_pure_modules_alone() -> None:
+    pure = {f"prism.{name.removesuffix('.py').replace('/', '.')}" for name in PURE}
+    for path in sorted((ROOT / "sim").rglob("*.py")):
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "prism" and len(parts) > 1 and parts[1] not in COMMON | {"sim"}:
+                assert name in pure, f"{path} imports {name}"
 
 
 def test_every_package_is_listed() -> None:

@@ -184,3 +184,15 @@ def test_placement_json_names_what_is_unsupported(folder: Path) -> None:
 def test_a_list_of_wrong_entries_is_not_called_empty_as_well(folder: Path) -> None:
     found = problems("models: [{name: 'a b', path: a}]", folder)
     assert len(found) == 1 and found[0].startswith("models[0].name")
+
+
+def test_the_profiles_path_starts_at_the_files_folder(folder: Path) -> None:
+    (folder / "p.json").write_text("{}")
+    text = "models: [{name: a, path: a}]\nscheduling: {profile: p.json}"
+    assert parse_config(text, folder, {}).scheduling.profile == str(folder / "p.json")
+
+
+@pytest.mark.parametrize("path", ["nowhere.json", "a", "'~nobody-of-this-name/x'", '"a\\0b"'])
+def test_a_profile_that_is_not_there(path: str, folder: Path) -> None:
+    (problem,) = problems(f"models: [{{name: a, path: a}}]\nscheduling: {{profile: {path}}}", folder)
+    assert problem.startswith("scheduling.profile: ")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from prism import __version__
+from prism.cli.bench import bench
 from prism.errors import ConfigError
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ AdminOption = Annotated[
     str, typer.Option("--admin", envvar="PRISM_ADMIN", help="Admin address of the server.")
 ]
 DEFAULT_ADMIN = "http://127.0.0.1:8001"
+
+app.command()(bench)
 
 
 @app.command()
@@ -95,6 +98,19 @@ def doctor() -> None:
     from prism.cli.doctor import run_doctor
 
     sys.exit(run_doctor())
+
+
+@app.command()
+def profile(
+    config: Annotated[Path, typer.Argument(help="YAML configuration, or placement JSON.")],
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("profile.json"),
+    device: Annotated[int, typer.Option(help="Place in the configuration's devices.")] = 0,
+) -> None:
+    """Measure what steps and loads of the configured models cost on a device."""
+    from prism.calibration.calibrate import run_profile
+    from prism.configfile import load_config
+
+    sys.exit(run_profile(load_config(config), device, output, lambda line: typer.echo(line, err=True)))
 
 
 @app.command()

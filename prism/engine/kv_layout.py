@@ -55,7 +55,11 @@ def plan_kv_layout(spec: ModelSpec, slab_bytes: Bytes) -> KvLayout | None:
 
     None when not even one block of the smallest size fits a slab.
     """
-    per_token = spec.kv_bytes_per_token
+    return layout_of(spec.kv_bytes_per_token, slab_bytes)
+
+
+def layout_of(per_token: Bytes, slab_bytes: Bytes) -> KvLayout | None:
+    """The same for a model of which no more is known than the bytes of KV of a token."""
     layouts = [
         KvLayout(tokens, Bytes(tokens * per_token), _unit(tokens * per_token), slab_bytes)
         for tokens in BLOCK_TOKENS

@@ -1,0 +1,1 @@
+"""Replays traffic against OpenAI-compatible servers and measures what comes back: `prism bench`."""

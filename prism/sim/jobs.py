@@ -1,0 +1,81 @@
+"""A request in the simulator, from its arrival to its one end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from prism.costs import Costs
+from prism.types import ModelId, RequestId, Slo
+
+
+class End(StrEnum):
+    """How a request ended."""
+
+    SERVED = "served"
+    EXPIRED = "expired"
+    """It had not started within the longest wait."""
+    NO_PLACE = "no_place"
+    """Its model fits nowhere."""
+    TOO_LONG = "too_long"
+    """Its model's memory could never hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model of the trace: what it costs, how long its context is, what is promised."""
+
+    model: ModelId
+    shape: str
+    """Name of its architecture."""
+    costs: Costs
+    context: int
+    slo: Slo
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request with one choice. Times are ticks."""
+
+    request_id: RequestId
+    model: ModelId
+    arrival: int
+    prompt: int
+    output: int
+    """Tokens that it draws, the end of its text."""
+    due: int
+    """Its first token is."""
+    is_clipped: bool = False
+    """It was longer than its model's context."""
+    produced: int = 0
+    computed: int = 0
+    """Tokens of the prompt, and of what was produced before it lost its place, that are in KV."""
+    first_token: int | None = None
+    last_token: int = 0
+    is_admitted: bool = False
+    is_late: bool = False
+    """Admitted as one that cannot have its first token in time."""
+    is_started: bool = False
+    end: End | None = None
+    end_time: int = 0
+    num_restarts: int = 0
+    rank: tuple[int, RequestId] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rank = (self.arrival, self.request_id)
+
+    @property
+    def known(self) -> int:
+        """Tokens that must be in KV before the next one is drawn."""
+        return self.prompt + self.produced
+
+    @property
+    def missing(self) -> int:
+        """Those of them that are not."""
+        return self.prompt + self.produced - self.computed
+
+    def finish(self, end: End, now: int) -> None:
+        """The one end."""
+        assert self.end is None, f"{self.request_id} ended twice"
+        self.end = end
+        self.end_time = now

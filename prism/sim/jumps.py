@@ -1,0 +1,60 @@
+"""How long the policy of turns would go on as it does, when models of a lane only decode.
+
+Two patterns are recognised. In both, the policy's rule is that the earliest deadline goes first (deadlines
+that have passed count as now; of equals who waited longest), and a step moves a model's deadline to its end
+plus the model's TPOT objective.
+
+- **Rounds**: each model steps once, always in the same order. The policy itself is asked for two rounds in
+  advance. Steps only get longer as contexts grow, so the model whose turn is longest ago only gets more
+  urgent compared with the others: what held in the second round holds in all later ones.
+- **One model alone**, as long as its own next deadline comes before those of all others, which stand still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prism.sim.model import SimModel
+from prism.sim.modes import Rules
+from prism.sim.rounds import Rounds
+from prism.sim.ticks import to_seconds
+from prism.worker import turns
+from prism.worker.snapshot import Runnable, TurnSnapshot
+
+
+def order_of_rounds(
+    first: SimModel, members: Sequence[SimModel], rules: Rules, longer: float, now: int
+) -> list[SimModel]:
+    """The order in which all members take turns, or `first` alone if they do not."""
+    if len(members) == 1:
+        return [first]
+    order = sorted(members, key=lambda model: (model.last_turn, model.name))
+    if order[0] is not first:
+        return [first]
+    ticks = {model: model.decode_ticks(longer) for model in order}
+    state = {model: (model.last_end, model.last_turn) for model in order}
+    clock = now
+    for step in range(2 * len(order)):
+        expected = order[step % len(order)]
+        seen = tuple(_runnable(model, *state[model], rules) for model in order)
+        turn = turns.decide(TurnSnapshot(seen, 1), to_seconds(clock))
+        if turn is None or turn.model != expected.name:
+            return [first]
+        cost, growth = ticks[expected]
+        end = clock + cost + growth * (step // len(order))
+        state[expected] = (end, clock)
+        clock = end
+    return order
+
+
+def _runnable(model: SimModel, last_end: int, last_turn: int, rules: Rules) -> Runnable:
+    deadline = to_seconds(last_end + model.tpot) if rules.by_deadline else 0.0
+    return Runnable(model.name, deadline, to_seconds(last_turn), num_decodes=1)
+
+
+def may_follow(rounds: Rounds[SimModel], model: SimModel, members: Sequence[SimModel], rules: Rules) -> int:
+    """Steps of `model` that follow one another before somebody else's turn comes."""
+    if not rules.by_deadline:
+        return 1
+    due = min(other.last_end + other.tpot for other in members if other is not model)
+    return min(rounds.num_steps, rounds.ended_by(due - model.tpot - 1) + 1)

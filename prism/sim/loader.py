@@ -1,0 +1,148 @@
+"""Which models are on a simulated device; mirrors `worker/residency.py`.
+
+Packed weights of all models are taken to be in host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from prism.sim import timeshare
+from prism.sim.jobs import Job
+from prism.sim.link import Link
+from prism.sim.memory import Memory, arrival_of
+from prism.sim.model import SimModel
+from prism.sim.modes import Limits, Rules
+from prism.sim.ticks import NEVER, to_seconds, to_ticks
+from prism.types import ModelId, ModelState
+
+
+class Evictor(Protocol):
+    """Takes models off."""
+
+    def evict(self, model: SimModel) -> None:
+        """Give up an active model's memory; what it was running waits again."""
+        ...
+
+
+class Loader:
+    """Brings models in, and in `timeshare` chooses which."""
+
+    def __init__(
+        self,
+        models: Mapping[ModelId, SimModel],
+        memory: Memory,
+        rules: Rules,
+        limits: Limits,
+        evictor: Evictor,
+    ) -> None:
+        self._models = models
+        self._memory = memory
+        self._rules = rules
+        self._limits = limits
+        self._evictor = evictor
+        self.link = Link()
+        self._current: SimModel | None = None
+        """In `timeshare`, who has the device, or is on its way to it."""
+        self._since = 0
+        self.wake_at = NEVER
+        """When time alone may change a decision."""
+        if rules.is_resident:
+            for model in models.values():
+                model.is_pinned = True
+                memory.activate(model)
+                model.state = ModelState.ACTIVE
+
+    def move(self, now: int) -> None:
+        """Bring in what is wanted and fits."""
+        self.wake_at = NEVER
+        if self._rules.is_exclusive:
+            self._take_turns(now)
+        elif not self._rules.is_resident:
+            self._bring_wanted(now)
+
+    def arrived(self, now: int) -> list[SimModel]:
+        """Models that can run steps from now on."""
+        models = self.link.arrived(now)
+        for model in models:
+            model.state = ModelState.ACTIVE
+            model.active_since = model.last_used = now
+            model.num_activations += 1
+            if model is self._current:
+                self._since = now
+        return models
+
+    def cancel(self, model: SimModel) -> None:
+        """Nobody wants it any more."""
+        self.link.cancel(model)
+        self._memory.release(model)
+        model.state = ModelState.COLD
+
+    def want(self, model: SimModel, now: int) -> bool:
+        """Load a model unless it is here or coming; whether it is."""
+        if model.state in (ModelState.ACTIVE, ModelState.LOADING):
+            return True
+        model.state = ModelState.FETCHING
+        if not self._memory.ensure_weights(model, now):
+            return False
+        self._memory.activate(model)
+        model.state = ModelState.LOADING
+        self.link.start(model, _due(model), now)
+        return True
+
+    def _bring_wanted(self, now: int) -> None:
+        """Those with the oldest requests first; who finds no room looks again when memory changes, or when
+        a busy model has been here for as long as it may count on."""
+        absent = (ModelState.COLD, ModelState.FETCHING)
+        wanted = [m for m in self._models.values() if m.state in absent and m.tickets]
+        results = [self.want(m, now) for m in sorted(wanted, key=lambda m: (arrival_of(m), m.name))]
+        if not all(results):
+            self.wake_at = self._end_of_residency(now)
+
+    def _end_of_residency(self, now: int) -> int:
+        least = to_ticks(self._limits.min_residency)
+        ends = (m.active_since + least for m in self._models.values() if m.is_active)
+        return min((end for end in ends if end > now), default=NEVER)
+
+    def stalled(self, now: int) -> None:
+        """A running model lacks memory: that a neighbour has been here for long enough may change it."""
+        self.wake_at = min(self.wake_at, self._end_of_residency(now))
+
+    def _take_turns(self, now: int) -> None:
+        contenders = [_contender(model) for model in self._models.values()]
+        current, since = self._current, to_seconds(self._since)
+        name = None if current is None else current.name
+        choice = timeshare.decide(contenders, name, since, self._limits.quantum, to_seconds(now))
+        for model in self._models.values():
+            model.is_open = choice.is_open and model.name == choice.model
+        if choice.model is None:
+            return
+        if choice.model != name:
+            if current is not None:
+                self._evictor.evict(current)
+            self._current = self._models[choice.model]
+            self._since = now
+            self.want(self._current, now)
+        end = self._since + to_ticks(self._limits.quantum)
+        if end > now:
+            self.wake_at = end
+
+
+def _contender(model: SimModel) -> timeshare.Contender:
+    waiting = next((job for job in model.tickets.values() if not job.is_admitted), None)
+    return timeshare.Contender(
+        model.name,
+        None if waiting is None else to_seconds(waiting.arrival),
+        is_busy=model.num_sequences > 0 or model.state is ModelState.LOADING,
+    )
+
+
+def _due(model: SimModel) -> int:
+    """When the first token of a model's requests is due."""
+    dues = [_next_due(job, model) for job in model.tickets.values()]
+    return min(dues, default=NEVER)
+
+
+def _next_due(job: Job, model: SimModel) -> int:
+    return job.due if job.first_token is None else job.last_token + model.tpot

@@ -1,0 +1,252 @@
+"""A model on a simulated device: what it holds, and its engine's queue.
+
+Mirrors `engine/scheduler.py` with counts in place of blocks: running sequences first, then waiting ones as
+far as budget, batch and blocks reach; the youngest gives way. Prefix caches are left out.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+from prism.engine.kv_layout import KvLayout, layout_of
+from prism.errors import ConfigError
+from prism.sim.decoding import DecodeGroup
+from prism.sim.jobs import Job, Served
+from prism.sim.ticks import to_ticks
+from prism.types import Bytes, ModelId, ModelState, RequestId
+
+
+class Chunk(NamedTuple):
+    """Part of a prompt in a step."""
+
+    job: Job
+    length: int
+    num_restarts: int
+    """The job's when the step began: another number means that it has lost its place meanwhile."""
+
+
+class SimModel:
+    """One model of one device."""
+
+    def __init__(self, served: Served, slab_bytes: int, lane: int) -> None:
+        layout = layout_of(served.costs.shape.kv_bytes_per_token, Bytes(slab_bytes))
+        if layout is None:
+            raise ConfigError([f"model {served.model}: a block of KV does not fit a slab of {slab_bytes}"])
+        self.served = served
+        self.layout: KvLayout = layout
+        self.lane = lane
+        self.weight_slabs = -(-served.costs.shape.weight_bytes // slab_bytes)
+        self.kv_limit: int | None = None
+        self.is_pinned = False
+        self.is_open = True
+        """It takes more requests."""
+        self.state = ModelState.COLD
+        self.kv_slabs = 0
+        self.tickets: dict[RequestId, Job] = {}
+        """Its requests that have not ended, in order of arrival."""
+        self.decodes = DecodeGroup(layout.tokens_per_block)
+        self.prompts: list[Job] = []
+        """Running, not all of the prompt computed."""
+        self.waiting: list[Job] = []
+        """Admitted, without blocks."""
+        self.prompt_blocks = 0
+        self.is_stalled = False
+        """Its last turn found no memory."""
+        self.last_turn = 0
+        self.last_end = 0
+        self.last_used = 0
+        self.active_since = 0
+        self.num_activations = 0
+        self.num_evictions = 0
+        self.num_preemptions = 0
+        self._gemm: dict[tuple[int, float], int] = {}
+
+    @property
+    def name(self) -> ModelId:
+        """Its key in the trace."""
+        return self.served.model
+
+    @property
+    def is_active(self) -> bool:
+        """It can run steps."""
+        return self.state is ModelState.ACTIVE
+
+    @cached_property
+    def tpot(self) -> int:
+        """Ticks between two tokens that are promised."""
+        return to_ticks(self.served.slo.tpot)
+
+    # --- memory ---------------------------------------------------------------------------------------
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that sequences hold."""
+        return self.decodes.num_blocks + self.prompt_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks of its slabs that nobody holds."""
+        return self.kv_slabs * self.layout.blocks_per_slab - self.used_blocks
+
+    @property
+    def empty_slabs(self) -> int:
+        """Slabs that compaction could free."""
+        return self.kv_slabs - -(-self.used_blocks // self.layout.blocks_per_slab)
+
+    def capacity(self, num_slabs: int) -> int:
+        """Tokens that so many slabs hold."""
+        return num_slabs * self.layout.blocks_per_slab * self.layout.tokens_per_block
+
+    # --- the queue ------------------------------------------------------------------------------------
+
+    @property
+    def num_sequences(self) -> int:
+        """Admitted and not ended."""
+        return len(self.decodes) + len(self.prompts) + len(self.waiting)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Some of its sequences have prompts to compute."""
+        return bool(self.prompts or self.waiting)
+
+    @property
+    def can_step(self) -> bool:
+        """It could take a turn."""
+        return self.is_active and not self.is_stalled and self.num_sequences > 0
+
+    def oldest(self) -> Job | None:
+        """Its first request, waiting or running."""
+        return next(iter(self.tickets.values()), None)
+
+    def youngest_running(self) -> Job | None:
+        """The sequence with blocks that gives way first."""
+        youngest = self.decodes.youngest()
+        if self.prompts and (youngest is None or self.prompts[-1].rank > youngest.rank):
+            return self.prompts[-1]
+        return youngest
+
+    def unstarted(self) -> Iterator[Job]:
+        """Sequences with prompts to compute, in the order in which steps take them."""
+        yield from self.prompts
+        yield from self.waiting
+
+    def admit(self, job: Job) -> None:
+        """A request enters."""
+        insort(self.waiting, job, key=_rank)
+
+    def preempt(self, job: Job) -> None:
+        """A running sequence gives its blocks back and starts again later."""
+        self._drop(job)
+        self.num_preemptions += 1
+        insort(self.waiting, job, key=_rank)
+
+    def _drop(self, job: Job) -> None:
+        if job in self.prompts:
+            self.prompts.remove(job)
+            self.prompt_blocks -= self.layout.num_blocks(job.computed)
+        else:
+            self.decodes.leave(job)
+        job.computed = 0
+        job.num_restarts += 1
+
+    def suspend(self) -> list[Job]:
+        """Everything admitted leaves: the model loses its memory."""
+        for job in [*self.decodes.jobs(), *self.prompts]:
+            self._drop(job)
+            insort(self.waiting, job, key=_rank)
+        leaving, self.waiting = self.waiting, []
+        self.decodes = DecodeGroup(self.layout.tokens_per_block)
+        assert self.prompt_blocks == 0
+        self.is_stalled = False
+        return leaving
+
+    # --- a step with prompts --------------------------------------------------------------------------
+
+    def blocks_wanted(self, budget: int, max_sequences: int) -> int:
+        """Free blocks that a step of `budget` tokens could use."""
+        wanted = self.decodes.blocks_for(1)
+        budget -= len(self.decodes)
+        num_blocks = self.layout.num_blocks
+        places = max_sequences - len(self.decodes) - len(self.prompts)
+        for job in self.unstarted():
+            if budget <= 0 or (not job.computed and places <= 0 and job not in self.prompts):
+                break
+            length = min(job.missing, budget)
+            budget -= length
+            wanted += num_blocks(job.computed + length) - num_blocks(job.computed)
+        return wanted
+
+    def take_chunks(self, budget: int, max_sequences: int) -> list[Chunk]:
+        """The prompts' part of a step whose decodes have their blocks already."""
+        chunks: list[Chunk] = []
+        budget -= len(self.decodes)
+        for job in list(self.prompts):
+            if budget <= 0:
+                break
+            if job.num_restarts and job not in self.prompts:
+                continue  # it gave way to one before it
+            budget -= self._take(job, budget, chunks, may_preempt=True)
+        while self.waiting and budget > 0 and len(self.decodes) + len(self.prompts) < max_sequences:
+            job = self.waiting[0]
+            taken = self._take(job, budget, chunks, may_preempt=False)
+            if not taken:
+                break
+            self.waiting.pop(0)
+            insort(self.prompts, job, key=_rank)
+            budget -= taken
+        return chunks
+
+    def _take(self, job: Job, budget: int, chunks: list[Chunk], *, may_preempt: bool) -> int:
+        """The next chunk of a prompt, as long as budget and blocks allow; its length."""
+        size = self.layout.tokens_per_block
+        held = self.layout.num_blocks(job.computed)
+        length = min(job.missing, budget, (held + self.free_blocks) * size - job.computed)
+        while length <= 0 and may_preempt:
+            victim = self.youngest_running()
+            assert victim is not None
+            self.preempt(victim)
+            if victim is job:
+                return 0
+            length = min(job.missing, budget, (held + self.free_blocks) * size - job.computed)
+        if length <= 0:
+            return 0
+        job.computed += length
+        self.prompt_blocks += self.layout.num_blocks(job.computed) - held
+        chunks.append(Chunk(job, length, job.num_restarts))
+        return length
+
+    def make_room_for_decodes(self) -> None:
+        """Sequences give way, youngest first, until the others' next step has its blocks."""
+        while len(self.decodes) and self.decodes.blocks_for(1) > self.free_blocks:
+            victim = self.youngest_running()
+            assert victim is not None
+            self.preempt(victim)
+
+    # --- costs ----------------------------------------------------------------------------------------
+
+    def decode_ticks(self, width: float) -> tuple[int, int]:
+        """Ticks of the next decode step, and by how much each following one is longer.
+
+        `width` is how much longer it takes because other lanes decode meanwhile.
+        """
+        steps, batch = self.served.costs.steps, len(self.decodes)
+        gemm = self._gemm.get((batch, width))
+        if gemm is None:
+            gemm = self._gemm[batch, width] = to_ticks(steps.gemm(batch) * width)
+        slope = self._gemm.get((0, width))
+        if slope is None:
+            slope = self._gemm[0, width] = to_ticks(steps.per_context * width)
+        return gemm + slope * self.decodes.context, slope * batch
+
+    def chunk_ticks(self, chunks: list[Chunk]) -> int:
+        """Ticks of a step of these chunks and all decodes."""
+        tokens = len(self.decodes) + sum(chunk.length for chunk in chunks)
+        pairs = sum(c.length * (c.job.computed - c.length / 2) for c in chunks)
+        return to_ticks(self.served.costs.steps.step(tokens, pairs, self.decodes.context))
+
+
+def _rank(job: Job) -> tuple[int, RequestId]:
+    return job.rank

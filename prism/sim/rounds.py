@@ -1,0 +1,91 @@
+"""Work on a lane: one step with prompts, or many rounds of decode steps whose end is known in advance.
+
+A round is one step of each member, in order. A member's step reads its context, which grows by one token a
+sequence and step, so the j-th round takes `first + j * growth` and the end of all is a quadratic in their
+number. A single step is one round of one member.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Generic, TypeVar
+
+M = TypeVar("M")
+
+
+@dataclass(slots=True)
+class Part(Generic[M]):
+    """A member of each round."""
+
+    who: M
+    first: int
+    """Ticks of its first step."""
+    growth: int
+    """Ticks by which each step takes longer than the one before."""
+
+
+class Rounds(Generic[M]):
+    """`num_steps` steps from `start` on, in rounds of `parts`."""
+
+    def __init__(self, parts: list[Part[M]], start: int, num_steps: int) -> None:
+        self.parts = parts
+        self.start = start
+        self.num_steps = num_steps
+        self.done = 0
+        """Steps whose end has been accounted for."""
+        self.begun = 1
+        """Steps that have got their blocks; the first one has them when this is made."""
+        self._first = sum(part.first for part in parts)
+        self._growth = sum(part.growth for part in parts)
+        self.end = self.end_of(num_steps)
+
+    def end_of(self, steps: int) -> int:
+        """When the first `steps` steps have run."""
+        size = len(self.parts)
+        rounds, rest = (steps, 0) if size == 1 else divmod(steps, size)
+        end = self.start + rounds * self._first + self._growth * (rounds * (rounds - 1) // 2)
+        for part in self.parts[:rest]:
+            end += part.first + rounds * part.growth
+        return end
+
+    def ended_by(self, now: int) -> int:
+        """Steps that have run then."""
+        if now >= self.end:
+            return self.num_steps
+        if now <= self.start:
+            return 0
+        size = len(self.parts)
+        rounds = self._rounds_within(now - self.start)
+        steps = min(rounds * size, self.num_steps)
+        while steps < self.num_steps and self.end_of(steps + 1) <= now:
+            steps += 1
+        return steps
+
+    def begun_by(self, now: int) -> int:
+        """Steps that have begun before then: one more than have ended, unless the last one ends just then."""
+        ended = self.ended_by(now)
+        return ended + (ended < self.num_steps and self.end_of(ended) < now)
+
+    def cut(self, now: int, at_least: int = 0) -> None:
+        """Nothing begins from `now` on; a step that has begun ends, and so do the first `at_least` ones."""
+        keep = max(self.begun_by(now), at_least)
+        if keep < self.num_steps:
+            self.num_steps = keep
+            self.end = self.end_of(keep)
+
+    def steps_of(self, index: int, steps: int) -> int:
+        """How many of the first `steps` are the member's."""
+        size = len(self.parts)
+        return steps // size + (index < steps % size)
+
+    def last_of(self, index: int, steps: int) -> int:
+        """Number of the member's last step among the first `steps`; it has one."""
+        return (self.steps_of(index, steps) - 1) * len(self.parts) + index
+
+    def _rounds_within(self, ticks: int) -> int:
+        """Most whole rounds that take no longer: `first * n + growth * n * (n - 1) / 2 <= ticks`."""
+        growth, linear = self._growth, 2 * self._first - self._growth
+        if growth == 0:
+            return ticks // self._first
+        return (isqrt(linear * linear + 8 * growth * ticks) - linear) // (2 * growth)

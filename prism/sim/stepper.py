@@ -1,0 +1,290 @@
+"""The lanes of a simulated device: what runs on them, and until when nothing about it can change.
+
+Mirrors `worker/stepper.py`: each idle lane asks `worker/turns.py` for its next step; decodes of several lanes
+overlap; a step with prompts begins when the others' present steps have ended, and they wait for its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prism.sim.jobs import Job
+from prism.sim.jumps import may_follow, order_of_rounds
+from prism.sim.memory import Memory
+from prism.sim.model import Chunk, SimModel
+from prism.sim.modes import Limits, Rules
+from prism.sim.rounds import Part, Rounds
+from prism.sim.ticks import NEVER, to_seconds
+from prism.sim.views import runnable
+from prism.worker import turns
+from prism.worker.snapshot import TurnSnapshot
+
+
+@dataclass(slots=True)
+class Run:
+    """What a lane is doing."""
+
+    rounds: Rounds[SimModel]
+    width: int
+    """Lanes that decode side by side, as its steps' times assume."""
+    chunks: list[Chunk] = field(default_factory=list)
+    """Of prompts: such a step has the device to itself."""
+    has_decodes: bool = True
+    gone: set[SimModel] = field(default_factory=set)
+    """Members that have lost their memory meanwhile."""
+
+
+class Listener(Protocol):
+    """Who hears of tokens."""
+
+    def drawn(self, job: Job, now: int) -> None:
+        """A prompt has been computed, and a token was drawn."""
+        ...
+
+    def completed(self, job: Job, now: int) -> None:
+        """The last token was drawn."""
+        ...
+
+    def prompts_ran(self) -> None:
+        """Engines hold less of prompts."""
+        ...
+
+
+class Stepper:
+    """All lanes of one device."""
+
+    def __init__(
+        self,
+        models: Sequence[SimModel],
+        memory: Memory,
+        rules: Rules,
+        limits: Limits,
+        together: Callable[[int], float],
+        listener: Listener,
+    ) -> None:
+        self._models = {model.name: model for model in models}
+        self._lanes = [[m for m in models if m.lane == lane] for lane in range(limits.num_lanes)]
+        self._runs: list[Run | None] = [None] * limits.num_lanes
+        self._decided = [0] * limits.num_lanes
+        self._memory = memory
+        self._rules = rules
+        self._limits = limits
+        self._together = together
+        self._listener = listener
+        self.num_decisions = 0
+        self.busy = 0
+        """Ticks in which lanes worked, of all lanes."""
+
+    def next_end(self) -> int:
+        """When the next run ends."""
+        return min((run.rounds.end for run in self._runs if run is not None), default=NEVER)
+
+    @property
+    def has_stalled(self) -> bool:
+        """Some model lacks memory for its next step."""
+        return any(model.is_stalled for model in self._models.values())
+
+    def wake(self, now: int) -> None:
+        """Memory has changed: who lacked it tries again."""
+        for model in self._models.values():
+            if model.is_stalled:
+                model.is_stalled = False
+                self._cut(model.lane, now)
+
+    # --- what has run -----------------------------------------------------------------------------------
+
+    def sync(self, now: int) -> None:
+        """Account for the steps that have ended and begun by now."""
+        for run in self._runs:
+            if run is not None and not run.chunks:
+                _advance(run, now)
+
+    def collect(self, now: int) -> None:
+        """Close the runs that have ended."""
+        for lane, run in enumerate(self._runs):
+            if run is None or run.rounds.end > now:
+                continue
+            self._runs[lane] = None
+            self.busy += run.rounds.end - run.rounds.start
+            if run.chunks:
+                self._end_prompts(run, now)
+            for part in run.rounds.parts:
+                if part.who not in run.gone:
+                    self._end_sequences(part.who, now)
+
+    def _end_prompts(self, run: Run, now: int) -> None:
+        model = run.rounds.parts[0].who
+        self._listener.prompts_ran()
+        if model in run.gone:
+            return
+        if run.has_decodes:
+            model.decodes.run(1)
+        model.last_end = model.last_used = now
+        for chunk in run.chunks:
+            job = chunk.job
+            if chunk.num_restarts != job.num_restarts or job.missing:
+                continue
+            model.prompts.remove(job)
+            model.prompt_blocks -= model.layout.num_blocks(job.computed)
+            job.produced += 1
+            self._listener.drawn(job, now)
+            if job.produced < job.output:
+                model.decodes.join(job)
+            else:
+                self._listener.completed(job, now)
+
+    def _end_sequences(self, model: SimModel, now: int) -> None:
+        for job in model.decodes.ended():
+            model.decodes.leave(job)
+            self._listener.completed(job, now)
+
+    # --- what comes next --------------------------------------------------------------------------------
+
+    def plan(self, now: int) -> None:
+        """Give each idle lane something to do, until all agree on how many decode side by side."""
+        while True:
+            for lane in sorted(range(len(self._lanes)), key=lambda i: (self._decided[i], i)):
+                if self._runs[lane] is None and not self._has_prompts():
+                    self._plan(lane, now)
+            width = self._num_decoding()
+            wrong = [i for i, run in enumerate(self._runs) if run and not run.chunks and run.width != width]
+            for lane in wrong:
+                self._cut(lane, now)
+            if self._has_prompts() or all(self._runs[lane] is not None for lane in wrong):
+                return
+
+    def disturb(self, model: SimModel, now: int) -> None:
+        """Something about a model has changed: its lane decides anew after the present step."""
+        self._cut(model.lane, now)
+
+    def remove(self, model: SimModel, now: int) -> None:
+        """The model loses its memory; what its present step draws is lost."""
+        self._cut(model.lane, now)
+        run = self._runs[model.lane]
+        if run is not None:
+            run.gone.add(model)
+
+    def _cut(self, lane: int, now: int, at_least: int = 0) -> None:
+        run = self._runs[lane]
+        if run is None or run.chunks:
+            return
+        _advance(run, now)
+        run.rounds.cut(now, at_least)
+        if run.rounds.num_steps == 0:
+            model = run.rounds.parts[0].who
+            if model not in run.gone:
+                model.decodes.forgo()
+            self._runs[lane] = None
+
+    def _has_prompts(self) -> bool:
+        return any(run is not None and run.chunks for run in self._runs)
+
+    def _num_decoding(self) -> int:
+        return sum(run is not None and not run.chunks for run in self._runs)
+
+    def _plan(self, lane: int, now: int) -> None:
+        """One decision of the policy, and steps as long as it would decide the same."""
+        while members := [model for model in self._lanes[lane] if model.can_step]:
+            with_prompts = any(model.has_prompts for model in members)
+            others = self._neighbours(lane) if with_prompts else ()
+            snapshot = TurnSnapshot(
+                tuple(runnable(model, self._rules) for model in members),
+                self._limits.max_batch_tokens,
+                tuple(runnable(model, self._rules) for model in others),
+            )
+            self.num_decisions += 1
+            turn = turns.decide(snapshot, to_seconds(now))
+            assert turn is not None
+            model = self._models[turn.model]
+            self._decided[lane] = now
+            if self._start(model, turn.budget, lane, now):
+                return
+            model.is_stalled = True  # for want of memory; the others' turn
+
+    def _neighbours(self, lane: int) -> list[SimModel]:
+        return [m for m in self._models.values() if m.lane != lane and m.is_active and len(m.decodes)]
+
+    def _start(self, model: SimModel, budget: int, lane: int, now: int) -> bool:
+        """Begin a step; False if there is no memory for any of it."""
+        size = self._limits.max_batch_size
+        has_prompts = model.has_prompts
+        wanted = model.blocks_wanted(budget, size) if has_prompts else model.decodes.blocks_for(1)
+        if wanted > model.free_blocks:
+            self._memory.ensure_kv(model, wanted, now)
+            model.make_room_for_decodes()
+        has_decodes = len(model.decodes) > 0
+        if has_decodes:
+            model.decodes.begin(1)
+        chunks = model.take_chunks(budget, size) if has_prompts else []
+        if chunks:
+            self._start_prompts(model, chunks, has_decodes, lane, now)
+        elif len(model.decodes):
+            self._start_decodes(model, lane, now)
+        else:
+            if has_decodes:
+                model.decodes.forgo()
+            return False
+        model.last_turn = now
+        return True
+
+    def _start_prompts(
+        self, model: SimModel, chunks: list[Chunk], has_decodes: bool, lane: int, now: int
+    ) -> None:
+        """Behind the present steps of the other lanes."""
+        start = now
+        for other, run in enumerate(self._runs):
+            if run is not None:
+                self._cut(other, now, at_least=1)
+                start = max(start, run.rounds.end)
+        for chunk in chunks:
+            chunk.job.is_started = True
+        rounds = Rounds([Part(model, model.chunk_ticks(chunks), 0)], start, 1)
+        self._runs[lane] = Run(rounds, 1, chunks, has_decodes)
+
+    def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
+        width = self._num_decoding() + 1
+        longer = width / self._together(width)
+        members = [m for m in self._lanes[lane] if m.can_step]
+        is_single = self._limits.is_stepping or any(m.has_prompts for m in members)
+        order = [model] if is_single else order_of_rounds(model, members, self._rules, longer, now)
+        parts = [Part(m, *m.decode_ticks(longer)) for m in order]
+        steps = 1 if is_single else _steps_until_change(order)
+        rounds = Rounds(parts, now, steps)
+        if len(order) < len(members) and steps > 1:
+            steps = may_follow(rounds, model, members, self._rules)
+            rounds = Rounds(parts, now, steps)
+        self._runs[lane] = Run(rounds, width)
+
+
+def _advance(run: Run, now: int) -> None:
+    """Account for the decode steps of a run that have ended, and give those that have begun their blocks."""
+    rounds = run.rounds
+    ended, begun = rounds.ended_by(now), max(rounds.begun, rounds.begun_by(now))
+    if ended == rounds.done and begun == rounds.begun:
+        return
+    for index, part in enumerate(rounds.parts):
+        model = part.who
+        if model in run.gone:
+            continue
+        starts = rounds.steps_of(index, begun) - rounds.steps_of(index, rounds.begun)
+        if starts:
+            model.decodes.begin(starts)
+            model.last_turn = rounds.end_of(rounds.last_of(index, begun))
+        ends = rounds.steps_of(index, ended) - rounds.steps_of(index, rounds.done)
+        if ends:
+            model.decodes.run(ends)
+            model.last_end = model.last_used = rounds.end_of(rounds.last_of(index, ended) + 1)
+    rounds.done, rounds.begun = ended, begun
+
+
+def _steps_until_change(order: Sequence[SimModel]) -> int:
+    """Steps until a sequence ends, or a model lacks blocks for its next step."""
+    size = len(order)
+    limits = []
+    for index, model in enumerate(order):
+        limits.append((model.decodes.steps_to_end() - 1) * size + index + 1)
+        has_begun = 1 if index == 0 else 0
+        limits.append((model.decodes.steps_within(model.free_blocks) + has_begun) * size + index)
+    return min(limits)

@@ -1,0 +1,148 @@
+"""Takes the snapshots that the shipped policies decide on; mirrors `worker/views.py`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+from prism.sim.jobs import Job
+from prism.sim.link import Link
+from prism.sim.memory import Memory
+from prism.sim.model import SimModel
+from prism.sim.modes import Limits, Rules
+from prism.sim.ticks import to_seconds, to_ticks
+from prism.types import ModelId, ModelState
+from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, Runnable, WaitingRequest
+
+FAR = 1e6
+"""Seconds to a deadline when there are none: their order is then that of arrival."""
+MOST_DECODING = 0.9
+"""Of a device's time, when prompts are estimated beside decodes."""
+
+
+def admission_snapshot(
+    waiting: Mapping[Job, WaitingRequest],
+    models: Mapping[ModelId, SimModel],
+    memory: Memory,
+    link: Link,
+    rules: Rules,
+    limits: Limits,
+    now: int,
+    owed_to_late: float,
+) -> AdmissionSnapshot:
+    """Waiting requests and the room that their models have for them."""
+    requests = waiting.values() if rules.by_deadline else _heads(waiting.values(), models, limits)
+    names = {request.model for request in requests}
+    loads = {name: _load(models[name], memory, link, limits, now) for name in sorted(names)}
+    active = [model for model in models.values() if model.num_sequences]
+    return AdmissionSnapshot(
+        waiting=tuple(requests),
+        models=loads,
+        num_running_requests=sum(model.num_sequences for model in active),
+        alone_is_running=False,
+        busy=sum(_prompt_seconds(model) for model in active) if rules.by_deadline else 0.0,
+        stretch=_stretch(active) if rules.by_deadline else 1.0,
+        horizon=limits.horizon if rules.by_deadline else float("inf"),
+        owed_to_late=owed_to_late,
+    )
+
+
+def _heads(
+    requests: Iterable[WaitingRequest], models: Mapping[ModelId, SimModel], limits: Limits
+) -> Collection[WaitingRequest]:
+    """First come, first served: what its model's batch has no place for need not be looked at."""
+    room: dict[ModelId, int] = defaultdict(lambda: 0)
+    heads = []
+    for request in requests:
+        model = models[request.model]
+        room[request.model] += 1
+        if room[request.model] <= limits.max_batch_size - model.num_sequences:
+            heads.append(request)
+    return heads
+
+
+def waiting_request(job: Job, model: SimModel, rules: Rules, limits: Limits) -> WaitingRequest:
+    """A request that waits for its admission. It stays the same while it waits."""
+    arrival = to_seconds(job.arrival)
+    return WaitingRequest(
+        request_id=job.request_id,
+        model=job.model,
+        arrival=arrival,
+        deadline=to_seconds(job.due) if rules.by_deadline else arrival + FAR,
+        expires=float("inf") if job.is_started else to_seconds(expiry(job, limits)),
+        num_sequences=1,
+        num_blocks=model.layout.num_blocks(job.known + 1),
+        alone=False,
+        seconds=model.served.costs.steps.prefill(job.known),
+    )
+
+
+def expiry(job: Job, limits: Limits) -> int:
+    """When a request that has not started is refused."""
+    return job.arrival + to_ticks(limits.max_wait)
+
+
+def _load(model: SimModel, memory: Memory, link: Link, limits: Limits, now: int) -> ModelLoad:
+    blocks = 0
+    if model.is_active:
+        blocks = model.free_blocks + memory.obtainable(model) * model.layout.blocks_per_slab
+    return ModelLoad(
+        model=model.name,
+        state=model.state if model.is_open else ModelState.COLD,
+        num_sequences=model.num_sequences,
+        max_sequences=limits.max_batch_size,
+        num_obtainable_blocks=blocks,
+        ready_in=_ready_in(model, link, now),
+    )
+
+
+def _ready_in(model: SimModel, link: Link, now: int) -> float:
+    """Seconds until the model can run steps, if it is loaded next."""
+    if model.is_active:
+        return 0.0
+    if model.state is ModelState.LOADING:
+        return to_seconds(link.ready_at(model) - now)
+    return model.served.costs.activation
+
+
+def _prompt_seconds(model: SimModel) -> float:
+    steps = model.served.costs.steps
+    return sum(steps.prefill(job.missing, job.computed) for job in model.unstarted())
+
+
+def _stretch(models: Iterable[SimModel]) -> float:
+    """Decodes take the share of the time that their objectives ask for; prompts have the rest."""
+    share = 0.0
+    for model in models:
+        if len(model.decodes):
+            decode = model.served.costs.steps.decode(len(model.decodes), model.decodes.context)
+            share += decode / model.served.slo.tpot
+    return 1.0 / (1.0 - min(share, MOST_DECODING))
+
+
+def runnable(model: SimModel, rules: Rules) -> Runnable:
+    """A model that could take a turn. Without deadlines all are due at once, so they take turns."""
+    decodes, prompts = len(model.decodes), list(model.unstarted())
+    steps = model.served.costs.steps
+    decode_due = model.last_end + model.tpot if decodes else None
+    return Runnable(
+        model=model.name,
+        deadline=to_seconds(_deadline(model, prompts, decode_due)) if rules.by_deadline else 0.0,
+        last_turn=to_seconds(model.last_turn),
+        num_decodes=decodes,
+        decode_deadline=_decode_deadline(decode_due, rules),
+        decode_seconds=steps.decode(decodes, model.decodes.context) if decodes else 0.0,
+        prompt_tokens=sum(job.missing for job in prompts),
+        prompt_start=prompts[0].computed if prompts else 0,
+        costs=steps,
+    )
+
+
+def _decode_deadline(decode_due: int | None, rules: Rules) -> float:
+    return float("inf") if decode_due is None or not rules.by_deadline else to_seconds(decode_due)
+
+
+def _deadline(model: SimModel, prompts: Iterable[Job], decode_due: int | None) -> int:
+    """When the next token of any of its sequences is due."""
+    dues = [job.due if job.first_token is None else job.last_token + model.tpot for job in prompts]
+    return min([*dues, *([] if decode_due is None else [decode_due])])

@@ -1,0 +1,116 @@
+"""What is served: the models of a trace with their costs and objectives, and its requests."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from prism.costs import Costs
+from prism.errors import ConfigError
+from prism.profile import Positive, Profile
+from prism.sim.jobs import Job, Served
+from prism.sim.shapes import ARCHITECTURES, published_mix
+from prism.sim.ticks import to_ticks
+from prism.sim.trace import TraceRow, by_popularity
+from prism.types import ModelId, RequestId, Slo
+
+PERCENTILE = 0.95
+
+
+class ModelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a models file says of a key of the trace."""
+
+    shape: str
+    ttft: Positive | None = None
+    """Objectives in seconds; else the model's P95 alone on a device times the scale."""
+    tpot: Positive | None = None
+    context: int | None = None
+
+
+class Workload(NamedTuple):
+    """Models and requests, in order of arrival."""
+
+    served: dict[ModelId, Served]
+    requests: list[TraceRow]
+    """Clipped to the models' contexts."""
+    clipped: frozenset[int]
+    """Places of those that were longer."""
+
+
+def read_models(path: Path) -> dict[ModelId, ModelEntry]:
+    """A models file: JSON, keys of the trace with their entries. Raises `ConfigError` naming the field."""
+    try:
+        entries = msgspec.json.decode(path.read_bytes(), type=dict[str, ModelEntry])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: {error}"]) from None
+    unknown = sorted({e.shape for e in entries.values()} - set(ARCHITECTURES))
+    if unknown:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ConfigError([f"{path}: shape {name} is not known; known: {known}" for name in unknown])
+    return {ModelId(name): entry for name, entry in entries.items()}
+
+
+def workload(
+    rows: Sequence[TraceRow], profile: Profile, slo_scale: float, entries: Mapping[ModelId, ModelEntry] | None
+) -> Workload:
+    """Models of the given entries, or of the published mix, and the requests as they can be served."""
+    keys = by_popularity(rows)
+    if entries is None:
+        entries = {model: ModelEntry(shape=shape) for model, shape in published_mix(keys).items()}
+    if missing := [key for key in keys if key not in entries]:
+        raise ConfigError([f"model {key} of the trace is not in the models file" for key in missing])
+    contexts = {key: entries[key].context or ARCHITECTURES[entries[key].shape].context for key in keys}
+    requests = [_clip(row, contexts[row.model]) for row in rows]
+    clipped = frozenset(i for i, (a, b) in enumerate(zip(rows, requests, strict=True)) if a != b)
+    by_model: dict[ModelId, list[TraceRow]] = defaultdict(list)
+    for row in requests:
+        by_model[row.model].append(row)
+    served = {}
+    for key in keys:
+        entry = entries[key]
+        costs = profile.costs(entry.shape, ARCHITECTURES[entry.shape].shape)
+        alone = objectives(by_model[key], costs, slo_scale)
+        slo = Slo(entry.ttft or alone.ttft, entry.tpot or alone.tpot)
+        served[key] = Served(key, entry.shape, costs, contexts[key], slo)
+    return Workload(served, requests, clipped)
+
+
+def _clip(row: TraceRow, context: int) -> TraceRow:
+    """Shortened to the context: the prompt first, to half of it at the least, then the output."""
+    if row.prompt + row.output <= context:
+        return row
+    prompt = min(row.prompt, max(context // 2, context - row.output))
+    return row._replace(prompt=prompt, output=min(row.output, context - prompt))
+
+
+def objectives(rows: Iterable[TraceRow], costs: Costs, scale: float) -> Slo:
+    """P95 of a model's requests alone on a device, by the cost model, times `scale`.
+
+    Alone means one at a time: a first token costs its prompt, each further one a step of batch 1 over the
+    context that the request has in the middle of its output.
+    """
+    rows = list(rows) or [TraceRow(0.0, ModelId(""), 1, 1)]
+    first = [costs.steps.prefill(row.prompt) for row in rows]
+    next_ones = [costs.steps.decode(1, row.prompt + row.output / 2) for row in rows]
+    return Slo(scale * percentile(first, PERCENTILE), scale * percentile(next_ones, PERCENTILE))
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The smallest value that `share` of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, min(len(ordered) - 1, -int(-share * len(ordered) // 1) - 1))]
+
+
+def jobs_of(load: Workload) -> list[Job]:
+    """Fresh requests for a run."""
+    jobs = []
+    for index, row in enumerate(load.requests):
+        arrival = to_ticks(row.arrival)
+        due = arrival + to_ticks(load.served[row.model].slo.ttft)
+        name = RequestId(f"{index:08d}")
+        jobs.append(Job(name, row.model, arrival, row.prompt, row.output, due, index in load.clipped))
+    return jobs

@@ -1,0 +1,118 @@
+"""The command as users type it: against a server that refuses, and against the whole of Prism."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prism.cli.main import main
+from prism.demo.catalog import demo_model_path
+from tests.server.harness import Server
+
+TRACE = "arrival_s,model_key,prompt_tokens,output_tokens\n" + "".join(
+    f"{1 + 0.05 * i:.2f},{'xyz'[i % 3]},{20 + i},{5 + i % 4}\n" for i in range(30)
+)
+
+
+def bench(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *map(str, arguments)])
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.csv"
+    path.write_text(TRACE)
+    return path
+
+
+@pytest.mark.slow
+def test_a_trace_on_a_server_with_a_baseline_and_a_report(tmp_path: Path, trace: Path) -> None:
+    models = tmp_path / "models.yaml"
+    radio = demo_model_path("radio")
+    models.write_text(
+        f"x: {{model: adder}}\ny: {{model: speller, ttft: 0.001ms}}\nz: {{model: radio, tokenizer: {radio}}}"
+    )
+    with Server() as server:
+        common = ("--base-url", server.url, "--models", models, "--dataset-name", "trace", "--dataset-path")
+        assert bench(*common, trace, "--baseline", tmp_path / "base.json", "--baseline-requests", 4) == 0
+        results = (
+            "--save-result",
+            "--save-detailed",
+            "--result-dir",
+            tmp_path,
+            "--result-filename",
+            "r.json",
+        )
+        objectives = ("--slo-from", tmp_path / "base.json", "--slo-scale", 1000)
+        assert bench(*common, trace, *objectives, *results, "--html", tmp_path / "r.html") == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    check_result(result)
+    report = (tmp_path / "r.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", report), "it needs something from outside"
+    images = [base64.b64decode(image) for image in re.findall(r"base64,([^\"]+)", report)]
+    assert len(images) == 5 and all(b"<svg" in image for image in images)
+
+
+def check_result(result: dict[str, Any]) -> None:
+    assert (result["completed"], result["failed"], result["num_prompts"]) == (30, 0, 30)
+    assert result["endings"] == {"finished": 30, "refused": {}, "broken": {}, "timed_out": 0}
+    assert result["total_input_tokens"] == sum(20 + i for i in range(30))
+    assert result["total_output_tokens"] == sum(5 + i % 4 for i in range(30))
+    assert (result["num_other_prompt_length"], result["num_short_outputs"]) == (0, 0)
+    assert result["input_lens"] == [20 + i for i in range(30)]
+    assert result["model_keys"] == list("xyz") * 10
+    assert {name: m["model_id"] for name, m in result["models"].items()} == {
+        "x": "adder",
+        "y": "speller",
+        "z": "radio",
+    }
+    met = {name: m["attainment"] for name, m in result["models"].items()}
+    assert met["x"] == met["z"] == {"ttft": 1.0, "tpot": 1.0, "both": 1.0}
+    assert met["y"] == {"ttft": 0.0, "tpot": 1.0, "both": 0.0}
+    assert result["attainment"]["both"] == pytest.approx(2 / 3)
+    for start, place in zip(result["start_times"], range(30), strict=True):
+        assert start >= 0.05 * place - 0.001
+
+
+def test_nobody_answers(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    common = ("--dataset-name", "trace", "--dataset-path", trace, "--time-scale", 100, "--max-requests", 3)
+    assert bench(*common, "--base-url", f"http://127.0.0.1:{port}") == 1
+    out = capsys.readouterr().out
+    assert re.search(r"Ended +0 finished, 0 refused, 3 failed, 0 timed out", out)
+    assert "3 times: cannot connect" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--dataset-name", "trace"), "--dataset-name trace needs --dataset-path"),
+        (("--goodput", "ttft:1", "tpot:x"), "--goodput tpot:x: must be NAME:MILLISECONDS"),
+        (("ttft:1",), "unexpected ttft:1"),
+        (("--dataset-name", "synthetic"), "synthetic needs --request-rate"),
+        (("--request-rate", "0"), "--request-rate must be positive"),
+        (("--percentile-metrics", "ttft,x"), "--percentile-metrics knows ttft, tpot, itl, e2el, not x"),
+        (("--result-dir", "/x"), "--result-dir and --result-filename go with --save-result"),
+        (("--token-ids", "7"), "--token-ids 7: must be LOW:HIGH"),
+        (("--slo-scale", "3"), "--slo-scale goes with --slo-from"),
+        (("--alpha", "3"), "--duration, --alpha, --on, --off and --length-spread go with"),
+        (("--baseline", "b.json", "--html", "r.html"), "--baseline writes a baseline alone"),
+        (("--header", "a"), "--header a: must be NAME=VALUE"),
+        (("--extra-body", "[]"), "--extra-body: must be a JSON object"),
+        (("--base-url", "nowhere"), "model default: nowhere is no http or https address"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_sent(
+    arguments: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(*arguments) == 2
+    assert f"error: {problem}" in capsys.readouterr().err

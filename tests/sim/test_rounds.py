@@ -1,0 +1,55 @@
+"""The end of many steps, and how many have run, in closed form."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prism.sim.rounds import Part, Rounds
+
+parts = st.lists(st.tuples(st.integers(1, 10**10), st.integers(0, 10**6)), min_size=1, max_size=4)
+
+
+def ends(members: list[tuple[int, int]], start: int, steps: int) -> list[int]:
+    """Step by step."""
+    times, counts, clock = [], [0] * len(members), start
+    for step in range(steps):
+        index = step % len(members)
+        first, growth = members[index]
+        clock += first + counts[index] * growth
+        counts[index] += 1
+        times.append(clock)
+    return times
+
+
+def rounds(members: list[tuple[int, int]], start: int, steps: int) -> Rounds[int]:
+    return Rounds([Part(i, first, growth) for i, (first, growth) in enumerate(members)], start, steps)
+
+
+@given(parts, st.integers(0, 10**12), st.integers(1, 50))
+def test_ends(members: list[tuple[int, int]], start: int, steps: int) -> None:
+    run = rounds(members, start, steps)
+    assert [run.end_of(n + 1) for n in range(steps)] == ends(members, start, steps)
+    assert run.end == run.end_of(steps)
+
+
+@given(parts, st.integers(1, 50), st.integers(-5, 5), st.data())
+def test_ended_begun_and_cut(
+    members: list[tuple[int, int]], steps: int, offset: int, data: st.DataObject
+) -> None:
+    """Around the very ends of steps too, where a step that would begin has not."""
+    times = ends(members, 100, steps)
+    now = data.draw(st.sampled_from([100, *times])) + offset
+    run = rounds(members, 100, steps)
+    ended = sum(time <= now for time in times)
+    begun = sum(time < now for time in [100, *times[:-1]])
+    assert (run.ended_by(now), run.begun_by(now)) == (ended, max(begun, ended))
+    run.cut(now)
+    assert run.num_steps == max(begun, ended)
+    assert run.end == (times[run.num_steps - 1] if run.num_steps else 100)
+
+
+def test_members_take_turns() -> None:
+    run = rounds([(10, 0), (20, 0), (30, 0)], 0, 7)
+    assert [run.steps_of(i, 7) for i in range(3)] == [3, 2, 2]
+    assert [run.last_of(i, 7) for i in range(3)] == [6, 4, 5]
