@@ -191,6 +191,8 @@ class SimModel:
             budget -= self._take(job, budget, chunks, may_preempt=True)
         while self.waiting and budget > 0 and len(self.decodes) + len(self.prompts) < max_sequences:
             job = self.waiting[0]
+            if job.num_restarts and (len(self.decodes) or self.prompts) and not self._fits(job):
+                break
             taken = self._take(job, budget, chunks, may_preempt=False)
             if not taken:
                 break
@@ -217,6 +219,14 @@ class SimModel:
         self.prompt_blocks += self.layout.num_blocks(job.computed) - held
         chunks.append(Chunk(job, length, job.num_restarts))
         return length
+
+    def _fits(self, job: Job) -> bool:
+        """There are blocks for all that one which gave way had, and for a token more.
+
+        The server starts it as soon as there is one block, and finds most of the others in the prefix cache.
+        Without caches it would be computed and give way again and again.
+        """
+        return self.layout.num_blocks(job.known + 1) <= self.free_blocks
 
     def make_room_for_decodes(self) -> None:
         """Sequences give way, youngest first, until the others' next step has its blocks."""

@@ -1,7 +1,7 @@
 """Which models a device has.
 
-`by_load` is the simulator's own: the baselines' placements come from it and from `plan`'s search. `by_controller`
-asks the policy that ships.
+`by_load` is the simulator's own: the baselines' placements come from it and from `plan`'s search.
+`by_controller` asks the policy that ships.
 """
 
 from __future__ import annotations
