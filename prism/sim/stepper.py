@@ -32,6 +32,8 @@ class Run:
     chunks: list[Chunk] = field(default_factory=list)
     """Of prompts: such a step has the device to itself."""
     has_decodes: bool = True
+    turn_before: int = 0
+    """When the first member had its turn before."""
     gone: set[SimModel] = field(default_factory=set)
     """Members that have lost their memory meanwhile."""
 
@@ -96,10 +98,16 @@ class Stepper:
     # --- what has run -----------------------------------------------------------------------------------
 
     def sync(self, now: int) -> None:
-        """Account for the steps that have ended and begun by now."""
+        """Account for the steps that have ended and begun by now.
+
+        A lane whose step ends just now decides anew, as all lanes do whose steps end now.
+        """
         for run in self._runs:
             if run is not None and not run.chunks:
                 _advance(run, now)
+                rounds = run.rounds
+                if rounds.done and rounds.end_of(rounds.done) == now:
+                    rounds.cut(now)
 
     def collect(self, now: int) -> None:
         """Close the runs that have ended."""
@@ -110,6 +118,8 @@ class Stepper:
             self.busy += run.rounds.end - run.rounds.start
             if run.chunks:
                 self._end_prompts(run, now)
+            else:
+                self._decided[lane] = run.rounds.end_of(run.rounds.num_steps - 1)
             for part in run.rounds.parts:
                 if part.who not in run.gone:
                     self._end_sequences(part.who, now)
@@ -152,8 +162,12 @@ class Stepper:
             wrong = [i for i, run in enumerate(self._runs) if run and not run.chunks and run.width != width]
             for lane in wrong:
                 self._cut(lane, now)
-            if self._has_prompts() or all(self._runs[lane] is not None for lane in wrong):
+            if self._has_prompts() or not any(map(self._could_plan, range(len(self._lanes)))):
                 return
+
+    def _could_plan(self, lane: int) -> bool:
+        """What it was to do has been cut before it began: the number of lanes is another, or memory is."""
+        return self._runs[lane] is None and any(model.can_step for model in self._lanes[lane])
 
     def disturb(self, model: SimModel, now: int) -> None:
         """Something about a model has changed: its lane decides anew after the present step."""
@@ -176,6 +190,7 @@ class Stepper:
             model = run.rounds.parts[0].who
             if model not in run.gone:
                 model.decodes.forgo()
+            model.last_turn = run.turn_before
             self._runs[lane] = None
 
     def _has_prompts(self) -> bool:
@@ -255,7 +270,7 @@ class Stepper:
         if len(order) < len(members) and steps > 1:
             steps = may_follow(rounds, model, members, self._rules)
             rounds = Rounds(parts, now, steps)
-        self._runs[lane] = Run(rounds, width)
+        self._runs[lane] = Run(rounds, width, turn_before=model.last_turn)
 
 
 def _advance(run: Run, now: int) -> None:
