@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from prism import __version__
+from prism.cli.sim_commands import plan, simulate
 from prism.errors import ConfigError
 
 app = typer.Typer(
@@ -91,6 +92,10 @@ def schema() -> None:
     from prism.configfile import config_schema
 
     typer.echo(config_schema(), nl=False)
+
+
+app.command()(simulate)
+app.command()(plan)
 
 
 @app.command()
