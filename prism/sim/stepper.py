@@ -155,19 +155,30 @@ class Stepper:
     def plan(self, now: int) -> None:
         """Give each idle lane something to do, until all agree on how many decode side by side."""
         while True:
-            for lane in sorted(range(len(self._lanes)), key=lambda i: (self._decided[i], i)):
-                if self._runs[lane] is None and not self._has_prompts():
+            for lane in self._idle():
+                if not self._has_prompts():
                     self._plan(lane, now)
             width = self._num_decoding()
-            wrong = [i for i, run in enumerate(self._runs) if run and not run.chunks and run.width != width]
-            for lane in wrong:
-                self._cut(lane, now)
-            if self._has_prompts() or not any(map(self._could_plan, range(len(self._lanes)))):
+            for lane, run in enumerate(self._runs):
+                if run is not None and not run.chunks and run.width != width:
+                    self._cut(lane, now)
+            if not self._idle():
                 return
 
-    def _could_plan(self, lane: int) -> bool:
-        """What it was to do has been cut before it began: the number of lanes is another, or memory is."""
-        return self._runs[lane] is None and any(model.can_step for model in self._lanes[lane])
+    def _idle(self) -> list[int]:
+        """Lanes that have nothing to do and could, who decided longest ago first.
+
+        A lane becomes idle, too, when what it was to do is cut before it began: then the number of lanes that
+        decode is another, or memory is.
+        """
+        if self._has_prompts():
+            return []
+        idle = [
+            lane
+            for lane, models in enumerate(self._lanes)
+            if self._runs[lane] is None and any(model.can_step for model in models)
+        ]
+        return idle if len(idle) < 2 else sorted(idle, key=lambda lane: (self._decided[lane], lane))
 
     def disturb(self, model: SimModel, now: int) -> None:
         """Something about a model has changed: its lane decides anew after the present step."""
@@ -219,7 +230,7 @@ class Stepper:
             model.is_stalled = True  # for want of memory; the others' turn
 
     def _neighbours(self, lane: int) -> list[SimModel]:
-        return [m for m in self._models.values() if m.lane != lane and m.is_active and len(m.decodes)]
+        return [m for m in self._models.values() if m.lane != lane and m.is_active and m.decodes.size]
 
     def _start(self, model: SimModel, budget: int, lane: int, now: int) -> bool:
         """Begin a step; False if there is no memory for any of it."""
@@ -229,13 +240,13 @@ class Stepper:
         if wanted > model.free_blocks:
             self._memory.ensure_kv(model, wanted, now)
             model.make_room_for_decodes()
-        has_decodes = len(model.decodes) > 0
+        has_decodes = model.decodes.size > 0
         if has_decodes:
             model.decodes.begin(1)
         chunks = model.take_chunks(budget, size) if has_prompts else []
         if chunks:
             self._start_prompts(model, chunks, has_decodes, lane, now)
-        elif len(model.decodes):
+        elif model.decodes.size:
             self._start_decodes(model, lane, now)
         else:
             if has_decodes:

@@ -114,15 +114,15 @@ def _stretch(models: Iterable[SimModel]) -> float:
     """Decodes take the share of the time that their objectives ask for; prompts have the rest."""
     share = 0.0
     for model in models:
-        if len(model.decodes):
-            decode = model.served.costs.steps.decode(len(model.decodes), model.decodes.context)
+        if model.decodes.size:
+            decode = model.served.costs.steps.decode(model.decodes.size, model.decodes.context)
             share += decode / model.served.slo.tpot
     return 1.0 / (1.0 - min(share, MOST_DECODING))
 
 
 def runnable(model: SimModel, rules: Rules) -> Runnable:
     """A model that could take a turn. Without deadlines all are due at once, so they take turns."""
-    decodes, prompts = len(model.decodes), list(model.unstarted())
+    decodes, prompts = model.decodes.size, list(model.unstarted())
     steps = model.served.costs.steps
     decode_due = model.last_end + model.tpot if decodes else None
     return Runnable(

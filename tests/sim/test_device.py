@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ MODES = st.sampled_from(list(Mode))
 
 
 @given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12))
-@settings(max_examples=int(os.environ.get("EX","150")), deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_jumping_equals_stepping(
     mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int
 ) -> None:
