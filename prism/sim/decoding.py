@@ -63,9 +63,7 @@ class DecodeGroup:
         if self._begun > self._steps and (tokens + ran - 1) % self.block == 0:
             held += 1
         self.num_blocks -= held
-        if (
-            len(self._ends) > 2 * self.size + 16
-        ):  # those that left early are skipped when they come up
+        if len(self._ends) > 2 * self.size + 16:  # those that left early are skipped when they come up
             self._ends = [entry for entry in self._ends if self._is_valid(entry)]
             heapify(self._ends)
         return held

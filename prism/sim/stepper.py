@@ -75,6 +75,10 @@ class Stepper:
         self._limits = limits
         self._together = together
         self._listener = listener
+        self._has_prompts = False
+        """A step with prompts is on its way, on some lane."""
+        self._has_emptied = False
+        """A lane has lost what it was to do."""
         self.num_decisions = 0
         self.busy = 0
         """Ticks in which lanes worked, of all lanes."""
@@ -126,6 +130,7 @@ class Stepper:
 
     def _end_prompts(self, run: Run, now: int) -> None:
         model = run.rounds.parts[0].who
+        self._has_prompts = False
         self._listener.prompts_ran()
         if model in run.gone:
             return
@@ -155,14 +160,15 @@ class Stepper:
     def plan(self, now: int) -> None:
         """Give each idle lane something to do, until all agree on how many decode side by side."""
         while True:
+            self._has_emptied = False
             for lane in self._idle():
-                if not self._has_prompts():
+                if not self._has_prompts:
                     self._plan(lane, now)
             width = self._num_decoding()
             for lane, run in enumerate(self._runs):
                 if run is not None and not run.chunks and run.width != width:
                     self._cut(lane, now)
-            if not self._idle():
+            if not self._has_emptied:
                 return
 
     def _idle(self) -> list[int]:
@@ -171,7 +177,7 @@ class Stepper:
         A lane becomes idle, too, when what it was to do is cut before it began: then the number of lanes that
         decode is another, or memory is.
         """
-        if self._has_prompts():
+        if self._has_prompts or None not in self._runs:
             return []
         idle = [
             lane
@@ -203,9 +209,7 @@ class Stepper:
                 model.decodes.forgo()
             model.last_turn = run.turn_before
             self._runs[lane] = None
-
-    def _has_prompts(self) -> bool:
-        return any(run is not None and run.chunks for run in self._runs)
+            self._has_emptied = True
 
     def _num_decoding(self) -> int:
         return sum(run is not None and not run.chunks for run in self._runs)
@@ -213,21 +217,28 @@ class Stepper:
     def _plan(self, lane: int, now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
         while members := [model for model in self._lanes[lane] if model.can_step]:
-            with_prompts = any(model.has_prompts for model in members)
-            others = self._neighbours(lane) if with_prompts else ()
-            snapshot = TurnSnapshot(
-                tuple(runnable(model, self._rules) for model in members),
-                self._limits.max_batch_tokens,
-                tuple(runnable(model, self._rules) for model in others),
-            )
-            self.num_decisions += 1
-            turn = turns.decide(snapshot, to_seconds(now))
-            assert turn is not None
+            turn = self._turn(lane, members, now)
             model = self._models[turn.model]
             self._decided[lane] = now
             if self._start(model, turn.budget, lane, now):
                 return
             model.is_stalled = True  # for want of memory; the others' turn
+
+    def _turn(self, lane: int, members: Sequence[SimModel], now: int) -> turns.Turn:
+        """What the policy chooses; a model that only decodes, and is alone, is no choice."""
+        with_prompts = any(model.prompts or model.waiting for model in members)
+        if len(members) == 1 and not with_prompts:
+            return turns.Turn(members[0].name, self._limits.max_batch_tokens)
+        others = self._neighbours(lane) if with_prompts else ()
+        snapshot = TurnSnapshot(
+            tuple(runnable(model, self._rules) for model in members),
+            self._limits.max_batch_tokens,
+            tuple(runnable(model, self._rules) for model in others),
+        )
+        self.num_decisions += 1
+        turn = turns.decide(snapshot, to_seconds(now))
+        assert turn is not None
+        return turn
 
     def _neighbours(self, lane: int) -> list[SimModel]:
         return [m for m in self._models.values() if m.lane != lane and m.is_active and m.decodes.size]
@@ -268,6 +279,7 @@ class Stepper:
             chunk.job.is_started = True
         rounds = Rounds([Part(model, model.chunk_ticks(chunks), 0)], start, 1)
         self._runs[lane] = Run(rounds, 1, chunks, has_decodes)
+        self._has_prompts = True
 
     def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
         width = self._num_decoding() + 1
