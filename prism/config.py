@@ -184,6 +184,8 @@ class SchedulingConfig(_Section):
     """Most moves that one look starts."""
     drain_timeout: Duration = 60.0
     """A move's source finishes requests for so long; the rest goes on at the target."""
+    profile: str | None = None
+    """Costs of steps and loads that `prism profile` has measured; None derives them from models' shapes."""
 
 
 class HostMemoryConfig(_Section):
@@ -198,13 +200,6 @@ class HostMemoryConfig(_Section):
     """Most that each worker keeps of KV which lost its place on the device; 0 computes it again."""
 
 
-class SchedulingConfig(_Section):
-    """What the worker's plans start from."""
-
-    profile: str | None = None
-    """Costs of steps and loads that `prism profile` has measured; None derives them from models' shapes."""
-
-
 class Config(_Section):
     """Everything that `prism serve` needs."""
 
@@ -214,7 +209,6 @@ class Config(_Section):
     limits: LimitsConfig = LimitsConfig()
     scheduling: SchedulingConfig = SchedulingConfig()
     host_memory: HostMemoryConfig = HostMemoryConfig()
-    scheduling: SchedulingConfig = SchedulingConfig()
 
     @field_validator("models")
     @classmethod

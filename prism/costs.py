@@ -13,11 +13,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 
 from prism.types import Bytes, Seconds
 
 KNOT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Sizes of steps at which profiles have knots."""
+
+MOST_TOKENS = (1 << 20) - 1
+"""Of a chunk; more than any context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +86,29 @@ class StepCosts:
         return self.step(batch, context=context)
 
     def tokens_within(self, seconds: float, start: int = 0) -> int:
-        """The largest prompt chunk from `start` on that takes no longer than this; 0 if none does."""
+        """The largest prompt chunk from `start` on that takes no longer than this; 0 if none does.
+
+        Asked for at every step beside decodes, so solved and not searched: between two knots the time is
+        quadratic in the tokens.
+        """
         if self.prefill(1, start) > seconds:
             return 0
-        low, high = 1, 2
-        while high < 1 << 20 and self.prefill(high, start) <= seconds:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.prefill(middle, start) <= seconds else (low, middle)
-        return low
+        place = 1
+        while place < len(self.knots) - 1 and self.prefill(self.knots[place][0], start) <= seconds:
+            place += 1
+        (n0, t0), (n1, t1) = self.knots[place - 1], self.knots[place]
+        slope = (t1 - t0) / (n1 - n0)
+        linear = slope + self.per_pair * start
+        left = seconds - t0 + slope * n0  # half of per_pair * n^2 + linear * n = left
+        root = linear * linear + 2 * self.per_pair * left
+        whole = linear + sqrt(root) if root > 0 else 0.0
+        guess = int(min(2 * left / whole, MOST_TOKENS)) if whole > 0 else MOST_TOKENS
+        guess = max(1, min(guess, MOST_TOKENS))
+        while self.prefill(guess, start) > seconds:  # rounding, or fewer tokens than the first knot has
+            guess = guess - 1 if guess <= n1 else guess // 2
+        while guess < MOST_TOKENS and self.prefill(guess + 1, start) <= seconds:
+            guess += 1
+        return guess
 
 
 @dataclass(frozen=True, slots=True)

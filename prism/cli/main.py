@@ -11,6 +11,7 @@ import typer
 
 from prism import __version__
 from prism.cli.bench import bench
+from prism.cli.sim_commands import plan, simulate
 from prism.errors import ConfigError
 
 app = typer.Typer(
@@ -119,6 +120,10 @@ def schema() -> None:
     from prism.configfile import config_schema
 
     typer.echo(config_schema(), nl=False)
+
+
+app.command()(simulate)
+app.command()(plan)
 
 
 @app.command()

@@ -24,6 +24,8 @@ class DecodeGroup:
         """Tokens that the next step reads, of all sequences."""
         self.num_blocks = 0
         """Blocks that they hold, with those that a step on its way writes to."""
+        self.size = 0
+        """Sequences."""
         self._steps = 0
         """Steps that have run."""
         self._begun = 0
@@ -34,9 +36,6 @@ class DecodeGroup:
         self._ends: list[tuple[int, int, Job]] = []
         self._num_joins = 0
 
-    def __len__(self) -> int:
-        return len(self._joined)
-
     def jobs(self) -> list[Job]:
         """All sequences."""
         return list(self._joined)
@@ -46,6 +45,7 @@ class DecodeGroup:
         tokens = job.known
         self._num_joins += 1
         self._joined[job] = (self._steps, tokens, self._num_joins)
+        self.size += 1
         self._phases[(1 - tokens + self._steps) % self.block] += 1
         self.context += tokens
         self.num_blocks += self._blocks(tokens - 1)
@@ -54,6 +54,7 @@ class DecodeGroup:
     def leave(self, job: Job) -> int:
         """Take a sequence out, ended or not; the blocks that it held."""
         step, tokens, _ = self._joined.pop(job)
+        self.size -= 1
         self._phases[(1 - tokens + step) % self.block] -= 1
         ran = self._steps - step
         job.produced += ran
@@ -62,9 +63,7 @@ class DecodeGroup:
         if self._begun > self._steps and (tokens + ran - 1) % self.block == 0:
             held += 1
         self.num_blocks -= held
-        if (
-            len(self._ends) > 2 * len(self._joined) + 16
-        ):  # those that left early are skipped when they come up
+        if len(self._ends) > 2 * self.size + 16:  # those that left early are skipped when they come up
             self._ends = [entry for entry in self._ends if self._is_valid(entry)]
             heapify(self._ends)
         return held
@@ -86,15 +85,16 @@ class DecodeGroup:
 
     def blocks_for(self, count: int) -> int:
         """New blocks that the next `count` steps take."""
-        cycles, rest = divmod(count, self.block)
         begin = self._begun
+        if count == 1:
+            return self._phases[begin % self.block]
+        cycles, rest = divmod(count, self.block)
         partial = sum(self._phases[(begin + i) % self.block] for i in range(rest))
-        return cycles * len(self._joined) + partial
+        return cycles * self.size + partial
 
     def steps_within(self, blocks: int) -> int:
         """Most steps that take no more than so many new blocks."""
-        size = len(self._joined)
-        cycles, left = divmod(blocks, size)
+        cycles, left = divmod(blocks, self.size)
         count = cycles * self.block
         while True:
             left -= self._phases[(self._begun + count) % self.block]
@@ -117,7 +117,7 @@ class DecodeGroup:
         """So many of the begun steps have run."""
         self._steps += count
         assert self._steps <= self._begun
-        self.context += count * len(self._joined)
+        self.context += count * self.size
 
     def ended(self) -> list[Job]:
         """Sequences that have drawn their last token, in order of arrival."""

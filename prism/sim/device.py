@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
+from prism.modes import Rules
 from prism.sim.jobs import End, Job, Served
 from prism.sim.loader import Loader
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
-from prism.sim.modes import Limits, Rules
+from prism.sim.modes import Limits
 from prism.sim.stepper import Stepper
 from prism.sim.ticks import NEVER, to_seconds
 from prism.sim.views import admission_snapshot, expiry, waiting_request

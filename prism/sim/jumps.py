@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from prism.modes import Rules
 from prism.sim.model import SimModel
-from prism.sim.modes import Rules
 from prism.sim.rounds import Rounds
 from prism.sim.ticks import to_seconds
 from prism.worker import turns

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from prism.sim import timeshare
+from prism.modes import Rules
 from prism.sim.jobs import Job
 from prism.sim.link import Link
 from prism.sim.memory import Memory, arrival_of
 from prism.sim.model import SimModel
-from prism.sim.modes import Limits, Rules
+from prism.sim.modes import Limits
 from prism.sim.ticks import NEVER, to_seconds, to_ticks
 from prism.types import ModelId, ModelState
+from prism.worker import timeshare
 
 
 class Evictor(Protocol):

@@ -105,7 +105,7 @@ class SimModel:
     @property
     def num_sequences(self) -> int:
         """Admitted and not ended."""
-        return len(self.decodes) + len(self.prompts) + len(self.waiting)
+        return self.decodes.size + len(self.prompts) + len(self.waiting)
 
     @property
     def has_prompts(self) -> bool:
@@ -115,7 +115,9 @@ class SimModel:
     @property
     def can_step(self) -> bool:
         """It could take a turn."""
-        return self.is_active and not self.is_stalled and self.num_sequences > 0
+        if self.state is not ModelState.ACTIVE or self.is_stalled:
+            return False
+        return self.decodes.size > 0 or bool(self.prompts or self.waiting)
 
     def oldest(self) -> Job | None:
         """Its first request, waiting or running."""
@@ -168,9 +170,9 @@ class SimModel:
     def blocks_wanted(self, budget: int, max_sequences: int) -> int:
         """Free blocks that a step of `budget` tokens could use."""
         wanted = self.decodes.blocks_for(1)
-        budget -= len(self.decodes)
+        budget -= self.decodes.size
         num_blocks = self.layout.num_blocks
-        places = max_sequences - len(self.decodes) - len(self.prompts)
+        places = max_sequences - self.decodes.size - len(self.prompts)
         for job in self.unstarted():
             if budget <= 0 or (not job.computed and places <= 0 and job not in self.prompts):
                 break
@@ -182,15 +184,17 @@ class SimModel:
     def take_chunks(self, budget: int, max_sequences: int) -> list[Chunk]:
         """The prompts' part of a step whose decodes have their blocks already."""
         chunks: list[Chunk] = []
-        budget -= len(self.decodes)
+        budget -= self.decodes.size
         for job in list(self.prompts):
             if budget <= 0:
                 break
             if job.num_restarts and job not in self.prompts:
                 continue  # it gave way to one before it
             budget -= self._take(job, budget, chunks, may_preempt=True)
-        while self.waiting and budget > 0 and len(self.decodes) + len(self.prompts) < max_sequences:
+        while self.waiting and budget > 0 and self.decodes.size + len(self.prompts) < max_sequences:
             job = self.waiting[0]
+            if job.num_restarts and (self.decodes.size or self.prompts) and not self._fits(job):
+                break
             taken = self._take(job, budget, chunks, may_preempt=False)
             if not taken:
                 break
@@ -218,9 +222,17 @@ class SimModel:
         chunks.append(Chunk(job, length, job.num_restarts))
         return length
 
+    def _fits(self, job: Job) -> bool:
+        """There are blocks for all that one which gave way had, and for a token more.
+
+        The server starts it as soon as there is one block, and finds most of the others in the prefix cache.
+        Without caches it would be computed and give way again and again.
+        """
+        return self.layout.num_blocks(job.known + 1) <= self.free_blocks
+
     def make_room_for_decodes(self) -> None:
         """Sequences give way, youngest first, until the others' next step has its blocks."""
-        while len(self.decodes) and self.decodes.blocks_for(1) > self.free_blocks:
+        while self.decodes.size and self.decodes.blocks_for(1) > self.free_blocks:
             victim = self.youngest_running()
             assert victim is not None
             self.preempt(victim)
@@ -232,7 +244,7 @@ class SimModel:
 
         `width` is how much longer it takes because other lanes decode meanwhile.
         """
-        steps, batch = self.served.costs.steps, len(self.decodes)
+        steps, batch = self.served.costs.steps, self.decodes.size
         gemm = self._gemm.get((batch, width))
         if gemm is None:
             gemm = self._gemm[batch, width] = to_ticks(steps.gemm(batch) * width)
@@ -243,7 +255,7 @@ class SimModel:
 
     def chunk_ticks(self, chunks: list[Chunk]) -> int:
         """Ticks of a step of these chunks and all decodes."""
-        tokens = len(self.decodes) + sum(chunk.length for chunk in chunks)
+        tokens = self.decodes.size + sum(chunk.length for chunk in chunks)
         pairs = sum(c.length * (c.job.computed - c.length / 2) for c in chunks)
         return to_ticks(self.served.costs.steps.step(tokens, pairs, self.decodes.context))
 

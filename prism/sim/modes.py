@@ -1,40 +1,8 @@
-"""What the four ways to share devices differ in."""
+"""Limits of simulated devices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
-
-
-class Mode(StrEnum):
-    """A way to share devices."""
-
-    STATIC = "static"
-    ELASTIC = "elastic"
-    TIMESHARE = "timeshare"
-    PRISM = "prism"
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What a mode does."""
-
-    by_deadline: bool
-    """Requests, and models' steps, go by deadlines; else requests by arrival and models in turns."""
-    is_resident: bool
-    """All models of a device keep their weights there, so they must fit together."""
-    has_shares: bool
-    """Each model has a fixed part of the memory for its KV."""
-    is_exclusive: bool
-    """One model is on a device at a time."""
-
-
-RULES = {
-    Mode.STATIC: Rules(by_deadline=False, is_resident=True, has_shares=True, is_exclusive=False),
-    Mode.ELASTIC: Rules(by_deadline=False, is_resident=True, has_shares=False, is_exclusive=False),
-    Mode.TIMESHARE: Rules(by_deadline=False, is_resident=False, has_shares=False, is_exclusive=True),
-    Mode.PRISM: Rules(by_deadline=True, is_resident=False, has_shares=False, is_exclusive=False),
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Which models a device has.
 
-`by_load` is the simulator's own: the baselines' placements come from it and from `plan`'s search. `by_controller`
-asks the policy that ships.
+`by_load` is the simulator's own: the baselines' placements come from it and from `plan`'s search.
+`by_controller` asks the policy that ships.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from prism.controller.placement import place
-from prism.controller.state import DeviceSize, ModelSize
+from prism.controller.placement import first_homes
+from prism.controller.snapshot import DeviceState, ModelNeed
+from prism.modes import RULES, Mode
 from prism.sim.jobs import Served
-from prism.sim.modes import RULES, Mode
 from prism.sim.trace import TraceRow
 from prism.types import MiB, ModelId, WorkerId
 
@@ -95,10 +95,13 @@ def by_controller(
 ) -> Placement:
     """Homes as the controller gives them when it starts."""
     workers = [WorkerId(f"worker-{index}") for index in range(num_devices)]
-    sizes = tuple(ModelSize(m, s.costs.shape.weight_bytes) for m, s in sorted(served.items()))
-    homes = place(sizes, tuple(DeviceSize(w, memory_bytes, slab_bytes) for w in workers))
+    needs = tuple(
+        ModelNeed(m, s.costs.shape.weight_bytes, s.costs.shape.kv_bytes_per_token)
+        for m, s in sorted(served.items())
+    )
+    homes = first_homes(needs, tuple(DeviceState(w, memory_bytes, slab_bytes) for w in workers))
     able = {model for model in homes if room.holds([model])}
-    devices = tuple(tuple(m for m in sorted(able) if homes[m] == worker) for worker in workers)
+    devices = tuple(tuple(m for m in sorted(able) if homes[m][0].worker == worker) for worker in workers)
     return Placement(devices, tuple(sorted(set(homes) - able)))
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from prism.modes import Rules
 from prism.sim.jobs import Job
 from prism.sim.jumps import may_follow, order_of_rounds
 from prism.sim.memory import Memory
 from prism.sim.model import Chunk, SimModel
-from prism.sim.modes import Limits, Rules
+from prism.sim.modes import Limits
 from prism.sim.rounds import Part, Rounds
 from prism.sim.ticks import NEVER, to_seconds
 from prism.sim.views import runnable
@@ -32,6 +33,8 @@ class Run:
     chunks: list[Chunk] = field(default_factory=list)
     """Of prompts: such a step has the device to itself."""
     has_decodes: bool = True
+    turn_before: int = 0
+    """When the first member had its turn before."""
     gone: set[SimModel] = field(default_factory=set)
     """Members that have lost their memory meanwhile."""
 
@@ -73,6 +76,10 @@ class Stepper:
         self._limits = limits
         self._together = together
         self._listener = listener
+        self._has_prompts = False
+        """A step with prompts is on its way, on some lane."""
+        self._has_emptied = False
+        """A lane has lost what it was to do."""
         self.num_decisions = 0
         self.busy = 0
         """Ticks in which lanes worked, of all lanes."""
@@ -96,10 +103,16 @@ class Stepper:
     # --- what has run -----------------------------------------------------------------------------------
 
     def sync(self, now: int) -> None:
-        """Account for the steps that have ended and begun by now."""
+        """Account for the steps that have ended and begun by now.
+
+        A lane whose step ends just now decides anew, as all lanes do whose steps end now.
+        """
         for run in self._runs:
             if run is not None and not run.chunks:
                 _advance(run, now)
+                rounds = run.rounds
+                if rounds.done and rounds.end_of(rounds.done) == now:
+                    rounds.cut(now)
 
     def collect(self, now: int) -> None:
         """Close the runs that have ended."""
@@ -110,12 +123,15 @@ class Stepper:
             self.busy += run.rounds.end - run.rounds.start
             if run.chunks:
                 self._end_prompts(run, now)
+            else:
+                self._decided[lane] = run.rounds.end_of(run.rounds.num_steps - 1)
             for part in run.rounds.parts:
                 if part.who not in run.gone:
                     self._end_sequences(part.who, now)
 
     def _end_prompts(self, run: Run, now: int) -> None:
         model = run.rounds.parts[0].who
+        self._has_prompts = False
         self._listener.prompts_ran()
         if model in run.gone:
             return
@@ -145,15 +161,31 @@ class Stepper:
     def plan(self, now: int) -> None:
         """Give each idle lane something to do, until all agree on how many decode side by side."""
         while True:
-            for lane in sorted(range(len(self._lanes)), key=lambda i: (self._decided[i], i)):
-                if self._runs[lane] is None and not self._has_prompts():
+            self._has_emptied = False
+            for lane in self._idle():
+                if not self._has_prompts:
                     self._plan(lane, now)
             width = self._num_decoding()
-            wrong = [i for i, run in enumerate(self._runs) if run and not run.chunks and run.width != width]
-            for lane in wrong:
-                self._cut(lane, now)
-            if self._has_prompts() or all(self._runs[lane] is not None for lane in wrong):
+            for lane, run in enumerate(self._runs):
+                if run is not None and not run.chunks and run.width != width:
+                    self._cut(lane, now)
+            if not self._has_emptied:
                 return
+
+    def _idle(self) -> list[int]:
+        """Lanes that have nothing to do and could, who decided longest ago first.
+
+        A lane becomes idle, too, when what it was to do is cut before it began: then the number of lanes that
+        decode is another, or memory is.
+        """
+        if self._has_prompts or None not in self._runs:
+            return []
+        idle = [
+            lane
+            for lane, models in enumerate(self._lanes)
+            if self._runs[lane] is None and any(model.can_step for model in models)
+        ]
+        return idle if len(idle) < 2 else sorted(idle, key=lambda lane: (self._decided[lane], lane))
 
     def disturb(self, model: SimModel, now: int) -> None:
         """Something about a model has changed: its lane decides anew after the present step."""
@@ -176,10 +208,9 @@ class Stepper:
             model = run.rounds.parts[0].who
             if model not in run.gone:
                 model.decodes.forgo()
+            model.last_turn = run.turn_before
             self._runs[lane] = None
-
-    def _has_prompts(self) -> bool:
-        return any(run is not None and run.chunks for run in self._runs)
+            self._has_emptied = True
 
     def _num_decoding(self) -> int:
         return sum(run is not None and not run.chunks for run in self._runs)
@@ -187,24 +218,31 @@ class Stepper:
     def _plan(self, lane: int, now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
         while members := [model for model in self._lanes[lane] if model.can_step]:
-            with_prompts = any(model.has_prompts for model in members)
-            others = self._neighbours(lane) if with_prompts else ()
-            snapshot = TurnSnapshot(
-                tuple(runnable(model, self._rules) for model in members),
-                self._limits.max_batch_tokens,
-                tuple(runnable(model, self._rules) for model in others),
-            )
-            self.num_decisions += 1
-            turn = turns.decide(snapshot, to_seconds(now))
-            assert turn is not None
+            turn = self._turn(lane, members, now)
             model = self._models[turn.model]
             self._decided[lane] = now
             if self._start(model, turn.budget, lane, now):
                 return
             model.is_stalled = True  # for want of memory; the others' turn
 
+    def _turn(self, lane: int, members: Sequence[SimModel], now: int) -> turns.Turn:
+        """What the policy chooses; a model that only decodes, and is alone, is no choice."""
+        with_prompts = any(model.prompts or model.waiting for model in members)
+        if len(members) == 1 and not with_prompts:
+            return turns.Turn(members[0].name, self._limits.max_batch_tokens)
+        others = self._neighbours(lane) if with_prompts else ()
+        snapshot = TurnSnapshot(
+            tuple(runnable(model, self._rules) for model in members),
+            self._limits.max_batch_tokens,
+            tuple(runnable(model, self._rules) for model in others),
+        )
+        self.num_decisions += 1
+        turn = turns.decide(snapshot, to_seconds(now))
+        assert turn is not None
+        return turn
+
     def _neighbours(self, lane: int) -> list[SimModel]:
-        return [m for m in self._models.values() if m.lane != lane and m.is_active and len(m.decodes)]
+        return [m for m in self._models.values() if m.lane != lane and m.is_active and m.decodes.size]
 
     def _start(self, model: SimModel, budget: int, lane: int, now: int) -> bool:
         """Begin a step; False if there is no memory for any of it."""
@@ -214,13 +252,13 @@ class Stepper:
         if wanted > model.free_blocks:
             self._memory.ensure_kv(model, wanted, now)
             model.make_room_for_decodes()
-        has_decodes = len(model.decodes) > 0
+        has_decodes = model.decodes.size > 0
         if has_decodes:
             model.decodes.begin(1)
         chunks = model.take_chunks(budget, size) if has_prompts else []
         if chunks:
             self._start_prompts(model, chunks, has_decodes, lane, now)
-        elif len(model.decodes):
+        elif model.decodes.size:
             self._start_decodes(model, lane, now)
         else:
             if has_decodes:
@@ -242,6 +280,7 @@ class Stepper:
             chunk.job.is_started = True
         rounds = Rounds([Part(model, model.chunk_ticks(chunks), 0)], start, 1)
         self._runs[lane] = Run(rounds, 1, chunks, has_decodes)
+        self._has_prompts = True
 
     def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
         width = self._num_decoding() + 1
@@ -255,7 +294,7 @@ class Stepper:
         if len(order) < len(members) and steps > 1:
             steps = may_follow(rounds, model, members, self._rules)
             rounds = Rounds(parts, now, steps)
-        self._runs[lane] = Run(rounds, width)
+        self._runs[lane] = Run(rounds, width, turn_before=model.last_turn)
 
 
 def _advance(run: Run, now: int) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
+from prism.modes import Rules
 from prism.sim.jobs import Job
 from prism.sim.link import Link
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
-from prism.sim.modes import Limits, Rules
-from prism.sim.ticks import to_seconds, to_ticks
+from prism.sim.modes import Limits
+from prism.sim.ticks import NEVER, to_seconds, to_ticks
 from prism.types import ModelId, ModelState
 from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, Runnable, WaitingRequest
 
@@ -114,35 +115,35 @@ def _stretch(models: Iterable[SimModel]) -> float:
     """Decodes take the share of the time that their objectives ask for; prompts have the rest."""
     share = 0.0
     for model in models:
-        if len(model.decodes):
-            decode = model.served.costs.steps.decode(len(model.decodes), model.decodes.context)
+        if model.decodes.size:
+            decode = model.served.costs.steps.decode(model.decodes.size, model.decodes.context)
             share += decode / model.served.slo.tpot
     return 1.0 / (1.0 - min(share, MOST_DECODING))
 
 
 def runnable(model: SimModel, rules: Rules) -> Runnable:
     """A model that could take a turn. Without deadlines all are due at once, so they take turns."""
-    decodes, prompts = len(model.decodes), list(model.unstarted())
+    decodes = model.decodes.size
+    due = model.last_end + model.tpot if decodes else NEVER
+    decode_deadline = to_seconds(due) if decodes and rules.by_deadline else float("inf")
+    tokens = start = 0
     steps = model.served.costs.steps
-    decode_due = model.last_end + model.tpot if decodes else None
+    if model.prompts or model.waiting:
+        prompts = list(model.unstarted())
+        tokens, start = sum(job.missing for job in prompts), prompts[0].computed
+        due = min(due, *(_next_due(job, model) for job in prompts))
     return Runnable(
-        model=model.name,
-        deadline=to_seconds(_deadline(model, prompts, decode_due)) if rules.by_deadline else 0.0,
-        last_turn=to_seconds(model.last_turn),
-        num_decodes=decodes,
-        decode_deadline=_decode_deadline(decode_due, rules),
-        decode_seconds=steps.decode(decodes, model.decodes.context) if decodes else 0.0,
-        prompt_tokens=sum(job.missing for job in prompts),
-        prompt_start=prompts[0].computed if prompts else 0,
-        costs=steps,
+        model.name,
+        to_seconds(due) if rules.by_deadline else 0.0,
+        to_seconds(model.last_turn),
+        decodes,
+        decode_deadline,
+        steps.decode(decodes, model.decodes.context) if decodes else 0.0,
+        tokens,
+        start,
+        steps,
     )
 
 
-def _decode_deadline(decode_due: int | None, rules: Rules) -> float:
-    return float("inf") if decode_due is None or not rules.by_deadline else to_seconds(decode_due)
-
-
-def _deadline(model: SimModel, prompts: Iterable[Job], decode_due: int | None) -> int:
-    """When the next token of any of its sequences is due."""
-    dues = [job.due if job.first_token is None else job.last_token + model.tpot for job in prompts]
-    return min([*dues, *([] if decode_due is None else [decode_due])])
+def _next_due(job: Job, model: SimModel) -> int:
+    return job.due if job.first_token is None else job.last_token + model.tpot

@@ -154,7 +154,19 @@ def test_version(run: Run) -> None:
 
 def test_help_names_every_verb(run: Run) -> None:
     text = run("--help").out
-    verbs = ("serve", "demo", "ps", "load", "unload", "move", "bench", "profile", "doctor", "schema", "version")
+    verbs = (
+        "serve",
+        "demo",
+        "ps",
+        "load",
+        "unload",
+        "move",
+        "bench",
+        "profile",
+        "doctor",
+        "schema",
+        "version",
+    )
     for verb in verbs:
         assert verb in text
 

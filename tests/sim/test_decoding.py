@@ -60,17 +60,17 @@ def test_blocks_are_those_of_the_tokens(lengths: list[tuple[int, int]], events: 
     for joins in events:
         if joins and waiting and not is_begun:
             group.join(waiting.pop())
-        elif len(group) and not is_begun:
+        elif group.size and not is_begun:
             group.begin(1)
             is_begun = True
         elif is_begun:
-            if len(group) > 1:
+            if group.size > 1:
                 group.leave(group.jobs()[0])
             group.run(1)
             is_begun = False
     for left in group.jobs():
         group.leave(left)
-    assert (group.num_blocks, group.context, len(group)) == (0, 0, 0)
+    assert (group.num_blocks, group.context, group.size) == (0, 0, 0)
 
 
 def test_a_sequence_ends_with_its_last_token() -> None:

@@ -1,0 +1,180 @@
+"""`prism simulate` and `prism plan`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from prism.config import parse_size
+from prism.errors import ConfigError
+from prism.modes import Mode
+from prism.sim.generate import Synthetic
+from prism.sim.inputs import (
+    Inputs,
+    default_placement,
+    make_cluster,
+    open_profile,
+    read_placement,
+    read_workload,
+)
+from prism.sim.plan import Plan, Planner, Target, Trial
+from prism.sim.plots import plot_attainment, plot_models
+from prism.sim.report import report
+from prism.sim.trace import TraceRow, write_trace
+
+
+def _progress() -> Progress:
+    """On a terminal only, and never where results go."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def simulation_inputs(options: Mapping[str, Any]) -> Inputs:
+    """From the options that both commands have; see `sim_options`."""
+    synthetic = Synthetic(
+        models=options["num_models"],
+        rate=options["rate"],
+        duration=options["duration"],
+        alpha=options["alpha"],
+        cv=options["cv"],
+        on=options["on"],
+        off=options["off"],
+        prompt=options["prompt"],
+        output=options["answer"],
+        spread=options["spread"],
+    )
+    return Inputs(
+        trace=options["trace"],
+        synthetic=synthetic,
+        models=options["models"],
+        profile=options["profile"],
+        memory=_size(options["memory"]),
+        lanes=options["lanes"],
+        rate_scale=options["rate_scale"],
+        slo_scale=options["slo_scale"],
+        seed=options["seed"],
+        is_stepping=options.get("step", False),
+    )
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise ConfigError([f"--memory: {error}"]) from None
+    if not isinstance(size, int):
+        raise ConfigError([f"--memory: {text!r} is no size; write 72GiB, say"])
+    return size
+
+
+def run_simulate(
+    inputs: Inputs,
+    mode: Mode,
+    devices: int,
+    placement: Path | None,
+    output: Path | None,
+    plot: Path | None,
+    save_trace: Path | None,
+) -> None:
+    """One mode on one placement."""
+    profile = open_profile(inputs.profile)
+    load = read_workload(inputs, profile)
+    if save_trace is not None:
+        _save_rows(load.requests, save_trace)
+    cluster = make_cluster(inputs, load, profile, mode)
+    placed = default_placement(cluster, devices) if placement is None else read_placement(placement, cluster)
+    with _progress() as progress:
+        task = progress.add_task(mode.value, total=len(load.requests))
+        results = cluster.run(placed, os.cpu_count() or 1, lambda count: progress.advance(task, count))
+    result = report(load, placed, cluster.setup, results)
+    _write(result, output)
+    if plot is not None:
+        plot_models(result, plot)
+
+
+def _save_rows(rows: Sequence[TraceRow], path: Path) -> None:
+    try:
+        write_trace(rows, path)
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be written: {error}"]) from None
+
+
+def run_plan(
+    inputs: Inputs,
+    modes: Sequence[Mode],
+    most: int,
+    target: Target,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    """The fewest devices for each mode."""
+    profile = open_profile(inputs.profile)
+    load = read_workload(inputs, profile)
+    plans = {}
+    with _progress() as progress:
+        for mode in modes:
+            task = progress.add_task(mode.value, total=None)
+
+            def tell(devices: int, trial: Trial, mode: Mode = mode, task: Any = task) -> None:
+                text = f"{mode}: {devices} devices, TTFT {trial.ttft:.1%}, TPOT {trial.tpot:.1%}"
+                progress.update(task, advance=1, description=text)
+
+            cluster = make_cluster(inputs, load, profile, mode)
+            plans[mode] = Planner(cluster, target).search(most, tell)
+    _write({mode.value: plan_values(plan) for mode, plan in plans.items()}, output)
+    _print_plans(plans, target)
+    if plot is not None:
+        curves = {
+            mode.value: [(float(n), trial.ttft, trial.tpot) for n, trial in plan.trials.items()]
+            for mode, plan in plans.items()
+        }
+        plot_attainment(curves, "devices", plot)
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON values."""
+    chosen = plan.trials[plan.num_devices if plan.num_devices is not None else max(plan.trials)]
+    return {
+        "devices": plan.num_devices,
+        "ttft_attainment": chosen.ttft,
+        "tpot_attainment": chosen.tpot,
+        "placement": [list(models) for models in chosen.placement.devices],
+        "unplaced": list(chosen.placement.unplaced),
+        "tried": [
+            {"devices": n, "ttft_attainment": trial.ttft, "tpot_attainment": trial.tpot}
+            for n, trial in sorted(plan.trials.items())
+        ],
+    }
+
+
+def _print_plans(plans: dict[Mode, Plan], target: Target) -> None:
+    table = Table(title=f"TTFT {target.ttft:.1%}, TPOT {target.tpot:.1%}", box=None, pad_edge=False)
+    for name in ("MODE", "DEVICES", "TTFT", "TPOT"):
+        table.add_column(name, justify="left" if name == "MODE" else "right")
+    for mode, plan in plans.items():
+        trial = plan.trials[plan.num_devices if plan.num_devices is not None else max(plan.trials)]
+        devices = str(plan.num_devices) if plan.num_devices is not None else f"> {max(plan.trials)}"
+        table.add_row(mode.value, devices, f"{trial.ttft:.2%}", f"{trial.tpot:.2%}")
+    Console(stderr=True).print(table)
+
+
+def _write(values: dict[str, Any], output: Path | None) -> None:
+    text = json.dumps(values, indent=1)
+    if output is None:
+        typer.echo(text)
+        return
+    try:
+        output.write_text(text + "\n")
+    except OSError as error:
+        raise ConfigError([f"{output}: cannot be written: {error}"]) from None

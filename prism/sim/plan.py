@@ -1,0 +1,149 @@
+"""The fewest devices, and a placement, that reach a target attainment.
+
+For a number of devices several placements are tried: by load, as the controller gives them, then the better
+one changed step by step. A step moves a model from the device that misses most requests to the one that is
+best off, or changes places with one there. Devices have nothing to do with one another, so a step runs
+only the two that it changes; what a device does with a set of models is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from prism.modes import RULES
+from prism.sim.cluster import Cluster, DeviceResult
+from prism.sim.placing import Placement, Room, by_controller, by_load
+from prism.sim.report import is_tpot_met, is_ttft_met
+from prism.types import ModelId
+
+STEPS = 12
+"""Most changes that are tried for a number of devices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Shares of requests that must meet their objectives."""
+
+    ttft: float
+    tpot: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a placement reaches."""
+
+    placement: Placement
+    ttft: float
+    tpot: float
+
+    def meets(self, target: Target) -> bool:
+        """Both objectives' shares."""
+        return self.ttft >= target.ttft and self.tpot >= target.tpot
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The fewest devices with their placement, or the best that the most devices reach."""
+
+    trials: dict[int, Trial]
+    """The best placement of each number of devices that was tried."""
+    num_devices: int | None
+    """The fewest that meet the target."""
+
+
+class Planner:
+    """Searches for one mode."""
+
+    def __init__(self, cluster: Cluster, target: Target) -> None:
+        self._cluster = cluster
+        self._target = target
+        self._results: dict[tuple[ModelId, ...], DeviceResult] = {}
+        setup = cluster.setup
+        self._room = Room(cluster.load.served, setup.num_slabs, setup.limits.slab_bytes, setup.mode)
+
+    def search(self, most: int, progress: Callable[[int, Trial], None] = lambda *_: None) -> Plan:
+        """Double the devices until they suffice, then halve the gap: more are taken to be no worse."""
+        trials: dict[int, Trial] = {}
+
+        def suffices(devices: int) -> bool:
+            if devices not in trials:
+                trials[devices] = self.best(devices)
+                progress(devices, trials[devices])
+            return trials[devices].meets(self._target)
+
+        low, high = 0, 1
+        while not suffices(high):
+            if high == most:
+                return Plan(trials, None)
+            low, high = high, min(most, 2 * high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if suffices(middle) else (middle, high)
+        return Plan(trials, high)
+
+    def best(self, devices: int) -> Trial:
+        """The best placement that is found."""
+        best = max((self._try(p) for p in self._starts(devices)), key=_score)
+        for _ in range(STEPS):
+            if best.meets(self._target):
+                break
+            better = max((self._try(p) for p in self._changes(best.placement)), key=_score, default=best)
+            if _score(better) <= _score(best):
+                break
+            best = better
+        return best
+
+    def _starts(self, devices: int) -> Iterator[Placement]:
+        cluster, setup = self._cluster, self._cluster.setup
+        yield by_load(cluster.demand, devices, self._room)
+        if not RULES[setup.mode].is_resident:
+            served, slab = cluster.load.served, setup.limits.slab_bytes
+            yield by_controller(served, devices, self._room, setup.memory_bytes, slab)
+
+    def _try(self, placement: Placement) -> Trial:
+        missed = self._missed(placement.devices, placement.unplaced)
+        total = len(self._cluster.load.requests)
+        return Trial(placement, 1 - missed[0] / total, 1 - missed[1] / total)
+
+    def _missed(
+        self, devices: tuple[tuple[ModelId, ...], ...], unplaced: tuple[ModelId, ...] = ()
+    ) -> tuple[int, int]:
+        """Requests that miss their first token's objective, and the others'."""
+        lost = sum(row.model in unplaced for row in self._cluster.load.requests) if unplaced else 0
+        first, rest = lost, lost
+        served = self._cluster.load.served
+        for models in devices:
+            if models not in self._results:
+                self._results[models] = self._cluster.run_device(models)
+            for outcome in self._results[models].outcomes:
+                first += not is_ttft_met(outcome, served[outcome.model])
+                rest += not is_tpot_met(outcome, served[outcome.model])
+        return first, rest
+
+    def _changes(self, placement: Placement) -> Iterator[Placement]:
+        """Moves from the worst device to the best one, and exchanges between them, a few of each."""
+        devices = placement.devices
+        if len(devices) < 2:
+            return
+        order = sorted(range(len(devices)), key=lambda i: (sum(self._missed((devices[i],))), -i))
+        best, worst = order[0], order[-1]
+        load: Mapping[ModelId, float] = {m: d.seconds for m, d in self._cluster.demand.items()}
+        for model in sorted(devices[worst], key=lambda m: (-load[m], m))[:4]:
+            yield from self._exchanged(placement, worst, best, model, None)
+            for other in sorted(devices[best], key=lambda m: (load[m], m))[:2]:
+                yield from self._exchanged(placement, worst, best, model, other)
+
+    def _exchanged(
+        self, placement: Placement, source: int, target: int, model: ModelId, other: ModelId | None
+    ) -> Iterator[Placement]:
+        back = () if other is None else (other,)
+        devices = list(placement.devices)
+        devices[source] = tuple(sorted((*(m for m in devices[source] if m != model), *back)))
+        devices[target] = tuple(sorted((*(m for m in devices[target] if m != other), model)))
+        if self._room.holds(devices[source]) and self._room.holds(devices[target]):
+            yield Placement(tuple(devices), placement.unplaced)
+
+
+def _score(trial: Trial) -> float:
+    return trial.ttft + trial.tpot

@@ -1,0 +1,81 @@
+"""A simulated device: many steps at once give what single steps give, and every request ends once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prism.modes import Mode
+from prism.sim.jobs import End
+from tests.sim.random_loads import models, requests, serve
+
+MODES = st.sampled_from(list(Mode))
+
+
+@given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12))
+@settings(max_examples=150, deadline=None)
+def test_jumping_equals_stepping(
+    mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int
+) -> None:
+    """To the picosecond, in every mode, with memory short and models coming and going."""
+    jumped, stepped = (serve(mode, shapes, asked, lanes, slabs, is_stepping=flag) for flag in (False, True))
+    assert [_story(job) for job in jumped] == [_story(job) for job in stepped]
+
+
+def _story(job: Any) -> tuple[Any, ...]:
+    return (job.request_id, job.end, job.first_token, job.last_token, job.end_time, job.num_restarts)
+
+
+@given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12))
+@settings(max_examples=100, deadline=None)
+def test_every_request_ends_once(
+    mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int
+) -> None:
+    """`Job.finish` asserts that it is the first end; here that there is one, and that it makes sense."""
+    for job in serve(mode, shapes, asked, lanes, slabs):
+        assert job.end is not None
+        if job.end is End.SERVED:
+            assert job.first_token is not None and job.arrival < job.first_token <= job.last_token
+            assert job.produced == job.output
+        if job.end is End.EXPIRED:
+            assert job.first_token is None and job.end_time >= job.arrival
+
+
+SMALL = [(1, 1024, 1e-3, 1e-8, 5e-3)]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_one_request_alone(mode: Mode) -> None:
+    """It takes what the cost model says: activation where there is one, prompt, then its tokens."""
+    (job,) = serve(mode, SMALL, [(0.5, 0, 64, 11)], 1, 8)
+    activation = 0.0 if mode in (Mode.STATIC, Mode.ELASTIC) else 0.01 + (2 << 20) / 1e9
+    prompt = 2e-3 + 1e-8 * 64 * 32
+    assert job.first_token is not None
+    assert job.first_token / 1e12 == pytest.approx(0.5 + activation + prompt)
+    decodes = sum(1e-3 + 1e-8 * (65 + i) for i in range(10))
+    assert (job.last_token - job.first_token) / 1e12 == pytest.approx(decodes)
+
+
+def test_two_lanes_overlap() -> None:
+    """Each step takes longer while the other lane decodes, but both together are quicker than one lane."""
+    shapes = [(1, 1024, 1e-3, 0.0, 5e-3)] * 2
+    asked = [(0.0, 0, 1, 101), (0.0, 1, 1, 101)]
+    ends = {n: max(job.last_token for job in serve(Mode.STATIC, shapes, asked, n, 8)) / 1e12 for n in (1, 2)}
+    assert ends[1] == pytest.approx(0.202, rel=0.01)
+    assert ends[2] == pytest.approx(0.202 / 1.2, rel=0.03)
+
+
+def test_a_model_that_nobody_asks_gives_way() -> None:
+    """`prism` on a device that holds one of two models at a time."""
+    shapes = [(6, 1024, 1e-3, 0.0, 5e-3)] * 2
+    served = serve(Mode.PRISM, shapes, [(0.0, 0, 10, 10), (0.5, 1, 10, 10), (0.9, 0, 10, 10)], 2, 0)
+    assert [job.end for job in served] == [End.SERVED] * 3
+
+
+def test_too_long_for_its_share() -> None:
+    shapes = [(1, 16384, 1e-3, 0.0, 5e-3)]
+    (job,) = serve(Mode.STATIC, shapes, [(0.0, 0, 200, 400)], 1, 0)
+    assert job.end is End.TOO_LONG
