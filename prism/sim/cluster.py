@@ -18,6 +18,9 @@ from prism.sim.ticks import NEVER, to_seconds
 from prism.sim.workload import Workload, jobs_of
 from prism.types import ModelId
 
+FEW = 2000
+"""Requests that are dealt with before other processes have started."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -98,12 +101,15 @@ class Cluster:
         return results
 
     def _each(self, devices: Sequence[tuple[ModelId, ...]], processes: int) -> Iterator[DeviceResult]:
-        if processes == 1 or len(devices) == 1:
+        if processes == 1 or len(devices) == 1 or len(self.load.requests) < FEW:
             yield from map(self.run_device, devices)
             return
-        # fork: the workload is there at once; nothing here has threads
-        with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
-            yield from pool.map(self.run_device, devices)
+        # spawn: whoever shows a progress bar has threads, which a fork would not survive
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            longest = sorted(devices, key=lambda models: -sum(self.demand[m].seconds for m in models))
+            futures = {models: pool.submit(self.run_device, models) for models in longest}
+            for models in devices:
+                yield futures[models].result()
 
     def run_device(self, models: tuple[ModelId, ...]) -> DeviceResult:
         """Run a device with these models through all their requests."""

@@ -1,0 +1,69 @@
+"""`prism simulate` and `prism plan` as users type them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prism.cli.main import main
+
+SMALL = ["--num-models", "6", "--rate", "5", "--duration", "10", "--prompt", "100", "--answer", "20"]
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments])
+    return int(ended.value.code or 0)
+
+
+def test_simulate_is_deterministic_and_replays_what_it_saved(tmp_path: Path) -> None:
+    first, again, replayed = (tmp_path / f"{name}.json" for name in ("first", "again", "replayed"))
+    saved = str(tmp_path / "t.csv")
+    common = ["--devices", "2", "--mode", "prism"]
+    assert run("simulate", *SMALL, *common, "--output", str(first), "--save-trace", saved) == 0
+    assert run("simulate", *SMALL, *common, "--step", "--output", str(again)) == 0
+    assert first.read_text() == again.read_text()
+    assert run("simulate", "--trace", saved, *common, "--output", str(replayed)) == 0
+    result = json.loads(first.read_text())
+    assert {"ttft_attainment", "tpot_attainment", "goodput"} <= set(result)
+    assert list(result)[:2] == ["ttft_attainment", "tpot_attainment"] and result["devices"] == 2
+    assert json.loads(replayed.read_text())["requests"] == result["requests"]
+
+
+def test_simulate_with_models_and_a_placement(tmp_path: Path) -> None:
+    models, placement, output = (tmp_path / f"{name}.json" for name in ("models", "placement", "output"))
+    models.write_text(json.dumps({f"m{i:02d}": {"shape": "llama-3.2-1b", "ttft": 0.3} for i in range(6)}))
+    placement.write_text(json.dumps([["m00", "m01"], ["m02", "m03", "m04"]]))
+    given = ["--models", str(models), "--placement", str(placement), "--output", str(output)]
+    plot = tmp_path / "p.png"
+    assert run("simulate", *SMALL, "--devices", "2", *given, "--plot", str(plot)) == 0
+    result = json.loads(output.read_text())
+    assert result["unplaced"] == ["m05"] and result["models"]["m05"]["no_place"] > 0
+    assert result["models"]["m00"]["slo_ttft_s"] == 0.3 and plot.stat().st_size > 0
+
+
+def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, plot = tmp_path / "plan.json", tmp_path / "plan.svg"
+    given = ["--target", "0.8", "--target-tpot", "0.5", "--most", "4", "--mode", "prism", "--mode", "static"]
+    assert run("plan", *SMALL, *given, "--output", str(output), "--plot", str(plot)) == 0
+    plans = json.loads(output.read_text())
+    assert set(plans) == {"prism", "static"} and plans["prism"]["devices"] >= 1
+    assert len(plans["prism"]["placement"]) == plans["prism"]["devices"]
+    assert "MODE" in capsys.readouterr().err and plot.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--trace", "/none.csv"], "/none.csv"),
+        (["--profile", "/none.json"], "/none.json"),
+        (["--memory", "7 apples"], "apples"),
+        (["--memory", "lots"], "--memory"),
+        (["--models", "/none.json"], "/none.json"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("simulate", *SMALL, "--devices", "1", *arguments) == 2
+    assert named in capsys.readouterr().err

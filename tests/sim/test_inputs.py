@@ -1,0 +1,123 @@
+"""Traces, shapes, objectives and placements."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from prism.errors import ConfigError
+from prism.sim.generate import Synthetic, generate
+from prism.sim.inputs import SHIPPED, open_profile
+from prism.sim.modes import Mode
+from prism.sim.placing import Room, by_controller, by_load, demands, fixed_shares
+from prism.sim.shapes import ARCHITECTURES, PUBLISHED_MIX, published_mix
+from prism.sim.trace import TraceRow, compress, read_trace, write_trace
+from prism.sim.workload import percentile, workload
+from prism.types import MiB, ModelId
+
+KEYS = [ModelId(f"k{i:02d}") for i in range(58)]
+SLAB = 32 * MiB
+
+
+def rows(count: int = 60, models: int = 6) -> list[TraceRow]:
+    return [TraceRow(i * 0.5, KEYS[i % models], 100 + i, 20) for i in range(count)]
+
+
+def test_the_published_mix_is_kept() -> None:
+    mix = published_mix(KEYS)
+    sizes = [sum(mix[key] in names for key in KEYS) for _, names in PUBLISHED_MIX]
+    assert sizes == [43, 8, 3, 4]
+    fewer = Counter(published_mix(KEYS[:32]).values())
+    assert sum(fewer.values()) == 32 and fewer["llama-3-8b"] == 4 and fewer["qwen2.5-32b"] == 2
+    popular = list(published_mix(KEYS[:32]).values())[:8]
+    assert {"llama-3-8b"} < set(popular)  # sizes and popularity have nothing to do with each other
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_profiles_can_be_read(name: str) -> None:
+    """8B at batch 64 and 1,088 tokens each, from memory that is 1.42 times as fast."""
+    profile = open_profile(name)
+    for shape in ARCHITECTURES.values():
+        assert profile.costs(shape.name, shape.shape).steps.decode(1, 1000) > 0
+    costs = profile.costs("llama-3-8b")
+    seconds = costs.steps.decode(64, 64 * 1088)
+    assert seconds == pytest.approx(6.96e-3 * (1 if name == "h200" else 4.2 / 2.95), rel=0.03)
+    assert costs.steps.prefill(4000) == pytest.approx(97.7e-3, rel=0.03)
+
+
+def test_trace_written_and_read(tmp_path: Path) -> None:
+    write_trace(rows(), tmp_path / "t.csv")
+    assert read_trace(tmp_path / "t.csv") == rows()
+    assert compress(rows(), 2.0)[3].arrival == 0.75
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("arrival_s,model_key\n1,a\n", "no column prompt_tokens, output_tokens"),
+        ("arrival_s,model_key,prompt_tokens,output_tokens\n1,a,x,2\n", "line 2"),
+        ("arrival_s,model_key,prompt_tokens,output_tokens\n-1,a,1,2\n", "line 2"),
+        ("arrival_s,model_key,prompt_tokens,output_tokens\n", "no requests"),
+    ],
+)
+def test_bad_traces_are_named(text: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        read_trace(tmp_path / "t.csv")
+
+
+def test_made_traces() -> None:
+    """The same for a seed, at the rate that was asked for, popularity falling, bursts where wanted."""
+    calm = Synthetic(models=5, rate=20, duration=400)
+    made = generate(calm, 3)
+    assert made == generate(calm, 3) != generate(calm, 4)
+    assert len(made) == pytest.approx(8000, rel=0.1)
+    counts = Counter(row.model for row in made)
+    assert [model for model, _ in counts.most_common()] == sorted(counts)
+    assert max(row.prompt for row in made) <= calm.longest
+    resting = generate(Synthetic(models=1, rate=5, duration=2000, on=20, off=60), 1)
+    gaps = [b.arrival - a.arrival for a, b in pairwise(resting)]
+    assert len(resting) == pytest.approx(10000, rel=0.3) and sum(gap > 10 for gap in gaps) > 5
+
+
+def test_objectives_and_clipping() -> None:
+    profile = open_profile("h200")
+    long = [*rows(), TraceRow(100.0, KEYS[0], 10**6, 50), TraceRow(101.0, KEYS[0], 10, 10**7)]
+    load = workload(long, profile, 5.0, None)
+    for index in load.clipped:
+        row = load.requests[index]
+        assert row.prompt + row.output == load.served[row.model].context
+    assert load.clipped == {60, 61} and load.requests[60].output == 50
+    twice = workload(long, profile, 10.0, None)
+    one, other = load.served[KEYS[1]], twice.served[KEYS[1]]
+    assert other.slo.ttft == pytest.approx(2 * one.slo.ttft)
+    alone = percentile([one.costs.steps.prefill(r.prompt) for r in long if r.model == KEYS[1]], 0.95)
+    assert one.slo.ttft == pytest.approx(5 * alone)
+    with pytest.raises(ConfigError, match="k00 of the trace"):
+        workload(long, profile, 5.0, {})
+
+
+def test_percentile() -> None:
+    assert [percentile(range(1, 101), share) for share in (0.5, 0.95, 1.0)] == [50, 95, 100]
+    assert percentile([7.0], 0.5) == 7.0
+
+
+def test_placements_hold_what_they_are_given() -> None:
+    load = workload(
+        [TraceRow(i * 0.1, key, 200, 100) for i, key in enumerate(KEYS)], open_profile("h100"), 5.0, None
+    )
+    demand = demands(load.requests, load.served)
+    slabs = 70 * 1024 * MiB // SLAB
+    resident = Room(load.served, slabs, SLAB, Mode.ELASTIC)
+    placed = by_load(demand, 4, resident)
+    assert all(resident.holds(models) for models in placed.devices) and placed.unplaced
+    assert sorted([*placed.home(), *placed.unplaced]) == KEYS
+    shares = fixed_shares(placed.devices[0], load.served, demand, slabs, SLAB)
+    weights = sum(-(-load.served[m].costs.shape.weight_bytes // SLAB) for m in placed.devices[0])
+    assert sum(shares.values()) + weights <= slabs and min(shares.values()) >= 16
+    moving = Room(load.served, slabs, SLAB, Mode.PRISM)
+    assert not by_load(demand, 4, moving).unplaced
+    assert sorted(by_controller(load.served, 4, moving, slabs * SLAB, SLAB).home()) == KEYS
