@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from prism.config import Config
 from prism.errors import ConfigError
+from prism.profile import read_profile
 
 _ENVIRONMENT = re.compile(r"\$\{env\.([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -143,6 +144,10 @@ def _with_profile(raw: dict[str, Any], folder: Path, problems: list[str]) -> dic
     except (OSError, ValueError, RuntimeError) as error:  # as of model paths
         problems.append(f"{place}: {path!r} cannot be read: {error}")
         return raw
+    try:
+        read_profile(resolved)
+    except ConfigError as error:
+        problems += [f"{place}: {problem}" for problem in error.problems]
     return raw | {"scheduling": section | {"profile": str(resolved)}}
 
 

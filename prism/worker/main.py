@@ -19,6 +19,7 @@ import zmq
 from prism import logs, transport
 from prism.clock import SystemClock
 from prism.config import Config, DeviceConfig
+from prism.costs import Costs
 from prism.errors import DriverError
 from prism.messages import (
     Activate,
@@ -44,6 +45,7 @@ from prism.messages import (
     WeightsWanted,
 )
 from prism.metrics import Metrics
+from prism.profile import read_profile
 from prism.transport import Envelope
 from prism.types import Bytes, GatewayId, Incarnation, ModelId, WorkerId
 from prism.weights.client import PackedWeights, fetch
@@ -257,6 +259,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
         name=WorkerId(name),
         incarnation=Incarnation(incarnation),
         registrations=registrations,
+        calibrated=calibrated_costs(config),
         chunks=chunks,
     )
     metrics = Metrics()
@@ -296,6 +299,14 @@ def new_chunks(device: Device, config: Config) -> HostChunks | None:
     """None if the configuration has no room for one chunk, which is as large as a slab."""
     count = config.host_memory.kv // device.slab_bytes
     return HostChunks(device.slab_bytes, count, device.backend.pinner) if count else None
+
+
+def calibrated_costs(config: Config) -> dict[str, Costs]:
+    """Of the models that the configured profile knows by name; the others' follow from their shapes."""
+    if config.scheduling.profile is None:
+        return {}
+    profile = read_profile(Path(config.scheduling.profile))
+    return {model.name: profile.costs(model.name) for model in config.models if model.name in profile.models}
 
 
 def device_of(config: Config, name: str) -> DeviceConfig:

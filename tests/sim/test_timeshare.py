@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prism.sim.timeshare import Choice, Contender, decide
+
 from prism.types import ModelId
 
 A, B, C = (ModelId(name) for name in "abc")
