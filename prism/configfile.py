@@ -141,6 +141,7 @@ def _with_profile(raw: dict[str, Any], folder: Path, problems: list[str]) -> dic
         resolved = (folder / Path(path).expanduser()).resolve()
         if not resolved.is_file():
             problems.append(f"{place}: there is no file {resolved}")
+            return raw
     except (OSError, ValueError, RuntimeError) as error:  # as of model paths
         problems.append(f"{place}: {path!r} cannot be read: {error}")
         return raw
