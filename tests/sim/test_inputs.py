@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from prism.errors import ConfigError
+from prism.modes import Mode
 from prism.sim.generate import Synthetic, generate
 from prism.sim.inputs import SHIPPED, open_profile
-from prism.sim.modes import Mode
 from prism.sim.placing import Room, by_controller, by_load, demands, fixed_shares
 from prism.sim.shapes import ARCHITECTURES, PUBLISHED_MIX, published_mix
 from prism.sim.trace import TraceRow, compress, read_trace, write_trace

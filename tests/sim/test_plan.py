@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from prism.modes import Mode
 from prism.sim.cluster import Cluster
 from prism.sim.generate import Synthetic
 from prism.sim.inputs import Inputs, default_placement, make_cluster, open_profile, read_workload
-from prism.sim.modes import Mode
 from prism.sim.placing import Placement
 from prism.sim.plan import Planner, Target
 from prism.sim.report import report

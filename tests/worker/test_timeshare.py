@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from prism.sim.timeshare import Choice, Contender, decide
-
 from prism.types import ModelId
+from prism.worker.timeshare import Choice, Contender, decide
 
 A, B, C = (ModelId(name) for name in "abc")
 
