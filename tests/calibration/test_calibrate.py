@@ -82,7 +82,8 @@ def test_decodes_are_those_of_full_batches(model: LoadedModel) -> None:
     (point,) = steps.measure_decodes(model, DecodeSize(3, 16), limits(model))
     assert (point.kind, point.work.tokens, point.work.pairs) == ("decode", 3, 0)
     assert point.num_steps == steps.MAX_STEPS
-    assert 3 * 17 < point.work.context < 3 * (17 + steps.WARM_STEPS + steps.MAX_STEPS + 4)
+    middle = steps.WARM_STEPS + (steps.MAX_STEPS - 1) / 2
+    assert point.work.context == round(3 * (16 + 1 + middle))
     assert point.seconds > 0
     assert_clean(model)
 
