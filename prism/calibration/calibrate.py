@@ -42,15 +42,25 @@ def run_profile(config: Config, index: int, output: Path, say: Say) -> int:
     """Measure the device at this place of the configuration, and its models; the exit status."""
     if not 0 <= index < len(config.devices):
         raise ConfigError([f"--device {index}: the configuration has {len(config.devices)} devices"])
+    if not output.absolute().parent.is_dir():
+        raise ConfigError([f"--output {output}: there is no such folder"])
     settings = config.devices[index]
     models = [model for model in config.models if model.device in (None, index)]
-    with closing(open_device(settings, models)) as device:
+    with closing(_open_device(settings, models)) as device:
         calibration = _Calibration(device, settings, say)
         found = calibration.models(models)
         profile = Profile(calibration.device_profile(models), found)
     write_profile(profile, output)
     print_profile(profile, output)
     return 0 if found else 1
+
+
+def _open_device(settings: DeviceConfig, models: list[ModelConfig]) -> Device:
+    try:
+        return open_device(settings, models)
+    except (PrismError, RuntimeError, ImportError) as error:  # no GPU, no driver, no Triton
+        hint = "prism doctor says what is missing"
+        raise ConfigError([f"{settings.kind}:{settings.index} cannot be opened ({hint}): {error}"]) from None
 
 
 class _Calibration:

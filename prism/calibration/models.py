@@ -123,11 +123,15 @@ class LoadedModel:
         profile = self.profile = read_profile(config, device.slab_bytes)
         spec = profile.spec
         device.backend.check(spec)
-        self._slabs = device.pool.take(WeightsOwner(self.name), profile.weight_slabs)
+        self._arena = device.new_arena(profile.arena_bytes)
+        try:
+            self._slabs = device.pool.take(WeightsOwner(self.name), profile.weight_slabs)
+        except BaseException:
+            self._arena.close()
+            raise
         self.kv = KvSpace(profile.kv)
         for slab in device.pool.take(KvOwner(self.name), min(kv_slabs, device.pool.num_free)):
             self.kv.add_slab(slab)
-        self._arena = device.new_arena(profile.arena_bytes)
         self._rotary = device.rotary_tensor(profile, self._arena)
         self.lane = device.bind()
         decoder = Decoder(spec, device.weight_tensors(profile, self._arena), self._rotary)

@@ -96,12 +96,14 @@ def bench(
     label: Annotated[str | None, _in(RESULTS, "Begins the result's name.")] = None,
 ) -> None:
     """Send traffic to an OpenAI-compatible server at its times, and measure what comes back."""
+    # so long because typer reads options off the signature, each with its help
     from prism.bench.options import Options, parse_goodput, parse_headers
     from prism.bench.run import run_bench
     from prism.sim.generate import Synthetic
 
-    if more_goodput and not goodput:
-        raise ConfigError([f"unexpected {' '.join(more_goodput)}"])
+    for word in more_goodput or []:
+        if not goodput or ":" not in word:
+            raise ConfigError([f"unexpected {word}"])
     options = Options(
         base_url=base_url,
         endpoint=endpoint,

@@ -35,7 +35,13 @@ class FakeServer:
         self.num_connections = 0
         self.release = asyncio.Event()
         """Ends what `HOLD` holds."""
+        self._readers: list[asyncio.StreamReader] = []
         self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def num_open(self) -> int:
+        """Connections that the client has not closed."""
+        return sum(not reader.at_eof() for reader in self._readers)
 
     async def __aenter__(self) -> FakeServer:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -52,6 +58,7 @@ class FakeServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
         self._writers.add(writer)
+        self._readers.append(reader)
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()

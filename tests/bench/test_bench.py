@@ -106,6 +106,7 @@ def test_nobody_answers(trace: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("--slo-scale", "3"), "--slo-scale goes with --slo-from"),
         (("--alpha", "3"), "--duration, --alpha, --on, --off and --length-spread go with"),
         (("--baseline", "b.json", "--html", "r.html"), "--baseline writes a baseline alone"),
+        (("--baseline", "/nowhere/b.json"), "--baseline /nowhere/b.json: there is no such folder"),
         (("--header", "a"), "--header a: must be NAME=VALUE"),
         (("--extra-body", "[]"), "--extra-body: must be a JSON object"),
         (("--base-url", "nowhere"), "model default: nowhere is no http or https address"),

@@ -98,6 +98,9 @@ async def test_nonsense(kind: Kind, reason: str) -> None:
 async def test_who_waits_for_too_long_gives_up() -> None:
     async with FakeServer() as server:
         records = await replay(server.url, [Kind.HOLD, Kind.NORMAL], timeout=0.3)
+        async with asyncio.timeout(10):
+            while server.num_open:  # the server learns of it
+                await asyncio.sleep(0.001)
     assert [record.outcome for record in records] == [TimedOut(0.3), Finished()]
     assert len(records[0].times) == 1
 

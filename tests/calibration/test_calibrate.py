@@ -16,7 +16,7 @@ from prism.calibration.models import LoadedModel, RandomWeights
 from prism.calibration.overlap import steps_per_second
 from prism.calibration.plan import DecodeSize, Limits, PromptSize
 from prism.config import Config
-from prism.errors import ConfigError, OutOfSlabs
+from prism.errors import ConfigError, DriverError, OutOfSlabs
 from prism.profile import read_profile
 from prism.types import MiB
 from prism.worker.device import Device
@@ -82,7 +82,8 @@ def test_decodes_are_those_of_full_batches(model: LoadedModel) -> None:
     (point,) = steps.measure_decodes(model, DecodeSize(3, 16), limits(model))
     assert (point.kind, point.work.tokens, point.work.pairs) == ("decode", 3, 0)
     assert point.num_steps == steps.MAX_STEPS
-    assert 3 * 17 < point.work.context < 3 * (17 + steps.WARM_STEPS + steps.MAX_STEPS + 4)
+    middle = steps.WARM_STEPS + (steps.MAX_STEPS - 1) / 2
+    assert point.work.context == round(3 * (16 + 1 + middle))
     assert point.seconds > 0
     assert_clean(model)
 
@@ -176,6 +177,24 @@ def test_what_cannot_be_measured_is_told(folder: Path, tmp_path: Path) -> None:
     assert any(line.startswith("gone is left out: ") for line in said)
 
 
+def test_a_device_that_cannot_be_opened(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> Device:
+        raise DriverError("cuInit", 100)
+
+    monkeypatch.setattr(calibrate, "open_device", refuse)
+    with pytest.raises(ConfigError, match=r"cpu:0 cannot be opened .*cuInit failed: 100"):
+        calibrate.run_profile(config_of(folder), 0, tmp_path / "p.json", print)
+
+
 def test_a_device_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the configuration has 1 devices"):
         calibrate.run_profile(config_of(folder), 1, tmp_path / "p.json", print)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        calibrate.run_profile(config_of(folder), 0, tmp_path / "no" / "p.json", print)

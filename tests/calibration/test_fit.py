@@ -45,6 +45,10 @@ def test_context_never_pays() -> None:
     found = fit_steps(points(wrong))
     assert found.per_context == 0
     assert found.per_pair == pytest.approx(2e-9, rel=0.05)
+    short, long = (
+        e for e, w in zip(errors(found, points(wrong)), WORKS, strict=True) if w.tokens == 64 and w.context
+    )
+    assert short < -0.01 < 0.01 < long, "the knots have not been fitted again"
 
 
 def test_more_tokens_never_take_less() -> None:
