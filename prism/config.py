@@ -237,6 +237,9 @@ class Config(_Section):
             if model.device is None and len(self.devices) > 1 and RULES[self.scheduling.mode].is_resident:
                 mode = self.scheduling.mode
                 problems.append(f"models[{index}].device: mode {mode} keeps it there, so it must be named")
+            if model.pinned and RULES[self.scheduling.mode].is_exclusive:
+                mode = self.scheduling.mode
+                problems.append(f"models[{index}].pinned: mode {mode} keeps no model on a device")
             if model.memory.floor > max(device.memory for device in homes):
                 problems.append(f"models[{index}].memory.floor: is more than the memory of its device")
         if problems:

@@ -196,3 +196,9 @@ def test_the_profiles_path_starts_at_the_files_folder(folder: Path) -> None:
 def test_a_profile_that_is_not_there(path: str, folder: Path) -> None:
     (problem,) = problems(f"models: [{{name: a, path: a}}]\nscheduling: {{profile: {path}}}", folder)
     assert problem.startswith("scheduling.profile: ")
+
+
+def test_timeshare_pins_nothing(folder: Path) -> None:
+    """It was accepted and had no effect."""
+    text = "models: [{name: a, path: a, pinned: true}]\nscheduling: {mode: timeshare}"
+    assert problems(text, folder) == ["models[0].pinned: mode timeshare keeps no model on a device"]
