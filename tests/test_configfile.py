@@ -187,7 +187,8 @@ def test_a_list_of_wrong_entries_is_not_called_empty_as_well(folder: Path) -> No
 
 
 def test_the_profiles_path_starts_at_the_files_folder(folder: Path) -> None:
-    (folder / "p.json").write_text("{}")
+    shipped = ROOT / "prism/sim/profiles/h100.json"
+    (folder / "p.json").write_bytes(shipped.read_bytes())
     text = "models: [{name: a, path: a}]\nscheduling: {profile: p.json}"
     assert parse_config(text, folder, {}).scheduling.profile == str(folder / "p.json")
 
