@@ -119,7 +119,7 @@ class DeviceConfig(_Section):
     """Most tokens of one step, prompts and decodes together."""
     max_batch_size: int = Field(default=256, ge=1, le=1024)
     """Most sequences of one step."""
-    speed: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    speed: float = Field(default=1.0, ge=0.001, le=1000)
     """Of its steps, relative to the other devices; placement gives a faster one more."""
     lanes: int = Field(default=2, ge=1, le=8)
     """Steps of so many models at a time on a GPU; each lane has workspaces of its own. A CPU has one."""

@@ -199,6 +199,14 @@ def test_a_profile_that_is_not_there(path: str, folder: Path) -> None:
     assert problem.startswith("scheduling.profile: ")
 
 
+@pytest.mark.parametrize("speed", ["0", "1.0e-320", "1.0e+308", ".nan", ".inf"])
+def test_speeds_that_placement_could_not_compute_with(speed: str, folder: Path) -> None:
+    """Each look at the devices ended the controller."""
+    text = f"models: [{{name: a, path: a}}]\ndevices: [{{speed: {speed}}}]"
+    (problem,) = problems(text, folder)
+    assert problem.startswith("devices[0].speed: ")
+
+
 def test_timeshare_pins_nothing(folder: Path) -> None:
     """It was accepted and had no effect."""
     text = "models: [{name: a, path: a, pinned: true}]\nscheduling: {mode: timeshare}"
