@@ -119,7 +119,7 @@ class DeviceConfig(_Section):
     """Most tokens of one step, prompts and decodes together."""
     max_batch_size: int = Field(default=256, ge=1, le=1024)
     """Most sequences of one step."""
-    speed: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    speed: float = Field(default=1.0, ge=0.001, le=1000)
     """Of its steps, relative to the other devices; placement gives a faster one more."""
     lanes: int = Field(default=2, ge=1, le=8)
     """Steps of so many models at a time on a GPU; each lane has workspaces of its own. A CPU has one."""
@@ -237,6 +237,9 @@ class Config(_Section):
             if model.device is None and len(self.devices) > 1 and RULES[self.scheduling.mode].is_resident:
                 mode = self.scheduling.mode
                 problems.append(f"models[{index}].device: mode {mode} keeps it there, so it must be named")
+            if model.pinned and RULES[self.scheduling.mode].is_exclusive:
+                mode = self.scheduling.mode
+                problems.append(f"models[{index}].pinned: mode {mode} keeps no model on a device")
             if model.memory.floor > max(device.memory for device in homes):
                 problems.append(f"models[{index}].memory.floor: is more than the memory of its device")
         if problems:

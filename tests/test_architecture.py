@@ -23,6 +23,7 @@ COMMON = {
     "costs",
     "modes",
     "profile",
+    "outputs",
 }
 ALLOWED = {
     "memory": {"memory"},
@@ -98,8 +99,8 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "prism"}
+            is_package = (ROOT.parent / node.module.replace(".", "/")).is_dir()
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if is_package else {node.module}
     return found
 
 

@@ -187,7 +187,8 @@ def test_a_list_of_wrong_entries_is_not_called_empty_as_well(folder: Path) -> No
 
 
 def test_the_profiles_path_starts_at_the_files_folder(folder: Path) -> None:
-    (folder / "p.json").write_text("{}")
+    shipped = ROOT / "prism/sim/profiles/h100.json"
+    (folder / "p.json").write_bytes(shipped.read_bytes())
     text = "models: [{name: a, path: a}]\nscheduling: {profile: p.json}"
     assert parse_config(text, folder, {}).scheduling.profile == str(folder / "p.json")
 
@@ -196,3 +197,17 @@ def test_the_profiles_path_starts_at_the_files_folder(folder: Path) -> None:
 def test_a_profile_that_is_not_there(path: str, folder: Path) -> None:
     (problem,) = problems(f"models: [{{name: a, path: a}}]\nscheduling: {{profile: {path}}}", folder)
     assert problem.startswith("scheduling.profile: ")
+
+
+@pytest.mark.parametrize("speed", ["0", "1.0e-320", "1.0e+308", ".nan", ".inf"])
+def test_speeds_that_placement_could_not_compute_with(speed: str, folder: Path) -> None:
+    """Each look at the devices ended the controller."""
+    text = f"models: [{{name: a, path: a}}]\ndevices: [{{speed: {speed}}}]"
+    (problem,) = problems(text, folder)
+    assert problem.startswith("devices[0].speed: ")
+
+
+def test_timeshare_pins_nothing(folder: Path) -> None:
+    """It was accepted and had no effect."""
+    text = "models: [{name: a, path: a, pinned: true}]\nscheduling: {mode: timeshare}"
+    assert problems(text, folder) == ["models[0].pinned: mode timeshare keeps no model on a device"]

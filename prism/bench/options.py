@@ -112,6 +112,7 @@ def _rules(o: Options) -> Iterable[tuple[bool, str]]:
         not o.save_result and (o.result_dir is not None or o.result_filename is not None),
         "--result-dir and --result-filename go with --save-result",
     )
+    yield from _number_rules(o)
     yield from _traffic_rules(o)
     yield (
         o.baseline is not None and not o.baseline.absolute().parent.is_dir(),
@@ -126,6 +127,28 @@ def _rules(o: Options) -> Iterable[tuple[bool, str]]:
         "--slo-scale goes with --slo-from",
     )
     yield o.baseline is not None and o.slo_from is not None, "--baseline measures, --slo-from uses: not both"
+
+
+def _number_rules(o: Options) -> Iterable[tuple[bool, str]]:
+    """What would send nothing, or wait for ever."""
+    counts = {
+        "--num-prompts": o.num_prompts,
+        "--max-requests": o.max_requests,
+        "--num-models": o.num_models,
+        "--max-concurrency": o.max_concurrency,
+        "--baseline-requests": o.baseline_requests,
+        "--input-len": o.input_len,
+        "--output-len": o.output_len,
+    }
+    for name, count in counts.items():
+        yield count is not None and count < 1, f"{name} must be at least 1"
+    made = o.synthetic
+    yield not 0 < o.timeout < float("inf"), "--timeout must be positive and finite"
+    yield not 0 < made.duration < float("inf"), "--duration must be positive and finite"
+    yield not made.alpha > 1, "--alpha must be more than 1"
+    rests = {"--on": made.on, "--off": made.off, "--length-spread": made.spread}
+    for name, value in rests.items():
+        yield not 0 <= value < float("inf"), f"{name} must be finite and not negative"
 
 
 def _traffic_rules(o: Options) -> Iterable[tuple[bool, str]]:

@@ -32,6 +32,7 @@ from prism.bench.targets import Defaults, Entry, Target, make_targets, read_mode
 from prism.bench.wire import Style, encode_all
 from prism.bench.workload import Planned, Steady, plan, scaled_rate, steady
 from prism.errors import ConfigError
+from prism.outputs import check_output
 from prism.sim.generate import Synthetic, generate
 from prism.sim.trace import TraceRow, by_popularity, compress, read_trace
 
@@ -44,6 +45,9 @@ def run_bench(options: Options) -> int:
     planned = make_plan(options)
     _raise_file_limit()
     now = datetime.now()
+    for path in (options.baseline, options.html, options.result_path(now)):
+        if path is not None:
+            check_output(path)
     if options.baseline is not None:
         baseline = Baseline(_measure_baseline(planned, options), f"{now:%Y%m%d-%H%M%S}")
         write_baseline(baseline, options.baseline)
@@ -78,7 +82,7 @@ def _rows(options: Options, entries: dict[str, Entry] | None) -> list[TraceRow]:
         case "synthetic":
             rows = _renamed(generate(_synthetic(options, entries), options.seed), entries)
         case _:
-            count = options.num_prompts or 1000
+            count = 1000 if options.num_prompts is None else options.num_prompts
             traffic = Steady(
                 count,
                 options.request_rate,

@@ -21,6 +21,7 @@ from prism.calibration.summary import print_fit, print_profile
 from prism.config import Config, DeviceConfig, ModelConfig
 from prism.costs import StepCosts
 from prism.errors import ConfigError, PrismError
+from prism.outputs import check_output
 from prism.profile import DeviceProfile, Load, ModelProfile, ModelShape, Profile, Rates, write_profile
 from prism.types import Bytes
 from prism.worker.cost_book import shape_of
@@ -42,8 +43,7 @@ def run_profile(config: Config, index: int, output: Path, say: Say) -> int:
     """Measure the device at this place of the configuration, and its models; the exit status."""
     if not 0 <= index < len(config.devices):
         raise ConfigError([f"--device {index}: the configuration has {len(config.devices)} devices"])
-    if not output.absolute().parent.is_dir():
-        raise ConfigError([f"--output {output}: there is no such folder"])
+    check_output(output)
     settings = config.devices[index]
     models = [model for model in config.models if model.device in (None, index)]
     with closing(_open_device(settings, models)) as device:

@@ -17,7 +17,7 @@ def simulate(
     output: Annotated[Path | None, typer.Option(help="JSON file; by default it is printed.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Image of each model's attainment.")] = None,
     placement: Annotated[
-        Path | None, typer.Option(help="JSON list of each device's models, in place of --devices' default.")
+        Path | None, typer.Option(help="JSON list of each device's models; by default they are placed.")
     ] = None,
     step: Annotated[
         bool, typer.Option("--step", help="Step one by one: slow, with the same results.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ def _progress() -> Progress:
 
 
 def simulation_inputs(options: Mapping[str, Any]) -> Inputs:
-    """From the options that both commands have; see `sim_options`."""
+    """From the options that both commands have; see `sim_options`. Their minima let infinity through."""
+    endless = [name for name, value in options.items() if isinstance(value, float) and not isfinite(value)]
+    if endless:
+        raise ConfigError([f"--{name.replace('_', '-')} must be finite" for name in endless])
     synthetic = Synthetic(
         models=options["num_models"],
         rate=options["rate"],
@@ -93,7 +97,10 @@ def run_simulate(
     if save_trace is not None:
         _save_rows(load.requests, save_trace)
     cluster = make_cluster(inputs, load, profile, mode)
-    placed = default_placement(cluster, devices) if placement is None else read_placement(placement, cluster)
+    if placement is None:
+        placed = default_placement(cluster, devices)
+    else:
+        placed = read_placement(placement, cluster, devices)
     with _progress() as progress:
         task = progress.add_task(mode.value, total=len(load.requests))
         results = cluster.run(placed, os.cpu_count() or 1, lambda count: progress.advance(task, count))

@@ -82,6 +82,8 @@ async def _serve(run_dir: Path, name: str, incarnation: int, config: Config, lis
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
     await server.serve(sockets=[socket.socket(fileno=listen_fd)])
     for task in followers:
+        if task.done():
+            task.result()  # an error ends the process as one, and is logged
         task.cancel()
 
 

@@ -87,7 +87,7 @@ def default_placement(cluster: Cluster, devices: int) -> Placement:
     return by_load(cluster.demand, devices, room)
 
 
-def read_placement(path: Path, cluster: Cluster) -> Placement:
+def read_placement(path: Path, cluster: Cluster, devices: int) -> Placement:
     """A JSON list of each device's models. Raises `ConfigError` for what does not fit together."""
     try:
         lists = msgspec.json.decode(path.read_bytes(), type=list[list[str]])
@@ -95,14 +95,17 @@ def read_placement(path: Path, cluster: Cluster) -> Placement:
         raise ConfigError([f"{path}: {error}"]) from None
     setup, served = cluster.setup, cluster.load.served
     names = [name for models in lists for name in models]
-    problems = [f"{path}: model {name} is not in the trace" for name in sorted(set(names) - set(served))]
+    problems = (
+        [f"{path}: lists {len(lists)} devices; --devices is {devices}"] if len(lists) != devices else []
+    )
+    problems += [f"{path}: model {name} is not in the trace" for name in sorted(set(names) - set(served))]
     problems += [f"{path}: model {n} has two devices" for n in sorted(set(names)) if names.count(n) > 1]
-    devices = tuple(tuple(ModelId(name) for name in models) for models in lists)
+    placed = tuple(tuple(ModelId(name) for name in models) for models in lists)
     if not problems:
         room = Room(served, setup.num_slabs, setup.limits.slab_bytes, setup.mode)
-        for index, models in enumerate(devices):
+        for index, models in enumerate(placed):
             if not room.holds(models):
                 problems.append(f"{path}: the models of device {index} do not fit it in mode {setup.mode}")
     if problems:
         raise ConfigError(problems)
-    return Placement(devices, tuple(sorted(model for model in served if model not in names)))
+    return Placement(placed, tuple(sorted(model for model in served if model not in names)))

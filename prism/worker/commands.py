@@ -29,6 +29,9 @@ def carry_out(worker: Worker, command: Activate | Evict | SetLimits) -> None:
 
 
 def _activate(worker: Worker, model: Model, command: Activate) -> None:
+    if (reason := _never(worker, model, command)) is not None:
+        worker.command_done(command, reason)
+        return
     model.pinned = model.pinned if command.pinned is None else command.pinned
     worker.capacities_changed()
     if model.is_active:
@@ -38,6 +41,15 @@ def _activate(worker: Worker, model: Model, command: Activate) -> None:
     model.retry_at = 0.0
     model.load_commands.append(command.command_id)
     worker.residency.want(model)
+
+
+def _never(worker: Worker, model: Model, command: Activate) -> str | None:
+    """Why the mode does not allow what is asked, however long one waits."""
+    if model.is_barred:
+        return f"model {model.name} cannot be loaded: {model.error}"
+    if command.pinned and worker.rules.is_exclusive:
+        return "nothing can be pinned in this mode: one model has the device at a time"
+    return None
 
 
 def _evict(worker: Worker, model: Model, command: Evict) -> None:

@@ -252,7 +252,8 @@ class Worker:
         times = [t.expires for t in self.requests if not t.is_started and not t.is_running]
         times += [ticket.submit.latest_end for ticket in self.requests]
         for model in self.models.values():
-            if model.state is ModelState.FAILED and (model.is_wanted or self.requests.of_model(model.name)):
+            is_asked_for = model.is_wanted or bool(self.requests.of_model(model.name))
+            if model.state is ModelState.FAILED and is_asked_for and not model.is_barred:
                 times.append(model.retry_at)
             if model.is_waiting_for_slabs:
                 times.append(now + self._patience)

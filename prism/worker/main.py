@@ -296,8 +296,12 @@ def new_registrations(store: Path, device: Device, config: Config) -> Registrati
 
 
 def new_chunks(device: Device, config: Config) -> HostChunks | None:
-    """None if the configuration has no room for one chunk, which is as large as a slab."""
-    count = config.host_memory.kv // device.slab_bytes
+    """None if the configuration has no room for one chunk, which is as large as a slab.
+
+    No more than the machine has: addresses for all of it are reserved at once, and are not without end.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    count = min(config.host_memory.kv, machine) // device.slab_bytes
     return HostChunks(device.slab_bytes, count, device.backend.pinner) if count else None
 
 

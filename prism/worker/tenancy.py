@@ -67,12 +67,14 @@ class Tenancy:
         tenant = worker.models[choice.model]
         if not tenant.is_active:
             self._since = now  # its time begins when it is there
-        return [tenant] if worker.requests.of_model(choice.model) else []
+        return [tenant] if tenant.is_wanted or worker.requests.of_model(choice.model) else []
 
 
 def _contender(worker: Worker, model: Model) -> Contender:
     tickets = worker.requests.of_model(model.name)
     waiting = [ticket.submit.arrival for ticket in tickets if not ticket.is_running]
+    if model.is_wanted and not model.is_active:  # by a command, or at start
+        waiting.append(model.load_started)
     return Contender(
         model=model.name,
         oldest_waiting=min(waiting, default=None),

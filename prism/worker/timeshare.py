@@ -14,7 +14,7 @@ class Contender:
 
     model: ModelId
     oldest_waiting: float | None
-    """Arrival of its oldest request that has not been admitted."""
+    """Arrival of its oldest request that has not been admitted, or of the command to load it."""
     is_busy: bool
     """It has admitted requests."""
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,6 +113,16 @@ def test_all_mistakes_are_told_at_once() -> None:
         check(wrong)
     assert len(caught.value.problems) == 3
     check(RANDOM)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_prompts", 0), ("max_concurrency", 0), ("input_len", 0), ("timeout", 0.0), ("timeout", math.inf)],
+)
+def test_numbers_that_send_nothing_or_wait_for_ever(name: str, value: Any) -> None:
+    """No prompts were 1,000, and with no concurrency the run never ended."""
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be"):
+        check(replace(RANDOM, **{name: value}))
 
 
 VLLM = {

@@ -62,8 +62,21 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--memory", "7 apples"], "apples"),
         (["--memory", "lots"], "--memory"),
         (["--models", "/none.json"], "/none.json"),
+        (["--duration", "inf"], "--duration must be finite"),
+        (["--slo-scale", "inf"], "--slo-scale must be finite"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("simulate", *SMALL, "--devices", "1", *arguments) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lists", [[], [["m00"], ["m01"]]])
+def test_a_placement_has_as_many_devices_as_were_asked_for(
+    lists: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without devices the report divided by zero; with others than --devices that was ignored."""
+    path = tmp_path / "placement.json"
+    path.write_text(json.dumps(lists))
+    assert run("simulate", *SMALL, "--devices", "1", "--placement", str(path)) == 2
+    assert "--devices is 1" in capsys.readouterr().err

@@ -166,8 +166,8 @@ def test_neighbours_go_on_between_the_pieces(start: Any, monkeypatch: pytest.Mon
         local.run()
     for name in (A, C):
         local.submit(f"neighbour-{name}", name, PROMPT, max_tokens=400)
-    local.now += 3  # both are late, so they take turns
-    advance(local, 30)
+    streams = [(f"neighbour-{name}", 0) for name in (A, C)]
+    local.run(until=lambda: all(len(local.outbox.tokens.get(stream, [])) > 20 for stream in streams))
     local.submit("r", B, PROMPT, max_tokens=NUM_TOKENS)
     begin_load(local, B)
     counts: list[tuple[int, int]] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from prism.messages import Activate
 from prism.types import ModelState
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.local_worker import LocalWorker
@@ -83,6 +84,33 @@ def test_what_does_not_fit_beside_the_others_is_refused(start: Any, mode: str) -
     local.run()
     assert local.outbox.rejected["later"].error.status == 503
     assert local.worker.models[C].state is ModelState.FAILED
+
+
+@pytest.mark.parametrize("mode", ["static", "elastic"])
+def test_a_command_cannot_load_what_does_not_fit(start: Any, mode: str) -> None:
+    """The command was never answered, and the worker looked for the model's next try without a pause."""
+    local = start(mode, 5)
+    barred = local.worker.models[C]
+    local.worker.on_command(Activate(command_id=1, epoch=1, model=C, pinned=None))
+    assert "all models stay on the device" in (local.outbox.done[0].error or "")
+    barred.pinned = barred.is_wanted = True  # as configured
+    local.now += 100
+    local.run()
+    timer = local.worker.next_timer()
+    assert timer is None or timer > local.now
+
+
+def test_in_timeshare_a_command_loads_a_model_in_its_turn(start: Any) -> None:
+    """The command was never answered: only models with requests had a turn."""
+    local = start("timeshare", 12, A, B, quantum=0.05)
+    local.submit("a", A, [1, 2], max_tokens=8)
+    local.pump()
+    local.worker.on_command(Activate(command_id=1, epoch=1, model=B, pinned=None))
+    local.run(until=lambda: bool(local.outbox.done))
+    assert local.outbox.done[0].error is None and active(local) == {B}
+    local.worker.on_command(Activate(command_id=2, epoch=1, model=A, pinned=True))
+    assert "pinned" in (local.outbox.done[1].error or "")
+    assert local.outbox.finished["a", 0] == "length"
 
 
 def test_in_timeshare_one_model_is_there_at_a_time(start: Any) -> None:
