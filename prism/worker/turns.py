@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prism.types import ModelId
@@ -25,25 +25,34 @@ class Turn:
 
 
 def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
-    """The model with the earliest deadline, with as many prompt tokens as the others' deadlines leave time
-    for.
+    """Prompts in the time that the decodes' deadlines leave, else the model with the earliest deadline.
 
-    1. The model with the earliest next-token deadline; ties go to the one that has waited longest. All
-       deadlines that have passed count as now, so that late models take turns: otherwise one with a long
-       queue of late prompts would keep the others waiting until it has worked all of them off.
-    2. Without prompts, or while nobody decodes, a step takes all it can.
-    3. Else prompts get the time until the first decode is due, its own model's and those of all lanes, after
-       the decodes themselves have been done; at least `LEAST_CHUNK` tokens.
+    1. While nobody decodes, the model with the earliest deadline takes all it can. Ties go to the one that
+       has waited longest. All deadlines that have passed count as now, so that late models take turns:
+       otherwise one with a long queue of late prompts would keep the others waiting until it has worked all
+       of them off.
+    2. Prompts, by deadline, get the time until the first decode is due, on any lane, after the decodes
+       themselves have been done. So a stream that is ahead of its objective keeps no prompt waiting.
+    3. Where that is too little for `LEAST_CHUNK` tokens, the earliest deadline decides, and prompts take so
+       many all the same: they go on while decodes are late.
     """
     if not snapshot.runnable:
         return None
-    first = min(snapshot.runnable, key=lambda r: (max(r.deadline, now), r.last_turn, r.model))  # 1
     budget = snapshot.max_batch_tokens
     decoding = [r for r in (*snapshot.runnable, *snapshot.neighbours) if r.num_decodes]
-    if not first.prompt_tokens or not decoding:  # 2
-        return Turn(first.model, budget)
-    chunk = max(LEAST_CHUNK, _chunk(first, decoding, now))  # 3
-    return Turn(first.model, min(budget, chunk + first.num_decodes))
+    if decoding and (prompting := [r for r in snapshot.runnable if r.prompt_tokens]):  # 2
+        prompt = _earliest(prompting, now)
+        chunk = _chunk(prompt, decoding, now)
+        if chunk >= min(LEAST_CHUNK, prompt.prompt_tokens):
+            return Turn(prompt.model, min(budget, chunk + prompt.num_decodes))
+    first = _earliest(snapshot.runnable, now)  # 1, 3
+    if first.prompt_tokens and decoding:
+        return Turn(first.model, min(budget, LEAST_CHUNK + first.num_decodes))
+    return Turn(first.model, budget)
+
+
+def _earliest(runnable: Sequence[Runnable], now: float) -> Runnable:
+    return min(runnable, key=lambda r: (max(r.deadline, now), r.last_turn, r.model))
 
 
 def _chunk(first: Runnable, decoding: Iterable[Runnable], now: float) -> int:

@@ -32,8 +32,14 @@ def test_earliest_deadline_first_and_whole_budget_when_nobody_decodes() -> None:
 
 
 def test_a_decode_that_is_due_goes_before_a_prompt() -> None:
-    turn = decide(TurnSnapshot((prompting(A, 0.5), decoding(B, 0.02)), 2048), 0.0)
+    turn = decide(TurnSnapshot((prompting(A, 0.5), decoding(B, 0.007)), 2048), 0.0)
     assert turn is not None and turn.model == B
+
+
+def test_a_stream_that_is_ahead_keeps_no_prompt_waiting() -> None:
+    """A prompt waited for its own deadline, two seconds, while a stream ran far ahead of its objective."""
+    turn = decide(TurnSnapshot((prompting(A, 2.0), decoding(B, 0.2)), 2048), 0.0)
+    assert turn is not None and turn.model == A and turn.budget > 1000
 
 
 @given(st.floats(0.03, 0.5), st.integers(0, 4000), st.booleans())
