@@ -108,11 +108,6 @@ class SimModel:
         return self.decodes.size + len(self.prompts) + len(self.waiting)
 
     @property
-    def has_prompts(self) -> bool:
-        """Some of its sequences have prompts to compute."""
-        return bool(self.prompts or self.waiting)
-
-    @property
     def can_step(self) -> bool:
         """It could take a turn."""
         if self.state is not ModelState.ACTIVE or self.is_stalled:

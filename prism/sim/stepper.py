@@ -183,7 +183,7 @@ class Stepper:
     def _start(self, model: SimModel, budget: int, lane: int, now: int) -> bool:
         """Begin a step; False if there is no memory for any of it."""
         size = self._limits.max_batch_size
-        has_prompts = model.has_prompts
+        has_prompts = bool(model.prompts or model.waiting)
         wanted = model.blocks_wanted(budget, size) if has_prompts else model.decodes.blocks_for(1)
         if wanted > model.free_blocks:
             self._memory.ensure_kv(model, wanted, now)
@@ -222,7 +222,7 @@ class Stepper:
         width = self._num_decoding() + 1
         longer = width / self._together(width)
         members = [m for m in self._lanes[lane] if m.can_step]
-        is_single = self._limits.is_stepping or any(m.has_prompts for m in members)
+        is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
         order = [model] if is_single else order_of_rounds(model, members, self._rules, longer, now)
         parts = [Part(m, *m.decode_ticks(longer)) for m in order]
         steps = 1 if is_single else steps_until_change(order)
