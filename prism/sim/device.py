@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import assert_never
 
 from prism.modes import Rules
@@ -21,7 +22,7 @@ from prism.sim.modes import Limits
 from prism.sim.stepper import Stepper
 from prism.sim.ticks import NEVER, to_seconds
 from prism.sim.views import admission_snapshot, expiry, waiting_request
-from prism.types import ModelId, ModelState
+from prism.types import ModelId, ModelState, RequestId
 from prism.worker import admission
 from prism.worker.snapshot import WaitingRequest
 
@@ -52,7 +53,7 @@ class SimDevice:
         self.stepper = Stepper(models, self.memory, rules, limits, together, self)
         self.now = 0
         self._arrivals: deque[Job] = deque()
-        self._expiries: deque[Job] = deque()
+        self._expiries: list[tuple[int, RequestId, Job]] = []
         self._waiting: dict[Job, WaitingRequest] = {}
         """Not admitted."""
         self._owed_to_late = 0.0
@@ -69,15 +70,21 @@ class SimDevice:
         times = [self.stepper.next_end(), self.loader.link.next_event(), self.loader.wake_at]
         if self._arrivals:
             times.append(self._arrivals[0].arrival)
-        while self._expiries and self._expiries[0] not in self._waiting:
-            self._expiries.popleft()
+        while self._expiries and not self._can_expire(self._expiries[0][2]):
+            heappop(self._expiries)
         if self._expiries:
-            times.append(expiry(self._expiries[0], self._limits))
+            times.append(self._expiries[0][0])
         return min(times)
+
+    def _can_expire(self, job: Job) -> bool:
+        return job in self._waiting and not job.is_started
 
     def run_until(self, end: int) -> None:
         """Do what happens before `end`."""
+        last = -1
         while (time := self.next_event()) < end:
+            assert time > last, "the clock stands still"
+            last = time
             self._process(time)
 
     def _process(self, now: int) -> None:
@@ -91,7 +98,7 @@ class SimDevice:
             self.memory_changed()
         while self._arrivals and self._arrivals[0].arrival <= now:
             self._arrive(self._arrivals.popleft())
-        if self._expiries and expiry(self._expiries[0], self._limits) <= now:
+        if self._expiries and self._expiries[0][0] <= now:
             self._needs_admission = True
         self._decide(now)
         while self._needs_moves or self._needs_admission:  # a step has taken memory from others
@@ -117,9 +124,14 @@ class SimDevice:
             job.finish(End.TOO_LONG, self.now)
             return
         model.tickets[job.request_id] = job
-        self._waiting[job] = waiting_request(job, model, self._rules, self._limits)
-        self._expiries.append(job)
+        self._wait(job, model)
         self._needs_moves = self._needs_admission = True
+
+    def _wait(self, job: Job, model: SimModel) -> None:
+        """It has come, or has lost its place."""
+        self._waiting[job] = waiting_request(job, model, self._rules, self._limits)
+        if not job.is_started:
+            heappush(self._expiries, (expiry(job, self._limits), job.request_id, job))
 
     def _slabs_of_weights(self, model: SimModel) -> int:
         """Those that the model can never use for KV, and what its neighbours need at the least."""
@@ -189,7 +201,7 @@ class SimDevice:
             job.is_admitted = False
             if job.first_token is not None:
                 job.last_token = max(job.last_token, model.last_end)
-            self._waiting[job] = waiting_request(job, model, self._rules, self._limits)
+            self._wait(job, model)
         self.memory.release(model)
         model.state = ModelState.COLD
         model.num_evictions += 1

@@ -15,7 +15,7 @@ from prism.engine.kv_layout import KvLayout, layout_of
 from prism.errors import ConfigError
 from prism.sim.decoding import DecodeGroup
 from prism.sim.jobs import Job, Served
-from prism.sim.ticks import to_ticks
+from prism.sim.ticks import StepTicks, to_ticks
 from prism.types import Bytes, ModelId, ModelState, RequestId
 
 
@@ -62,7 +62,7 @@ class SimModel:
         self.num_activations = 0
         self.num_evictions = 0
         self.num_preemptions = 0
-        self._gemm: dict[tuple[int, float], int] = {}
+        self._ticks = StepTicks(served.costs.steps)
 
     @property
     def name(self) -> ModelId:
@@ -106,11 +106,6 @@ class SimModel:
     def num_sequences(self) -> int:
         """Admitted and not ended."""
         return self.decodes.size + len(self.prompts) + len(self.waiting)
-
-    @property
-    def has_prompts(self) -> bool:
-        """Some of its sequences have prompts to compute."""
-        return bool(self.prompts or self.waiting)
 
     @property
     def can_step(self) -> bool:
@@ -240,18 +235,8 @@ class SimModel:
     # --- costs ----------------------------------------------------------------------------------------
 
     def decode_ticks(self, width: float) -> tuple[int, int]:
-        """Ticks of the next decode step, and by how much each following one is longer.
-
-        `width` is how much longer it takes because other lanes decode meanwhile.
-        """
-        steps, batch = self.served.costs.steps, self.decodes.size
-        gemm = self._gemm.get((batch, width))
-        if gemm is None:
-            gemm = self._gemm[batch, width] = to_ticks(steps.gemm(batch) * width)
-        slope = self._gemm.get((0, width))
-        if slope is None:
-            slope = self._gemm[0, width] = to_ticks(steps.per_context * width)
-        return gemm + slope * self.decodes.context, slope * batch
+        """Ticks of the next decode step, and by how much each following one is longer; see `StepTicks`."""
+        return self._ticks.decode(self.decodes.size, self.decodes.context, width)
 
     def chunk_ticks(self, chunks: list[Chunk]) -> int:
         """Ticks of a step of these chunks and all decodes."""

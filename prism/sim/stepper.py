@@ -7,52 +7,18 @@ overlap; a step with prompts begins when the others' present steps have ended, a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from prism.modes import Rules
-from prism.sim.jobs import Job
 from prism.sim.jumps import may_follow, order_of_rounds
 from prism.sim.memory import Memory
 from prism.sim.model import Chunk, SimModel
 from prism.sim.modes import Limits
 from prism.sim.rounds import Part, Rounds
+from prism.sim.runs import Listener, Run, advance, close, steps_until_change
 from prism.sim.ticks import NEVER, to_seconds
 from prism.sim.views import runnable
 from prism.worker import turns
 from prism.worker.snapshot import TurnSnapshot
-
-
-@dataclass(slots=True)
-class Run:
-    """What a lane is doing."""
-
-    rounds: Rounds[SimModel]
-    width: int
-    """Lanes that decode side by side, as its steps' times assume."""
-    chunks: list[Chunk] = field(default_factory=list)
-    """Of prompts: such a step has the device to itself."""
-    has_decodes: bool = True
-    turn_before: int = 0
-    """When the first member had its turn before."""
-    gone: set[SimModel] = field(default_factory=set)
-    """Members that have lost their memory meanwhile."""
-
-
-class Listener(Protocol):
-    """Who hears of tokens."""
-
-    def drawn(self, job: Job, now: int) -> None:
-        """A prompt has been computed, and a token was drawn."""
-        ...
-
-    def completed(self, job: Job, now: int) -> None:
-        """The last token was drawn."""
-        ...
-
-    def prompts_ran(self) -> None:
-        """Engines hold less of prompts."""
-        ...
 
 
 class Stepper:
@@ -109,7 +75,7 @@ class Stepper:
         """
         for run in self._runs:
             if run is not None and not run.chunks:
-                _advance(run, now)
+                advance(run, now)
                 rounds = run.rounds
                 if rounds.done and rounds.end_of(rounds.done) == now:
                     rounds.cut(now)
@@ -122,39 +88,10 @@ class Stepper:
             self._runs[lane] = None
             self.busy += run.rounds.end - run.rounds.start
             if run.chunks:
-                self._end_prompts(run, now)
+                self._has_prompts = False
             else:
                 self._decided[lane] = run.rounds.end_of(run.rounds.num_steps - 1)
-            for part in run.rounds.parts:
-                if part.who not in run.gone:
-                    self._end_sequences(part.who, now)
-
-    def _end_prompts(self, run: Run, now: int) -> None:
-        model = run.rounds.parts[0].who
-        self._has_prompts = False
-        self._listener.prompts_ran()
-        if model in run.gone:
-            return
-        if run.has_decodes:
-            model.decodes.run(1)
-        model.last_end = model.last_used = now
-        for chunk in run.chunks:
-            job = chunk.job
-            if chunk.num_restarts != job.num_restarts or job.missing:
-                continue
-            model.prompts.remove(job)
-            model.prompt_blocks -= model.layout.num_blocks(job.computed)
-            job.produced += 1
-            self._listener.drawn(job, now)
-            if job.produced < job.output:
-                model.decodes.join(job)
-            else:
-                self._listener.completed(job, now)
-
-    def _end_sequences(self, model: SimModel, now: int) -> None:
-        for job in model.decodes.ended():
-            model.decodes.leave(job)
-            self._listener.completed(job, now)
+            close(run, self._listener, now)
 
     # --- what comes next --------------------------------------------------------------------------------
 
@@ -202,7 +139,7 @@ class Stepper:
         run = self._runs[lane]
         if run is None or run.chunks:
             return
-        _advance(run, now)
+        advance(run, now)
         run.rounds.cut(now, at_least)
         if run.rounds.num_steps == 0:
             model = run.rounds.parts[0].who
@@ -247,7 +184,7 @@ class Stepper:
     def _start(self, model: SimModel, budget: int, lane: int, now: int) -> bool:
         """Begin a step; False if there is no memory for any of it."""
         size = self._limits.max_batch_size
-        has_prompts = model.has_prompts
+        has_prompts = bool(model.prompts or model.waiting)
         wanted = model.blocks_wanted(budget, size) if has_prompts else model.decodes.blocks_for(1)
         if wanted > model.free_blocks:
             self._memory.ensure_kv(model, wanted, now)
@@ -286,44 +223,12 @@ class Stepper:
         width = self._num_decoding() + 1
         longer = width / self._together(width)
         members = [m for m in self._lanes[lane] if m.can_step]
-        is_single = self._limits.is_stepping or any(m.has_prompts for m in members)
+        is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
         order = [model] if is_single else order_of_rounds(model, members, self._rules, longer, now)
         parts = [Part(m, *m.decode_ticks(longer)) for m in order]
-        steps = 1 if is_single else _steps_until_change(order)
+        steps = 1 if is_single else steps_until_change(order)
         rounds = Rounds(parts, now, steps)
         if len(order) < len(members) and steps > 1:
             steps = may_follow(rounds, model, members, self._rules)
             rounds = Rounds(parts, now, steps)
         self._runs[lane] = Run(rounds, width, turn_before=model.last_turn)
-
-
-def _advance(run: Run, now: int) -> None:
-    """Account for the decode steps of a run that have ended, and give those that have begun their blocks."""
-    rounds = run.rounds
-    ended, begun = rounds.ended_by(now), max(rounds.begun, rounds.begun_by(now))
-    if ended == rounds.done and begun == rounds.begun:
-        return
-    for index, part in enumerate(rounds.parts):
-        model = part.who
-        if model in run.gone:
-            continue
-        starts = rounds.steps_of(index, begun) - rounds.steps_of(index, rounds.begun)
-        if starts:
-            model.decodes.begin(starts)
-            model.last_turn = rounds.end_of(rounds.last_of(index, begun))
-        ends = rounds.steps_of(index, ended) - rounds.steps_of(index, rounds.done)
-        if ends:
-            model.decodes.run(ends)
-            model.last_end = model.last_used = rounds.end_of(rounds.last_of(index, ended) + 1)
-    rounds.done, rounds.begun = ended, begun
-
-
-def _steps_until_change(order: Sequence[SimModel]) -> int:
-    """Steps until a sequence ends, or a model lacks blocks for its next step."""
-    size = len(order)
-    limits = []
-    for index, model in enumerate(order):
-        limits.append((model.decodes.steps_to_end() - 1) * size + index + 1)
-        has_begun = 1 if index == 0 else 0
-        limits.append((model.decodes.steps_within(model.free_blocks) + has_begun) * size + index)
-    return min(limits)

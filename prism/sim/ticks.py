@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from prism.costs import StepCosts
+
 PER_SECOND = 10**12
 NEVER = 1 << 80
 """Later than everything."""
@@ -15,3 +17,25 @@ def to_ticks(seconds: float) -> int:
 def to_seconds(ticks: int) -> float:
     """What policies and reports see."""
     return ticks / PER_SECOND
+
+
+class StepTicks:
+    """Times of a model's decode steps, rounded once for each size of batch and for a token of context."""
+
+    def __init__(self, costs: StepCosts) -> None:
+        self._costs = costs
+        self._gemm: dict[tuple[int, float], int] = {}
+        self._slope: dict[float, int] = {}
+
+    def decode(self, batch: int, context: int, width: float) -> tuple[int, int]:
+        """Ticks of a step, and by how much the next one is longer: each sequence has a token more by then.
+
+        `width` is how much longer it takes because other lanes decode meanwhile.
+        """
+        gemm = self._gemm.get((batch, width))
+        if gemm is None:
+            gemm = self._gemm[batch, width] = to_ticks(self._costs.gemm(batch) * width)
+        slope = self._slope.get(width)
+        if slope is None:
+            slope = self._slope[width] = to_ticks(self._costs.per_context * width)
+        return gemm + slope * context, slope * batch

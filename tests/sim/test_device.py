@@ -13,15 +13,18 @@ from prism.sim.jobs import End
 from tests.sim.random_loads import models, requests, serve
 
 MODES = st.sampled_from(list(Mode))
+WAITS = st.sampled_from([0.02, 0.1, 0.5, 2.0])
 
 
-@given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12))
+@given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12), WAITS)
 @settings(max_examples=150, deadline=None)
 def test_jumping_equals_stepping(
-    mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int
+    mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int, wait: float
 ) -> None:
     """To the picosecond, in every mode, with memory short and models coming and going."""
-    jumped, stepped = (serve(mode, shapes, asked, lanes, slabs, is_stepping=flag) for flag in (False, True))
+    jumped, stepped = (
+        serve(mode, shapes, asked, lanes, slabs, max_wait=wait, is_stepping=flag) for flag in (False, True)
+    )
     assert [_story(job) for job in jumped] == [_story(job) for job in stepped]
 
 
@@ -29,13 +32,13 @@ def _story(job: Any) -> tuple[Any, ...]:
     return (job.request_id, job.end, job.first_token, job.last_token, job.end_time, job.num_restarts)
 
 
-@given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12))
+@given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12), WAITS)
 @settings(max_examples=100, deadline=None)
 def test_every_request_ends_once(
-    mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int
+    mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int, wait: float
 ) -> None:
     """`Job.finish` asserts that it is the first end; here that there is one, and that it makes sense."""
-    for job in serve(mode, shapes, asked, lanes, slabs):
+    for job in serve(mode, shapes, asked, lanes, slabs, max_wait=wait):
         assert job.end is not None
         if job.end is End.SERVED:
             assert job.first_token is not None and job.arrival < job.first_token <= job.last_token
@@ -73,6 +76,14 @@ def test_a_model_that_nobody_asks_gives_way() -> None:
     shapes = [(6, 1024, 1e-3, 0.0, 5e-3)] * 2
     served = serve(Mode.PRISM, shapes, [(0.0, 0, 10, 10), (0.5, 1, 10, 10), (0.9, 0, 10, 10)], 2, 0)
     assert [job.end for job in served] == [End.SERVED] * 3
+
+
+def test_a_request_that_lost_its_place_does_not_expire() -> None:
+    """The clock stood still at the time at which it would have been refused, had it not started."""
+    shapes = [(6, 1024, 1e-3, 0.0, 5e-3)] * 2
+    asked = [(0.1, 0, 10, 400), (0.0, 1, 10, 120), (0.2, 1, 10, 100)]
+    for served in (serve(Mode.PRISM, shapes, asked, 1, slabs, max_wait=0.3) for slabs in range(4)):
+        assert all(job.end is not None for job in served)
 
 
 def test_too_long_for_its_share() -> None:

@@ -1,0 +1,108 @@
+"""What a lane is doing, and what of it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prism.sim.jobs import Job
+from prism.sim.model import Chunk, SimModel
+from prism.sim.rounds import Rounds
+
+
+@dataclass(slots=True)
+class Run:
+    """What a lane is doing."""
+
+    rounds: Rounds[SimModel]
+    width: int
+    """Lanes that decode side by side, as its steps' times assume."""
+    chunks: list[Chunk] = field(default_factory=list)
+    """Of prompts: such a step has the device to itself."""
+    has_decodes: bool = True
+    turn_before: int = 0
+    """When the first member had its turn before."""
+    gone: set[SimModel] = field(default_factory=set)
+    """Members that have lost their memory meanwhile."""
+
+
+class Listener(Protocol):
+    """Who hears of tokens."""
+
+    def drawn(self, job: Job, now: int) -> None:
+        """A prompt has been computed, and a token was drawn."""
+        ...
+
+    def completed(self, job: Job, now: int) -> None:
+        """The last token was drawn."""
+        ...
+
+    def prompts_ran(self) -> None:
+        """Engines hold less of prompts."""
+        ...
+
+
+def advance(run: Run, now: int) -> None:
+    """Account for the decode steps of a run that have ended, and give those that have begun their blocks."""
+    rounds = run.rounds
+    ended, begun = rounds.ended_by(now), max(rounds.begun, rounds.begun_by(now))
+    if ended == rounds.done and begun == rounds.begun:
+        return
+    for index, part in enumerate(rounds.parts):
+        model = part.who
+        if model in run.gone:
+            continue
+        starts = rounds.steps_of(index, begun) - rounds.steps_of(index, rounds.begun)
+        if starts:
+            model.decodes.begin(starts)
+            model.last_turn = rounds.end_of(rounds.last_of(index, begun))
+        ends = rounds.steps_of(index, ended) - rounds.steps_of(index, rounds.done)
+        if ends:
+            model.decodes.run(ends)
+            model.last_end = model.last_used = rounds.end_of(rounds.last_of(index, ended) + 1)
+    rounds.done, rounds.begun = ended, begun
+
+
+def steps_until_change(order: Sequence[SimModel]) -> int:
+    """Steps until a sequence ends, or a model lacks blocks for its next step."""
+    size = len(order)
+    limits = []
+    for index, model in enumerate(order):
+        limits.append((model.decodes.steps_to_end() - 1) * size + index + 1)
+        has_begun = 1 if index == 0 else 0
+        limits.append((model.decodes.steps_within(model.free_blocks) + has_begun) * size + index)
+    return min(limits)
+
+
+def close(run: Run, listener: Listener, now: int) -> None:
+    """Its last step has ended, and all have been accounted for: tell what was drawn and who is done."""
+    if run.chunks:
+        listener.prompts_ran()
+    for part in run.rounds.parts:
+        model = part.who
+        if model in run.gone:
+            continue
+        if run.chunks:
+            _close_prompts(model, run, listener, now)
+        for job in model.decodes.ended():
+            model.decodes.leave(job)
+            listener.completed(job, now)
+
+
+def _close_prompts(model: SimModel, run: Run, listener: Listener, now: int) -> None:
+    if run.has_decodes:
+        model.decodes.run(1)
+    model.last_end = model.last_used = now
+    for chunk in run.chunks:
+        job = chunk.job
+        if chunk.num_restarts != job.num_restarts or job.missing:
+            continue
+        model.prompts.remove(job)
+        model.prompt_blocks -= model.layout.num_blocks(job.computed)
+        job.produced += 1
+        listener.drawn(job, now)
+        if job.produced < job.output:
+            model.decodes.join(job)
+        else:
+            listener.completed(job, now)
