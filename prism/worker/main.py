@@ -302,6 +302,8 @@ def new_chunks(device: Device, config: Config) -> HostChunks | None:
     """
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     count = min(config.host_memory.kv, machine) // device.slab_bytes
+    if config.host_memory.kv and not count:
+        log.warning("host_memory.kv is less than a slab of %d bytes: no KV is kept there", device.slab_bytes)
     return HostChunks(device.slab_bytes, count, device.backend.pinner) if count else None
 
 
