@@ -62,7 +62,7 @@ PURE = [
     "worker/timeshare.py",
     "worker/turns.py",
     "worker/reclaim.py",
-    "worker/costs.py",
+    "worker/kv_costs.py",
     "worker/copies.py",
     "controller/snapshot.py",
     "controller/decisions.py",

@@ -33,9 +33,9 @@ from prism.types import Bytes, DType, GiB, LaneId
 from prism.weights.copiers import Copier, CudaCopier
 from prism.weights.registrations import Pinner
 from prism.worker.copies import CopyWork, Run
-from prism.worker.costs import Guess
 from prism.worker.cuda_copies import Copies, Leaving, SwapStream
 from prism.worker.device import Device, GraphUsage
+from prism.worker.kv_costs import Guess
 from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
 from prism.worker.notices import Notices

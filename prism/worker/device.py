@@ -28,7 +28,7 @@ from prism.weights.copiers import Copier
 from prism.weights.registrations import Pinner
 from prism.weights.views import view_weights
 from prism.worker.copies import CopyWork, Run
-from prism.worker.costs import Guess
+from prism.worker.kv_costs import Guess
 from prism.worker.lanes import Deferred, Flight, Lane, Work
 from prism.worker.models import Profile
 

@@ -22,7 +22,9 @@ from prism.engine.kv_blocks import BlockKey, Dropped, DroppedGroup, grouped
 from prism.engine.kv_layout import KvLayout
 from prism.types import Address, Bytes, LaneId, ModelId, SlabId
 from prism.worker.copies import CopyWork, Grid, Run, cut, merged
-from prism.worker.costs import (
+from prism.worker.device import Device
+from prism.worker.host_chunks import Chunks
+from prism.worker.kv_costs import (
     LEAST_BYTES,
     LEAST_TOKENS,
     Average,
@@ -31,8 +33,6 @@ from prism.worker.costs import (
     is_worth_fetching,
     is_worth_saving,
 )
-from prism.worker.device import Device
-from prism.worker.host_chunks import Chunks
 from prism.worker.lanes import Deferred, Work
 from prism.worker.models import Model
 

@@ -16,9 +16,9 @@ from prism.memory.tensors import tensor_at
 from prism.messages import Evict
 from prism.types import Address, Bytes, GiB, LaneId, MiB, ModelId
 from prism.worker.copies import Run
-from prism.worker.costs import Guess
 from prism.worker.device import Device
 from prism.worker.host_chunks import HostChunks
+from prism.worker.kv_costs import Guess
 from prism.worker.needs import LEAST
 from tests.support.checkpoints import make_model, prompts, save
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prism.types import Bytes
-from prism.worker.costs import Average, block_costs, is_worth_fetching, is_worth_saving
+from prism.worker.kv_costs import Average, block_costs, is_worth_fetching, is_worth_saving
 
 BLOCK = Bytes(2 << 20)
 

@@ -1,0 +1,73 @@
+"""Costs by model, corrected by the steps that have run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from prism.costs import from_shape
+from prism.engine.scheduler import Chunk, Step
+from prism.types import ModelId, Seconds
+from prism.worker.cost_book import CostBook, shape_of, step_seconds
+from prism.worker.models import read_profile
+from prism.worker.rates import measure_rates
+from tests.support.checkpoints import make_model, save
+from tests.support.late import LateBackend
+from tests.support.local_worker import SLAB, LocalWorker
+
+NAME = ModelId("m")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(make_model("llama"), tmp_path_factory.mktemp("model") / "m")
+
+
+def chunk(start: int, length: int) -> Chunk:
+    return Chunk(None, start, length, True)  # type: ignore[arg-type]
+
+
+def test_a_worker_learns_what_its_steps_take(path: Path) -> None:
+    """Its clock advances by a millisecond a round, whatever the start had predicted."""
+    local = LocalWorker({"m": path}, 8, backend=LateBackend())
+    assert local.worker.costs.of(NAME) is None
+    for i in range(6):
+        local.submit(str(i), "m", [1 + i] * 40, max_tokens=60)
+    local.run()
+    costs = local.worker.costs.of(NAME)
+    profile = local.worker.models["m"].profile
+    assert costs is not None and profile is not None
+    start = from_shape(shape_of(profile), local.device.rates)
+    assert costs.steps.decode(6, 300) > 1.5 * start.steps.decode(6, 300)
+    local.close()
+
+
+def test_what_was_measured_beforehand_is_the_start(path: Path) -> None:
+    local = LocalWorker({"m": path}, 8)
+    model = local.worker.models["m"]
+    profile = read_profile(model.config, SLAB)
+    given = from_shape(shape_of(profile), local.device.rates)
+    book = CostBook(local.device.rates, {"m": given})
+    book.learn(NAME, profile)
+    assert book.of(NAME) is given
+    for _ in range(40):
+        book.ran(NAME, Step((chunk(10, 1),), ()), Seconds(2 * step_seconds(given, Step((chunk(10, 1),), ()))))
+    changed = book.of(NAME)
+    assert changed is not None and changed.steps.decode(1, 11) > 1.5 * given.steps.decode(1, 11)
+    book.ran(ModelId("unknown"), Step((chunk(0, 1),), ()), 1.0)
+    local.close()
+
+
+def test_a_step_counts_pairs_of_prompts_and_context_of_decodes(path: Path) -> None:
+    local = LocalWorker({"m": path}, 8)
+    costs = from_shape(shape_of(read_profile(local.worker.models["m"].config, SLAB)), local.device.rates)
+    step = Step((chunk(9, 1), chunk(100, 50)), ())
+    assert step_seconds(costs, step) == costs.steps.step(51, pairs=50 * 125, context=10)
+    local.close()
+
+
+def test_a_device_is_measured() -> None:
+    rates = measure_rates(torch.device("cpu"))
+    assert rates.flops > 1e8 and rates.bandwidth > 1e8 and rates.link > 1e8 and 0 < rates.launch < 0.1
