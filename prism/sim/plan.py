@@ -17,8 +17,8 @@ from prism.sim.placing import Placement, Room, by_controller, by_load
 from prism.sim.report import is_tpot_met, is_ttft_met
 from prism.types import ModelId
 
-STEPS = 6
-"""Most changes that are made for a number of devices."""
+TRIES = 8
+"""Changes that are tried for a number of devices."""
 WITHIN = 0.1
 """Who misses a target by more is not improved: a model moved brings less."""
 
@@ -91,14 +91,15 @@ class Planner:
     def best(self, devices: int) -> Trial:
         """The best placement that is found."""
         best = max((self._try(p) for p in self._starts(devices)), key=_score)
-        for _ in range(STEPS):
-            if best.meets(self._target) or best.lacks(self._target) > WITHIN:
+        changes, tries = self._changes(best.placement), 0
+        while tries < TRIES and 0 < best.lacks(self._target) <= WITHIN:
+            placement = next(changes, None)
+            if placement is None:
                 break
-            better = (self._try(placement) for placement in self._changes(best.placement))
-            improved = next((trial for trial in better if _score(trial) > _score(best)), None)
-            if improved is None:
-                break
-            best = improved
+            tries += 1
+            trial = self._try(placement)
+            if _score(trial) > _score(best):
+                best, changes = trial, self._changes(placement)
         return best
 
     def _starts(self, devices: int) -> Iterator[Placement]:

@@ -32,7 +32,9 @@ def admission_snapshot(
     owed_to_late: float,
 ) -> AdmissionSnapshot:
     """Waiting requests and the room that their models have for them."""
-    requests = waiting.values() if rules.by_deadline else _heads(waiting.values(), models, limits)
+    requests = (
+        waiting.values() if rules.by_deadline else _heads(waiting.values(), models, limits, to_seconds(now))
+    )
     names = {request.model for request in requests}
     loads = {name: _load(models[name], memory, link, limits, now) for name in sorted(names)}
     active = [model for model in models.values() if model.num_sequences]
@@ -49,15 +51,15 @@ def admission_snapshot(
 
 
 def _heads(
-    requests: Iterable[WaitingRequest], models: Mapping[ModelId, SimModel], limits: Limits
+    requests: Iterable[WaitingRequest], models: Mapping[ModelId, SimModel], limits: Limits, now: float
 ) -> Collection[WaitingRequest]:
-    """First come, first served: what its model's batch has no place for need not be looked at."""
-    room: dict[ModelId, int] = defaultdict(lambda: 0)
+    """Without deadlines, what its model's batch has no place for is looked at only to be refused."""
+    counts: dict[ModelId, int] = defaultdict(int)
     heads = []
     for request in requests:
-        model = models[request.model]
-        room[request.model] += 1
-        if room[request.model] <= limits.max_batch_size - model.num_sequences:
+        counts[request.model] += 1
+        room = limits.max_batch_size - models[request.model].num_sequences
+        if counts[request.model] <= room or request.expires <= now:
             heads.append(request)
     return heads
 
