@@ -196,5 +196,8 @@ def test_a_device_that_is_not_there(folder: Path, tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
     folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="there is no such folder"):
-        calibrate.run_profile(config_of(folder), 0, tmp_path / "no" / "p.json", print)
+    said: list[str] = []
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        calibrate.run_profile(config_of(folder), 0, tmp_path / "file" / "p.json", said.append)
+    assert not said
