@@ -64,7 +64,7 @@ class Stepper:
         for model in self._models.values():
             if model.is_stalled:
                 model.is_stalled = False
-                self._cut(model.lane, now)
+                self._cut(model.lane, now, at_least=1)
 
     # --- what has run -----------------------------------------------------------------------------------
 
@@ -125,8 +125,12 @@ class Stepper:
         return idle if len(idle) < 2 else sorted(idle, key=lambda lane: (self._decided[lane], lane))
 
     def disturb(self, model: SimModel, now: int) -> None:
-        """Something about a model has changed: its lane decides anew after the present step."""
-        self._cut(model.lane, now)
+        """Something about a model has changed: its lane decides anew after the present step.
+
+        A step that begins just now has its blocks and stays: else two models could take an empty slab from
+        each other for ever.
+        """
+        self._cut(model.lane, now, at_least=1)
 
     def remove(self, model: SimModel, now: int) -> None:
         """The model loses its memory; what its present step draws is lost."""

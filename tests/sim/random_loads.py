@@ -62,10 +62,11 @@ def run(mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int,
 def jobs(device: SimDevice, asked: list[Any]) -> list[Job]:
     """Requests for the device's models, in order of arrival."""
     names = sorted(device.models)
-    made = []
+    made: list[Job] = []
+    arrival = -1
     for index, (at, which, prompt, output) in enumerate(sorted(asked)):
         name = names[which % len(names)]
-        arrival = to_ticks(at)
+        arrival = max(to_ticks(at), arrival + 1)  # as `workload.jobs_of` does it
         due = arrival + to_ticks(device.models[name].served.slo.ttft)
         made.append(Job(RequestId(f"{index:04d}"), name, arrival, prompt, output, due))
     return made

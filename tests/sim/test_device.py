@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -89,6 +90,16 @@ def test_a_request_that_lost_its_place_does_not_expire() -> None:
     served = serve(Mode.PRISM, shapes, asked, 1, 0, max_wait=0.3)
     assert [job.end for job in served] == [End.SERVED] * 3
     assert served[2].num_restarts and served[2].last_token > 0.4e12
+
+
+def test_two_models_that_both_lack_memory_do_not_take_it_from_each_other_for_ever() -> None:
+    """Both planned at the same moment, and each gave up its plan for the other's: the clock stood still."""
+    random = Random(1_000_627)
+    for _ in range(40):
+        shapes = [(1, 16384, random.uniform(1e-3, 5e-3), 1e-8, 5e-3) for _ in range(2)]
+        asked = [(i / 50, i, random.randint(50, 200), 120) for i in range(14)]
+        for job in serve(Mode.ELASTIC, shapes, asked, 2, 6):
+            assert job.end is not None
 
 
 def test_too_long_for_its_share() -> None:
