@@ -184,9 +184,8 @@ class SimModel:
         for job in list(self.prompts):
             if budget <= 0:
                 break
-            if job.num_restarts and job not in self.prompts:
-                continue  # it gave way to one before it
-            budget -= self._take(job, budget, chunks, may_preempt=True)
+            if not job.num_restarts or job in self.prompts:  # else it gave way to one before it
+                budget -= self._take(job, budget, chunks, may_preempt=True)
         while self.waiting and budget > 0 and self.decodes.size + len(self.prompts) < max_sequences:
             job = self.waiting[0]
             if job.num_restarts and (self.decodes.size or self.prompts) and not self._fits(job):
