@@ -20,7 +20,7 @@ from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
 from prism.sim.stepper import Stepper
-from prism.sim.ticks import NEVER, to_seconds
+from prism.sim.ticks import to_seconds, to_ticks
 from prism.sim.views import admission_snapshot, expiry, waiting_request
 from prism.types import ModelId, ModelState, RequestId
 from prism.worker import admission
@@ -54,8 +54,11 @@ class SimDevice:
         self.now = 0
         self._arrivals: deque[Job] = deque()
         self._expiries: list[tuple[int, RequestId, Job]] = []
+        self._lives: deque[Job] = deque()
+        """All that have come, in order of arrival, for the end of their lives."""
         self._waiting: dict[Job, WaitingRequest] = {}
         """Not admitted."""
+        self._life = to_ticks(limits.request_timeout)
         self._owed_to_late = 0.0
         self._needs_admission = False
         self._needs_moves = False
@@ -74,6 +77,10 @@ class SimDevice:
             heappop(self._expiries)
         if self._expiries:
             times.append(self._expiries[0][0])
+        while self._lives and self._lives[0].end is not None:
+            self._lives.popleft()
+        if self._lives:
+            times.append(self._lives[0].arrival + self._life)
         return min(times)
 
     def _can_expire(self, job: Job) -> bool:
@@ -98,6 +105,8 @@ class SimDevice:
             self.memory_changed()
         while self._arrivals and self._arrivals[0].arrival <= now:
             self._arrive(self._arrivals.popleft())
+        while self._lives and self._lives[0].arrival + self._life <= now:
+            self._time_out(self._lives.popleft(), now)
         if self._expiries and self._expiries[0][0] <= now:
             self._needs_admission = True
         self._decide(now)
@@ -125,6 +134,7 @@ class SimDevice:
             return
         model.tickets[job.request_id] = job
         self._wait(job, model)
+        self._lives.append(job)
         self._needs_moves = self._needs_admission = True
 
     def _wait(self, job: Job, model: SimModel) -> None:
@@ -167,6 +177,15 @@ class SimDevice:
                     self._end(job, End.EXPIRED, now)
                 case _:
                     assert_never(decision)
+
+    def _time_out(self, job: Job, now: int) -> None:
+        if job.end is not None:
+            return
+        model = self.models[job.model]
+        if self._waiting.pop(job, None) is None:
+            model.cancel(job)
+            self.stepper.disturb(model, now)
+        self._end(job, End.TIMED_OUT, now)
 
     def _end(self, job: Job, end: End, now: int) -> None:
         model = self.models[job.model]
@@ -229,8 +248,3 @@ class SimDevice:
             assert admitted == model.num_sequences, model.name
         tickets = sum(len(model.tickets) for model in self.models.values())
         assert tickets == len(self._waiting) + sum(m.num_sequences for m in self.models.values())
-
-    @property
-    def is_idle(self) -> bool:
-        """Nothing will happen any more."""
-        return self.next_event() == NEVER

@@ -15,6 +15,8 @@ class End(StrEnum):
     SERVED = "served"
     EXPIRED = "expired"
     """It had not started within the longest wait."""
+    TIMED_OUT = "timed_out"
+    """It was not done within the longest life of a request."""
     NO_PLACE = "no_place"
     """Its model fits nowhere."""
     TOO_LONG = "too_long"

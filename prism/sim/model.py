@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from functools import cached_property
 from typing import NamedTuple
 
 from prism.engine.kv_layout import KvLayout, layout_of
@@ -37,6 +36,7 @@ class SimModel:
             raise ConfigError([f"model {served.model}: a block of KV does not fit a slab of {slab_bytes}"])
         self.served = served
         self.layout: KvLayout = layout
+        self.tpot = to_ticks(served.slo.tpot)
         self.lane = lane
         self.weight_slabs = -(-served.costs.shape.weight_bytes // slab_bytes)
         self.kv_limit: int | None = None
@@ -74,11 +74,6 @@ class SimModel:
         """It can run steps."""
         return self.state is ModelState.ACTIVE
 
-    @cached_property
-    def tpot(self) -> int:
-        """Ticks between two tokens that are promised."""
-        return to_ticks(self.served.slo.tpot)
-
     # --- memory ---------------------------------------------------------------------------------------
 
     @property
@@ -110,9 +105,8 @@ class SimModel:
     @property
     def can_step(self) -> bool:
         """It could take a turn."""
-        if self.state is not ModelState.ACTIVE or self.is_stalled:
-            return False
-        return self.decodes.size > 0 or bool(self.prompts or self.waiting)
+        is_able = self.state is ModelState.ACTIVE and not self.is_stalled
+        return is_able and (self.decodes.size > 0 or bool(self.prompts or self.waiting))
 
     def oldest(self) -> Job | None:
         """Its first request, waiting or running."""
@@ -139,6 +133,13 @@ class SimModel:
         self._drop(job)
         self.num_preemptions += 1
         insort(self.waiting, job, key=_rank)
+
+    def cancel(self, job: Job) -> None:
+        """An admitted request leaves for good."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+        else:
+            self._drop(job)
 
     def _drop(self, job: Job) -> None:
         if job in self.prompts:
@@ -183,9 +184,8 @@ class SimModel:
         for job in list(self.prompts):
             if budget <= 0:
                 break
-            if job.num_restarts and job not in self.prompts:
-                continue  # it gave way to one before it
-            budget -= self._take(job, budget, chunks, may_preempt=True)
+            if not job.num_restarts or job in self.prompts:  # else it gave way to one before it
+                budget -= self._take(job, budget, chunks, may_preempt=True)
         while self.waiting and budget > 0 and self.decodes.size + len(self.prompts) < max_sequences:
             job = self.waiting[0]
             if job.num_restarts and (self.decodes.size or self.prompts) and not self._fits(job):
@@ -204,10 +204,7 @@ class SimModel:
         held = self.layout.num_blocks(job.computed)
         length = min(job.missing, budget, (held + self.free_blocks) * size - job.computed)
         while length <= 0 and may_preempt:
-            victim = self.youngest_running()
-            assert victim is not None
-            self.preempt(victim)
-            if victim is job:
+            if self._preempt_youngest() is job:
                 return 0
             length = min(job.missing, budget, (held + self.free_blocks) * size - job.computed)
         if length <= 0:
@@ -228,9 +225,13 @@ class SimModel:
     def make_room_for_decodes(self) -> None:
         """Sequences give way, youngest first, until the others' next step has its blocks."""
         while self.decodes.size and self.decodes.blocks_for(1) > self.free_blocks:
-            victim = self.youngest_running()
-            assert victim is not None
-            self.preempt(victim)
+            self._preempt_youngest()
+
+    def _preempt_youngest(self) -> Job:
+        victim = self.youngest_running()
+        assert victim is not None
+        self.preempt(victim)
+        return victim
 
     # --- costs ----------------------------------------------------------------------------------------
 

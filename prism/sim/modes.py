@@ -14,6 +14,7 @@ class Limits:
     max_batch_tokens: int = 2048
     max_batch_size: int = 256
     max_wait: float = 60.0
+    request_timeout: float = 600.0
     min_residency: float = 2.0
     horizon: float = 0.1
     """Seconds of prompts that engines may hold when requests go by deadlines."""

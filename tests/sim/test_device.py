@@ -102,6 +102,14 @@ def test_two_models_that_both_lack_memory_do_not_take_it_from_each_other_for_eve
             assert job.end is not None
 
 
+def test_the_longest_life_ends_what_runs_and_what_waits() -> None:
+    shapes = [(6, 1024, 1e-3, 0.0, 5e-3)] * 2
+    asked = [(0.0, 0, 10, 300), (0.01, 1, 10, 300), (0.02, 0, 10, 20)]
+    served = serve(Mode.PRISM, shapes, asked, 1, 0, request_timeout=0.2)
+    assert [job.end for job in served] == [End.TIMED_OUT, End.TIMED_OUT, End.SERVED]
+    assert served[0].end_time == 0.2e12
+
+
 def test_too_long_for_its_share() -> None:
     shapes = [(1, 16384, 1e-3, 0.0, 5e-3)]
     (job,) = serve(Mode.STATIC, shapes, [(0.0, 0, 200, 400)], 1, 0)

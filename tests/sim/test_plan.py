@@ -42,7 +42,7 @@ def test_a_report_counts_every_request() -> None:
     placement = default_placement(made, 1)  # too small for all weights
     assert placement.unplaced
     result = report(made.load, placement, made.setup, made.run(placement))
-    ends = sum(result[end] for end in ("served", "expired", "no_place", "too_long"))
+    ends = sum(result[end] for end in ("served", "expired", "timed_out", "no_place", "too_long"))
     assert ends == result["requests"] == len(made.load.requests) and result["no_place"] > 0
     assert result["requests"] == sum(model["requests"] for model in result["models"].values())
     assert result["ttft_attainment"] <= 1 - result["no_place"] / result["requests"]
