@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prism.bench.targets import Target
-from prism.sim.trace import TraceRow
+from prism.sim.trace import TraceRow, clip
 from prism.types import ModelId
 
 JITTER_SECONDS = 2.0
@@ -87,11 +87,3 @@ def plan(rows: Sequence[TraceRow], targets: Mapping[str, Target]) -> list[Planne
         prompt, output = clip(row.prompt, row.output, target.context)
         planned.append(Planned(index, row.arrival - begin, target, prompt, output))
     return planned
-
-
-def clip(prompt: int, output: int, context: int | None) -> tuple[int, int]:
-    """Shortened to the context: the prompt first, to half of it at the least, then the output."""
-    if context is None or prompt + output <= context:
-        return prompt, output
-    prompt = min(prompt, max(context // 2, context - output))
-    return prompt, min(output, context - prompt)

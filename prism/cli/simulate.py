@@ -151,7 +151,7 @@ def run_plan(
 
 def plan_values(plan: Plan) -> dict[str, Any]:
     """A plan as JSON values."""
-    chosen = plan.trials[plan.num_devices if plan.num_devices is not None else max(plan.trials)]
+    chosen = plan.chosen
     return {
         "devices": plan.num_devices,
         "ttft_attainment": chosen.ttft,
@@ -170,7 +170,7 @@ def _print_plans(plans: dict[Mode, Plan], target: Target) -> None:
     for name in ("MODE", "DEVICES", "TTFT", "TPOT"):
         table.add_column(name, justify="left" if name == "MODE" else "right")
     for mode, plan in plans.items():
-        trial = plan.trials[plan.num_devices if plan.num_devices is not None else max(plan.trials)]
+        trial = plan.chosen
         devices = str(plan.num_devices) if plan.num_devices is not None else f"> {max(plan.trials)}"
         table.add_row(mode.value, devices, f"{trial.ttft:.2%}", f"{trial.tpot:.2%}")
     Console(stderr=True).print(table)

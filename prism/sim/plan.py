@@ -57,6 +57,11 @@ class Plan:
     num_devices: int | None
     """The fewest that meet the target."""
 
+    @property
+    def chosen(self) -> Trial:
+        """With the fewest devices, or else with the most."""
+        return self.trials[self.num_devices if self.num_devices is not None else max(self.trials)]
+
 
 class Planner:
     """Searches for one mode."""

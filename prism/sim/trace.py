@@ -67,3 +67,11 @@ def by_popularity(rows: Iterable[TraceRow]) -> list[ModelId]:
     """The models of a trace, the most asked first."""
     counts = Counter(row.model for row in rows)
     return sorted(counts, key=lambda model: (-counts[model], model))
+
+
+def clip(prompt: int, output: int, context: int | None) -> tuple[int, int]:
+    """Shortened to the context: the prompt first, to half of it at the least, then the output."""
+    if context is None or prompt + output <= context:
+        return prompt, output
+    prompt = min(prompt, max(context // 2, context - output))
+    return prompt, min(output, context - prompt)

@@ -15,7 +15,7 @@ from prism.profile import Positive, Profile
 from prism.sim.jobs import Job, Served
 from prism.sim.shapes import ARCHITECTURES, published_mix
 from prism.sim.ticks import to_ticks
-from prism.sim.trace import TraceRow, by_popularity
+from prism.sim.trace import TraceRow, by_popularity, clip
 from prism.types import ModelId, RequestId, Slo
 
 PERCENTILE = 0.95
@@ -64,7 +64,7 @@ def workload(
     if missing := [key for key in keys if key not in entries]:
         raise ConfigError([f"model {key} of the trace is not in the models file" for key in missing])
     contexts = {key: entries[key].context or ARCHITECTURES[entries[key].shape].context for key in keys}
-    requests = [_clip(row, contexts[row.model]) for row in rows]
+    requests = [_clipped(row, contexts[row.model]) for row in rows]
     clipped = frozenset(i for i, (a, b) in enumerate(zip(rows, requests, strict=True)) if a != b)
     by_model: dict[ModelId, list[TraceRow]] = defaultdict(list)
     for row in requests:
@@ -79,12 +79,9 @@ def workload(
     return Workload(served, requests, clipped)
 
 
-def _clip(row: TraceRow, context: int) -> TraceRow:
-    """Shortened to the context: the prompt first, to half of it at the least, then the output."""
-    if row.prompt + row.output <= context:
-        return row
-    prompt = min(row.prompt, max(context // 2, context - row.output))
-    return row._replace(prompt=prompt, output=min(row.output, context - prompt))
+def _clipped(row: TraceRow, context: int) -> TraceRow:
+    prompt, output = clip(row.prompt, row.output, context)
+    return row._replace(prompt=prompt, output=output)
 
 
 def objectives(rows: Iterable[TraceRow], costs: Costs, scale: float) -> Slo:

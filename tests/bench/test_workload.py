@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from prism.bench.workload import Steady, clip, plan, scaled_rate, steady
-from prism.sim.trace import TraceRow
+from prism.bench.workload import Steady, plan, scaled_rate, steady
+from prism.sim.trace import TraceRow, clip
 from prism.types import ModelId
 from tests.bench.records import target
 
