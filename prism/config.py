@@ -172,6 +172,9 @@ class SchedulingConfig(_Section):
     """How models share a device; docs/design/scheduling.md."""
     quantum: Annotated[Duration, Field(gt=0)] = 10.0
     """In mode timeshare: a model takes requests for so long while others wait."""
+    idle_threshold: Annotated[Duration, Field(ge=0)] | None = None
+    """A model without requests keeps its weights for so long, and is the first to give them from then on;
+    None decides by how soon it came back before. The published system has 45 s."""
     placement_interval: Duration = 10.0
     """Between two looks at all models and devices; 0 moves nothing by itself."""
     demand_window: Annotated[Duration, Field(ge=1)] = 60.0

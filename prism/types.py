@@ -13,6 +13,10 @@ import msgspec
 
 ModelId = NewType("ModelId", str)
 RequestId = NewType("RequestId", str)
+Rank = tuple[float, RequestId, int]
+"""Arrival, request, choice: who is older has the smaller one. No two sequences share one."""
+LAST_RANK: Rank = (float("inf"), RequestId(""), 0)
+"""Of what no request asks for."""
 WorkerId = NewType("WorkerId", str)
 GatewayId = NewType("GatewayId", str)
 LaneId = NewType("LaneId", int)

@@ -63,6 +63,8 @@ PURE = [
     "worker/turns.py",
     "worker/reclaim.py",
     "worker/kv_costs.py",
+    "worker/foresight.py",
+    "worker/offers.py",
     "worker/copies.py",
     "controller/snapshot.py",
     "controller/decisions.py",

@@ -176,7 +176,7 @@ def drive(
             if len(queue) < depth and model.engine.scheduler.has_work:
                 start = time.perf_counter()
                 engine = model.engine
-                missing = engine.scheduler.blocks_wanted(budget) - engine.kv.num_free
+                missing = sum(want.num_blocks for want in engine.scheduler.wants(budget)) - engine.kv.num_free
                 engine.kv.drop_cached(max(0, missing))
                 step = engine.schedule(budget)
                 if step is not None:

@@ -92,7 +92,7 @@ class Driver:
 
     def _queue(self, model: LoadedModel, lane: _Lane) -> None:
         engine = model.engine
-        missing = engine.scheduler.blocks_wanted(self._budget) - engine.kv.num_free
+        missing = sum(w.num_blocks for w in engine.scheduler.wants(self._budget)) - engine.kv.num_free
         engine.kv.drop_cached(max(0, missing))
         begin = clock()
         step = engine.schedule(self._budget)

@@ -180,6 +180,20 @@ class KvSpace:
         return self._num_used
 
     @property
+    def num_uses(self) -> int:
+        """Releases into the cache so far: the serial number of the latest."""
+        return self._serial
+
+    @property
+    def oldest_use(self) -> int:
+        """The serial number of the cached block that would be dropped first; `num_uses` without any."""
+        key = next(iter(self._cached), None)
+        if key is None:
+            return self._serial
+        block = self._published[key]
+        return self._slabs[self._slab_of(block)].records[block].last_use
+
+    @property
     def num_empty_slabs(self) -> int:
         """Slabs without any content."""
         return len(self._empty)

@@ -2,7 +2,7 @@
 
 Pure: it mutates sequences and blocks and knows neither torch nor time. Decodes and prompt chunks share
 a step. A step is made while the ones before it are still queued: it counts their tokens as computed, and
-the tokens that they draw as pending. Memory is asked for beforehand by the worker (`blocks_wanted`); what
+the tokens that they draw as pending. Memory is asked for beforehand by the worker (`wants`); what
 could not be had bounds the step, and when even the decodes do not fit, the youngest sequence gives its blocks
 back; what is not found again when it goes on, on the device or in host memory, is computed again.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from prism.engine.host_blocks import Fetch, HostTier
 from prism.engine.kv_blocks import BlockKey, Dropped, KvSpace, Move
 from prism.engine.sequence import Sequence
-from prism.types import BlockId, RequestId
+from prism.types import BlockId, Rank, RequestId
 
 UNBOUNDED = 1 << 62
 
@@ -53,6 +53,13 @@ class Step:
     def num_prompt_tokens(self) -> int:
         """Tokens of those chunks."""
         return sum(chunk.length for chunk in self.chunks if chunk.length > 1)
+
+
+class Want(NamedTuple):
+    """Free blocks that a sequence could use in the next step."""
+
+    rank: Rank
+    num_blocks: int
 
 
 class Slots:
@@ -123,9 +130,9 @@ class Scheduler:
 
     # --- the step ------------------------------------------------------------------------------------
 
-    def blocks_wanted(self, budget: int) -> int:
-        """Free blocks that a step of `budget` tokens could use."""
-        wanted = 0
+    def wants(self, budget: int) -> list[Want]:
+        """Free blocks that a step of `budget` tokens could use, by sequence, in the step's order."""
+        wanted = []
         size = self.kv.layout.tokens_per_block
         for sequence in self._could_run():
             held, computed = len(sequence.blocks), sequence.num_computed
@@ -140,7 +147,8 @@ class Scheduler:
                 break
             budget -= length
             if computed + length > held * size:
-                wanted += self.kv.layout.num_blocks(computed + length) - held
+                blocks = self.kv.layout.num_blocks(computed + length) - held
+                wanted.append(Want(sequence.rank, blocks))
         return wanted
 
     def _could_run(self) -> Iterator[Sequence]:
@@ -362,13 +370,15 @@ class Scheduler:
         self.num_preemptions += 1
         insort(self.waiting, sequence, key=_rank)
 
-    def preempt_youngest(self) -> Sequence | None:
-        """Take the blocks of the youngest sequence; the full ones are cached until their place is needed."""
-        if not self.running:
-            return None
-        victim = self.running[-1]
-        self._preempt(victim)
-        return victim
+    def preempt_youngest(self, count: int) -> int:
+        """Take the blocks of the youngest sequences; the full ones are cached until their place is needed.
+
+        Returns how many there were.
+        """
+        victims = self.running[::-1][:count]
+        for victim in victims:
+            self._preempt(victim)
+        return len(victims)
 
     def _release(self, sequence: Sequence) -> None:
         self.kv.release(sequence.blocks)
@@ -391,7 +401,7 @@ class Scheduler:
             sequence.num_tabled = min([sequence.num_tabled, *moved[:1]])
 
 
-def _rank(sequence: Sequence) -> tuple[float, str, int]:
+def _rank(sequence: Sequence) -> Rank:
     return sequence.rank
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from prism.engine.kv_blocks import ROOT_KEY, BlockKey, block_key
-from prism.types import BlockId, FinishReason, RequestId, SamplingParams
+from prism.types import BlockId, FinishReason, Rank, RequestId, SamplingParams
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +57,7 @@ class Sequence:
         self.needs_history = bool(penalties or p.logit_bias or p.min_tokens or p.logprobs is not None)
 
     @property
-    def rank(self) -> tuple[float, RequestId, int]:
+    def rank(self) -> Rank:
         """Order in which sequences are served; unique."""
         return (self.arrival, self.request_id, self.choice)
 

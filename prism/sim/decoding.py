@@ -72,6 +72,22 @@ class DecodeGroup:
         """The one that gives way first."""
         return max(self._joined, key=lambda job: job.rank, default=None)
 
+    def wanting(self) -> list[Job]:
+        """Sequences whose next step takes a new block."""
+        phase = self._begun % self.block
+        return [
+            job
+            for job, (step, tokens, _) in self._joined.items()
+            if (1 - tokens + step) % self.block == phase
+        ]
+
+    def held(self) -> list[tuple[Job, int]]:
+        """Sequences, and the blocks that each holds; while no step is on its way."""
+        return [
+            (job, self._blocks(tokens + self._steps - step - 1))
+            for job, (step, tokens, _) in self._joined.items()
+        ]
+
     def steps_to_end(self) -> int:
         """Steps until the first sequence ends."""
         while self._ends and not self._is_valid(self._ends[0]):

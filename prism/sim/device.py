@@ -48,7 +48,13 @@ class SimDevice:
             model.kv_limit = None if shares is None else shares[one.model]
             self.models[one.model] = model
         models = list(self.models.values())
-        self.memory = Memory(num_slabs, models, self, limits.min_residency)
+        self.memory = Memory(
+            num_slabs,
+            models,
+            self,
+            min_residency=limits.min_residency,
+            idle_threshold=limits.idle_threshold,
+        )
         self.loader = Loader(self.models, self.memory, rules, limits, self)
         self.stepper = Stepper(models, self.memory, rules, limits, together, self)
         self.now = 0
@@ -132,6 +138,8 @@ class SimDevice:
         if job.prompt + job.output > model.capacity(slabs):
             job.finish(End.TOO_LONG, self.now)
             return
+        if not model.tickets and model.num_activations:
+            model.idle_times.add(to_seconds(self.now - model.last_used))
         model.tickets[job.request_id] = job
         self._wait(job, model)
         self._lives.append(job)

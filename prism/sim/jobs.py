@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from prism.costs import Costs
-from prism.types import ModelId, RequestId, Slo
+from prism.sim.ticks import to_seconds
+from prism.types import ModelId, Rank, RequestId, Slo
 
 
 class End(StrEnum):
@@ -81,3 +82,8 @@ class Job:
         assert self.end is None, f"{self.request_id} ended twice"
         self.end = end
         self.end_time = now
+
+
+def policy_rank(job: Job) -> Rank:
+    """As the shipped policies see it."""
+    return (to_seconds(job.arrival), job.request_id, 0)

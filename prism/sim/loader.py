@@ -11,7 +11,7 @@ from typing import Protocol
 from prism.modes import Rules
 from prism.sim.jobs import Job
 from prism.sim.link import Link
-from prism.sim.memory import Memory, arrival_of
+from prism.sim.memory import Memory, rank_of
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
 from prism.sim.ticks import NEVER, to_seconds, to_ticks
@@ -97,7 +97,7 @@ class Loader:
         a busy model has been here for as long as it may count on."""
         absent = (ModelState.COLD, ModelState.FETCHING)
         wanted = [m for m in self._models.values() if m.state in absent and m.tickets]
-        results = [self.want(m, now) for m in sorted(wanted, key=lambda m: (arrival_of(m), m.name))]
+        results = [self.want(m, now) for m in sorted(wanted, key=lambda m: (rank_of(m), m.name))]
         if not all(results):
             self.wake_at = self._end_of_residency(now)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, assert_never
 
+from prism.engine.scheduler import Want
+from prism.sim.jobs import policy_rank
 from prism.sim.model import SimModel
 from prism.sim.ticks import to_seconds
-from prism.types import ModelId, ModelState
+from prism.types import LAST_RANK, ModelState, Rank
 from prism.worker import reclaim
-from prism.worker.snapshot import Holding, MemorySnapshot, Need
+from prism.worker.foresight import RecentDemand
+from prism.worker.snapshot import Holding, MemorySnapshot, Need, Running
+
+TYPICAL_PROMPT = 1024
+"""Tokens of a prompt whose time tells what a block costs."""
 
 
 class Owner(Protocol):
@@ -36,38 +42,54 @@ class Memory:
     """The slabs of one device."""
 
     def __init__(
-        self, num_slabs: int, models: Sequence[SimModel], owner: Owner, min_residency: float
+        self,
+        num_slabs: int,
+        models: Sequence[SimModel],
+        owner: Owner,
+        *,
+        min_residency: float,
+        idle_threshold: float | None,
     ) -> None:
         self.num_slabs = num_slabs
         self.free = num_slabs
         self._models = {model.name: model for model in models}
         self._owner = owner
         self._min_residency = min_residency
+        self._idle_threshold = idle_threshold
+        self._demand = RecentDemand()
 
     # --- getting memory -------------------------------------------------------------------------------
 
-    def ensure_kv(self, model: SimModel, num_blocks: int, now: int) -> None:
-        """Raise a model's free blocks to `num_blocks`, as far as memory and rank allow."""
+    def ensure_kv(self, model: SimModel, wants: Sequence[Want], now: int) -> None:
+        """Free blocks for what a model's sequences want, as far as memory and their ranks allow."""
+        num_blocks = 0
+        for want in wants:
+            num_blocks += want.num_blocks
+            if not self._raise(model, num_blocks, want.rank, now):
+                return
+
+    def _raise(self, model: SimModel, num_blocks: int, rank: Rank, now: int) -> bool:
         per_slab = model.layout.blocks_per_slab
         while (lacking := num_blocks - model.free_blocks) > 0:
             missing = -(-lacking // per_slab)
-            spare = self.free - self._reserved(model)
+            spare = self.free - self._reserved(model, rank)
             room = missing if model.kv_limit is None else model.kv_limit - model.kv_slabs
             count = min(missing, room, spare)
             if count > 0:
                 self.free -= count
                 model.kv_slabs += count
                 continue
-            need = Need(model.name, max(1, missing - spare), arrival_of(model), for_weights=False)
+            need = Need(model.name, max(1, missing - spare), rank, for_weights=False, blocks=lacking)
             if not self._give(need, now):
-                return
+                return False
+        return True
 
     def ensure_weights(self, model: SimModel, now: int) -> bool:
         """Whether the model's activation has what it takes, after asking others for it."""
-        wanted = slabs_to_activate(model) + self._reserved(model)
+        rank = rank_of(model)
+        wanted = slabs_to_activate(model) + self._reserved(model, rank)
         while (missing := wanted - self.free) > 0:
-            need = Need(model.name, missing, arrival_of(model), for_weights=True)
-            if not self._give(need, now):
+            if not self._give(Need(model.name, missing, rank, for_weights=True), now):
                 return False
         return True
 
@@ -92,51 +114,66 @@ class Memory:
             model.kv_slabs -= spare
             self.free += spare
 
-    def _reserved(self, model: SimModel) -> int:
+    def _reserved(self, model: SimModel, rank: Rank) -> int:
         """Slabs for which older requests of models without weights are waiting."""
         waiting = [m for m in self._models.values() if m.state is ModelState.FETCHING and m is not model]
-        if not waiting:
-            return 0
-        rank = (arrival_of(model), model.name)
-        return sum(slabs_to_activate(m) for m in waiting if (arrival_of(m), m.name) < rank)
+        return sum(slabs_to_activate(m) for m in waiting if (rank_of(m), m.name) < (rank, model.name))
 
     def _give(self, need: Need, now: int) -> bool:
-        """One reclaim step; whether asking again makes sense at once."""
-        decision = reclaim.decide(self._snapshot(), need, to_seconds(now))
+        """Have others give what the policy says; whether asking again makes sense at once."""
+        time = to_seconds(now)
+        decisions = reclaim.decide(self._snapshot(now), need, time)
+        if decisions:
+            self._demand.add(need.slabs, time)
+        results = [self._carry_out(decision) for decision in decisions]
+        return any(results)
+
+    def _carry_out(self, decision: reclaim.ReclaimDecision) -> bool:
+        """Whether anything came of it."""
+        model = self._models[decision.model]
         match decision:
-            case None | reclaim.AwaitRetirement():
-                return False
-            case reclaim.TakeEmpty(model=name, slabs=slabs):
-                self._take_empty(name, slabs)
-            case reclaim.PreemptYoungest(model=name):
-                victim = self._models[name]
-                youngest = victim.youngest_running()
-                assert youngest is not None
-                victim.preempt(youngest)
-                self._owner.disturb(victim)
-            case reclaim.CancelLoad(model=name):
-                self._owner.cancel_load(self._models[name])
-            case reclaim.EvictModel(model=name):
-                self._owner.evict(self._models[name])
-            case reclaim.DropOwnCache() | reclaim.DropCache():
+            case reclaim.TakeSlabs(slabs=slabs):
+                return self._take_empty(model, slabs)
+            case reclaim.Preempt(count=count):
+                for _ in range(count):
+                    youngest = model.youngest_running()
+                    assert youngest is not None
+                    model.preempt(youngest)
+                self._owner.disturb(model)
+            case reclaim.CancelLoad():
+                self._owner.cancel_load(model)
+            case reclaim.EvictModel():
+                self._owner.evict(model)
+            case reclaim.DropOwnCache():
                 raise AssertionError("there are no caches to drop")
             case _:
                 assert_never(decision)
         return True
 
-    def _take_empty(self, name: ModelId, slabs: int) -> None:
-        victim = self._models[name]
+    def _take_empty(self, victim: SimModel, slabs: int) -> bool:
+        slabs = min(slabs, victim.empty_slabs)
         victim.kv_slabs -= slabs
         self.free += slabs
         self._owner.disturb(victim)
+        return slabs > 0
 
     # --- what the policy sees -------------------------------------------------------------------------
 
-    def _snapshot(self) -> MemorySnapshot:
+    def _snapshot(self, now: int) -> MemorySnapshot:
         models = self._models.values()
         loading = [m.name for m in models if m.state is ModelState.LOADING and not m.tickets]
-        holdings = tuple(_holding(m) for m in models if m.state in (ModelState.LOADING, ModelState.ACTIVE))
-        return MemorySnapshot(0, holdings, tuple(loading), self._min_residency)
+        threshold = self._idle_threshold
+        return MemorySnapshot(
+            num_retiring=0,
+            unwanted_loads=tuple(loading),
+            holdings=tuple(
+                _holding(m, threshold, now)
+                for m in models
+                if m.state in (ModelState.LOADING, ModelState.ACTIVE)
+            ),
+            min_residency=self._min_residency,
+            expected_demand=self._demand.within_horizon(to_seconds(now)),
+        )
 
     def obtainable(self, model: SimModel) -> int:
         """Slabs that a model could still get without touching a running sequence, within its limit."""
@@ -163,10 +200,10 @@ class Memory:
         assert self.free >= 0 and held + self.free == self.num_slabs
 
 
-def arrival_of(model: SimModel) -> float:
-    """Arrival of the model's oldest request: its rank. Without one it comes behind all."""
+def rank_of(model: SimModel) -> Rank:
+    """Of the model's oldest request; without one it comes behind all."""
     oldest = model.oldest()
-    return float("inf") if oldest is None else to_seconds(oldest.arrival)
+    return LAST_RANK if oldest is None else policy_rank(oldest)
 
 
 def slabs_to_activate(model: SimModel) -> int:
@@ -174,25 +211,35 @@ def slabs_to_activate(model: SimModel) -> int:
     return model.weight_slabs + max(1, model.kv_limit or 0)
 
 
-def _holding(model: SimModel) -> Holding:
-    costs = model.served.costs.shape
-    youngest = model.youngest_running()
-    oldest = model.oldest()
-    shares = model.kv_limit is not None
+def _holding(model: SimModel, idle_threshold: float | None, now: int) -> Holding:
+    costs = model.served.costs
+    has_share = model.kv_limit is not None
+    idle = to_seconds(now - model.last_used)
+    block_seconds = costs.steps.prefill(TYPICAL_PROMPT) / TYPICAL_PROMPT * model.layout.tokens_per_block
     return Holding(
         model=model.name,
         is_active=model.is_active,
         is_pinned=model.is_pinned,
         kv_slabs=model.kv_slabs,
-        kv_floor=model.kv_slabs if shares else 0,
+        kv_floor=model.kv_slabs if has_share else 0,
         kv_limit=model.kv_limit,
+        blocks_per_slab=model.layout.blocks_per_slab,
         empty_slabs=model.empty_slabs,
         gatherable_slabs=model.empty_slabs,
+        num_free_blocks=model.free_blocks,
         num_cached_blocks=0,
-        recompute_cost=2 * costs.num_parameters / costs.kv_bytes_per_token,
-        last_used=to_seconds(model.last_used),
+        block_seconds=block_seconds,
+        reuse_chance=0.0,
+        weight_slabs=model.weight_slabs,
+        load_seconds=costs.activation,
+        return_chance=model.idle_times.return_chance(idle, idle_threshold),
         active_since=to_seconds(model.active_since),
-        is_idle=not model.tickets,
-        oldest_request=None if oldest is None else to_seconds(oldest.arrival),
-        youngest_running=None if youngest is None else to_seconds(youngest.arrival),
+        oldest_request=rank_of(model) if model.tickets else None,
+        running=tuple(_running(model, block_seconds, now)),
     )
+
+
+def _running(model: SimModel, block_seconds: float, now: int) -> Iterator[Running]:
+    for job, blocks in model.running():
+        slack = to_seconds(model.next_due(job) - now)
+        yield Running(policy_rank(job), blocks, blocks * block_seconds, slack)

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from prism.engine.kv_layout import KvLayout, layout_of
+from prism.engine.scheduler import Want
 from prism.errors import ConfigError
 from prism.sim.decoding import DecodeGroup
-from prism.sim.jobs import Job, Served
+from prism.sim.jobs import Job, Served, policy_rank
 from prism.sim.ticks import StepTicks, to_ticks
 from prism.types import Bytes, ModelId, ModelState, RequestId
+from prism.worker.foresight import IdleTimes
 
 
 class Chunk(NamedTuple):
@@ -58,6 +60,7 @@ class SimModel:
         self.last_turn = 0
         self.last_end = 0
         self.last_used = 0
+        self.idle_times = IdleTimes()
         self.active_since = 0
         self.num_activations = 0
         self.num_evictions = 0
@@ -163,9 +166,27 @@ class SimModel:
 
     # --- a step with prompts --------------------------------------------------------------------------
 
+    def running(self) -> list[tuple[Job, int]]:
+        """Sequences with blocks, and how many each holds, oldest first."""
+        prompts = [(job, self.layout.num_blocks(job.computed)) for job in self.prompts]
+        return sorted([*self.decodes.held(), *prompts], key=lambda item: item[0].rank)
+
+    def next_due(self, job: Job) -> int:
+        """When a running sequence's next token is."""
+        return job.due if job.first_token is None else self.last_end + self.tpot
+
     def blocks_wanted(self, budget: int, max_sequences: int) -> int:
         """Free blocks that a step of `budget` tokens could use."""
-        wanted = self.decodes.blocks_for(1)
+        return self.decodes.blocks_for(1) + sum(
+            w.num_blocks for w in self._prompts_want(budget, max_sequences)
+        )
+
+    def wants(self, budget: int, max_sequences: int) -> list[Want]:
+        """The same by sequence: running ones oldest first, then waiting ones."""
+        decodes = [Want(policy_rank(job), 1) for job in self.decodes.wanting()]
+        return [*sorted(decodes), *self._prompts_want(budget, max_sequences)]
+
+    def _prompts_want(self, budget: int, max_sequences: int) -> Iterator[Want]:
         budget -= self.decodes.size
         num_blocks = self.layout.num_blocks
         places = max_sequences - self.decodes.size - len(self.prompts)
@@ -174,8 +195,9 @@ class SimModel:
                 break
             length = min(job.missing, budget)
             budget -= length
-            wanted += num_blocks(job.computed + length) - num_blocks(job.computed)
-        return wanted
+            wanted = num_blocks(job.computed + length) - num_blocks(job.computed)
+            if wanted:
+                yield Want(policy_rank(job), wanted)
 
     def take_chunks(self, budget: int, max_sequences: int) -> list[Chunk]:
         """The prompts' part of a step whose decodes have their blocks already."""

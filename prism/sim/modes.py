@@ -16,6 +16,8 @@ class Limits:
     max_wait: float = 60.0
     request_timeout: float = 600.0
     min_residency: float = 2.0
+    idle_threshold: float | None = None
+    """As `scheduling.idle_threshold`."""
     horizon: float = 0.1
     """Seconds of prompts that engines may hold when requests go by deadlines."""
     quantum: float = 10.0

@@ -191,7 +191,7 @@ class Stepper:
         has_prompts = bool(model.prompts or model.waiting)
         wanted = model.blocks_wanted(budget, size) if has_prompts else model.decodes.blocks_for(1)
         if wanted > model.free_blocks:
-            self._memory.ensure_kv(model, wanted, now)
+            self._memory.ensure_kv(model, model.wants(budget, size), now)
             model.make_room_for_decodes()
         has_decodes = model.decodes.size > 0
         if has_decodes:

@@ -87,8 +87,7 @@ class EarlySteps:
         budget = turns.decide_early(arrival_of(model, self._models, self._max_batch_tokens))
         if budget is None or now < model.stalled_until:
             return False
-        wanted = engine.scheduler.blocks_wanted(budget)
-        self._reclaimer.ensure_kv(model, wanted, self._reclaimer.rank(model), now)
+        self._reclaimer.ensure_kv(model, engine.scheduler.wants(budget), now)
         step = engine.schedule(budget)
         if step is None:
             model.stalled_until = now + self._patience

@@ -29,6 +29,7 @@ from prism.worker.kv_costs import (
     LEAST_TOKENS,
     Average,
     BlockCosts,
+    again,
     block_costs,
     is_worth_fetching,
     is_worth_saving,
@@ -153,6 +154,11 @@ class HostKv:
             fetching=self.fetching.value,
         )
 
+    def block_seconds(self, model: ModelId) -> float:
+        """To have a block again that is dropped; 0 for a model that has never been active."""
+        member = self._members.get(model)
+        return 0.0 if member is None else again(self.costs(member), has_host=self._chunks is not None)
+
     # --- models ------------------------------------------------------------------------------------
 
     def open(self, model: Model, weights: bytes) -> None:
@@ -164,8 +170,7 @@ class HostKv:
         member = self._members.get(model.name)
         if member is None or member.identity != identity:
             self.blocks.forget(model.name)
-            operations = profile.recompute_cost * profile.spec.kv_bytes_per_token
-            guess = Average(self._device.backend.guess.operations / operations)
+            guess = Average(self._device.backend.guess.operations / profile.operations_per_token)
             member = self._members[model.name] = _Member(model.name, profile.kv, identity, guess)
         engine.scheduler.host = None if self._chunks is None else _Tier(self, member)
 

@@ -66,6 +66,11 @@ def block_costs(
     )
 
 
+def again(costs: BlockCosts, *, has_host: bool) -> float:
+    """Seconds to have a block again that loses its place, by the quicker way."""
+    return min(costs.compute, costs.save + costs.fetch) if has_host else costs.compute
+
+
 def is_worth_saving(costs: BlockCosts) -> bool:
     """Both ways together are quicker than computing it again."""
     return costs.save + costs.fetch < costs.compute

@@ -40,6 +40,7 @@ from prism.worker.cost_book import CostBook
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
 from prism.worker.entry import check_submit
+from prism.worker.holdings import Holdings
 from prism.worker.host_chunks import Chunks
 from prism.worker.host_kv import HostKv
 from prism.worker.loading import Fetch, JobEvent, Jobs, Loaded, Unloaded
@@ -113,9 +114,16 @@ class Worker:
             device, jobs, outbox, fetch, link, registrations, self.host, clock, self.max_batch_size
         )
         self.residency.worker_id = name
-        self.reclaimer = Reclaimer(
-            device, self.models, self.requests, self.evict, self.host, self.limits.min_residency
+        self.holdings = Holdings(
+            device.pool,
+            self.models,
+            self.requests,
+            self.host,
+            self.costs,
+            min_residency=self.limits.min_residency,
+            idle_threshold=config.scheduling.idle_threshold,
         )
+        self.reclaimer = Reclaimer(device, self.models, self.holdings, self.evict, self.host)
         self._stepper = Stepper(
             device,
             self.models,
@@ -154,9 +162,15 @@ class Worker:
             return
         deadline = submit.arrival + (submit.slo.ttft if self.rules.by_deadline else FAR)
         ticket.queue_position, ticket.estimated_seconds = estimate(self, self.models[ticket.model], deadline)
+        self._note_return(self.models[ticket.model])
         self.requests.add(ticket)
         self._needs_admission = True
         self.residency.want(self.models[ticket.model])
+
+    def _note_return(self, model: Model) -> None:
+        """If the model was idle, for how long tells when it may come back another time."""
+        if model.last_used and not self.requests.of_model(model.name):
+            model.idle_times.add(self._clock() - model.last_used)
 
     def learn(self, model: Model) -> None:
         """What the model's directory tells, as soon as anybody asks for it."""

@@ -14,6 +14,7 @@ from prism.memory.arena import Arena
 from prism.modelspec import ModelSpec, read_spec
 from prism.types import Bytes, ModelId, ModelState, SlabId
 from prism.weights.layout import Layout, plan_layout
+from prism.worker.foresight import IdleTimes, UseTimes
 from prism.worker.lanes import Flight, Lane
 from prism.worker.loading import Load
 from prism.worker.usage import Usage
@@ -30,8 +31,8 @@ class Profile:
     """Weights and rotary table, in whole slabs."""
     rotary_offset: Bytes
     weight_slabs: int
-    recompute_cost: float
-    """Floating-point operations per byte of KV."""
+    operations_per_token: float
+    """Floating-point operations of a prompt's token, attention apart."""
 
 
 def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
@@ -60,7 +61,7 @@ def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
         arena_bytes=Bytes(slabs * slab_bytes),
         rotary_offset=rotary_offset,
         weight_slabs=slabs,
-        recompute_cost=2 * weights.num_parameters / spec.kv_bytes_per_token,
+        operations_per_token=2.0 * weights.num_parameters,
     )
 
 
@@ -114,6 +115,9 @@ class Model:
     """From the wish for it to its activity, the last time."""
     num_activations: int = 0
     num_evictions: int = 0
+    idle_times: IdleTimes = field(default_factory=IdleTimes)
+    use_times: UseTimes = field(default_factory=UseTimes)
+    """Of its prefix cache, since it was loaded."""
     usage: Usage = field(default_factory=Usage)
     load_commands: list[int] = field(default_factory=list)
     evict_commands: list[int] = field(default_factory=list)

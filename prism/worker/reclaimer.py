@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import assert_never
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, assert_never
 
 from prism.engine.kv_blocks import DroppedGroup, Gathered
+from prism.engine.scheduler import Want
 from prism.memory.slabs import KvOwner
-from prism.types import LaneId, SlabId
+from prism.types import LaneId, ModelId, Rank, SlabId
 from prism.worker import reclaim
 from prism.worker.device import Device
+from prism.worker.foresight import RecentDemand
+from prism.worker.holdings import Holdings
 from prism.worker.host_kv import HostKv
 from prism.worker.models import Model
-from prism.worker.requests import Requests
-from prism.worker.snapshot import Holding, MemorySnapshot, Need
+from prism.worker.snapshot import Need
+
+REFUSED_SECONDS = 0.05
+"""A need for which nobody had anything to give is looked at again then, or when there is more: a model that
+goes on without would ask at each step, and where hundreds of sequences run an answer takes a millisecond."""
+
+
+class _Refused(NamedTuple):
+    """A need that nobody could or had to meet, and what there was then."""
+
+    need: Need
+    outline: tuple[int, ...]
 
 
 class Reclaimer:
@@ -22,59 +35,77 @@ class Reclaimer:
     def __init__(
         self,
         device: Device,
-        models: dict[str, Model],
-        requests: Requests,
+        models: Mapping[str, Model],
+        holdings: Holdings,
         evict: Callable[[Model], None],
         host: HostKv,
-        min_residency: float,
     ) -> None:
         self._device = device
         self._host = host
         self._pool = device.pool
         self._models = models
-        self._requests = requests
+        self._holdings = holdings
         self._evict = evict
-        self._min_residency = min_residency
+        self._demand = RecentDemand()
+        self._refused: dict[ModelId, _Refused] = {}
+        self._ask_again = 0.0
+        self.rank = holdings.rank
 
     # --- getting memory -----------------------------------------------------------------------------
 
-    def ensure_kv(self, model: Model, num_blocks: int, arrival: float, now: float) -> None:
-        """Raise a model's free blocks to `num_blocks`, as far as memory and rank allow."""
+    def ensure_kv(self, model: Model, wants: Sequence[Want], now: float) -> None:
+        """Free blocks for what a model's sequences want, as far as memory and their ranks allow.
+
+        Each asks with its own rank for itself and those before it: a young one in the company of an old one
+        would take memory from others that are older, and they would take it back.
+        """
         kv = model.kv
-        assert kv is not None and model.lane is not None
-        while kv.num_free < num_blocks:
-            missing = -(-(num_blocks - kv.num_free) // kv.layout.blocks_per_slab)
-            if self._grow(model, missing, arrival):
-                continue
-            lacking = max(1, missing - self._spare(model, arrival, model.lane.lane_id))
-            need = Need(model.name, lacking, arrival, for_weights=False)
-            if not self._give(model, need, now):
+        assert kv is not None
+        if sum(want.num_blocks for want in wants) <= kv.num_free:
+            return
+        num_blocks = 0
+        for want in wants:
+            num_blocks += want.num_blocks
+            if not self._raise(model, num_blocks, want.rank, now):
                 return
 
-    def _grow(self, model: Model, count: int, arrival: float) -> bool:
+    def _raise(self, model: Model, num_blocks: int, rank: Rank, now: float) -> bool:
+        """Raise a model's free blocks to `num_blocks`; whether they suffice."""
+        kv = model.kv
+        assert kv is not None and model.lane is not None
+        while (blocks := num_blocks - kv.num_free) > 0:
+            missing = -(-blocks // kv.layout.blocks_per_slab)
+            if self._grow(model, missing, rank):
+                continue
+            lacking = max(1, missing - self._spare(model, rank, model.lane.lane_id))
+            if not self._give(model, Need(model.name, lacking, rank, for_weights=False, blocks=blocks), now):
+                return False
+        return True
+
+    def _grow(self, model: Model, count: int, rank: Rank) -> bool:
         """Take free slabs that no older need is waiting for, within the model's limit."""
         kv = model.kv
         assert kv is not None
         assert model.lane is not None
         lane = model.lane.lane_id
         room = count if model.kv_limit is None else model.kv_limit - kv.num_slabs
-        count = min(count, room, self._spare(model, arrival, lane))
+        count = min(count, room, self._spare(model, rank, lane))
         if count <= 0:
             return False
         for slab in self._pool.take(KvOwner(model.name), count, lane):
             kv.add_slab(slab)
         return True
 
-    def _spare(self, model: Model, arrival: float, lane: LaneId) -> int:
+    def _spare(self, model: Model, rank: Rank, lane: LaneId) -> int:
         """Slabs that the model may take: none that an older need waits for. Negative if that lacks some."""
-        return self._pool.num_available(lane) - self._reserved(model, arrival)
+        return self._pool.num_available(lane) - self._reserved(model, rank)
 
-    def _reserved(self, model: Model, arrival: float) -> int:
+    def _reserved(self, model: Model, rank: Rank) -> int:
         """Slabs for which older requests of models without weights are waiting."""
         return sum(
             slabs_to_activate(other)
             for other in self._models.values()
-            if other.is_waiting_for_slabs and (self.rank(other), other.name) < (arrival, model.name)
+            if other.is_waiting_for_slabs and (self.rank(other), other.name) < (rank, model.name)
         )
 
     def ensure_weights(self, model: Model, now: float) -> bool:
@@ -82,38 +113,47 @@ class Reclaimer:
 
         What an older need waits for is not taken, or smaller models could starve a large one.
         """
-        arrival = self.rank(model)
-        wanted = slabs_to_activate(model) + self._reserved(model, arrival)
+        rank = self.rank(model)
+        wanted = slabs_to_activate(model) + self._reserved(model, rank)
         while (missing := wanted - self._pool.num_free) > 0:
-            need = Need(model.name, missing, arrival, for_weights=True)
-            if not self._give(model, need, now):
+            if not self._give(model, Need(model.name, missing, rank, for_weights=True), now):
                 return False
         return True
 
     def _give(self, model: Model, need: Need, now: float) -> bool:
-        """One reclaim step; whether asking again makes sense at once."""
-        decision = reclaim.decide(self.snapshot(), need, now)
+        """Have others give what the policy says; whether asking again makes sense at once."""
+        refused = _Refused(need, self._holdings.outline())
+        if self._refused.get(model.name) == refused and now < self._ask_again:
+            return False
+        snapshot = self._holdings.snapshot(self._demand.within_horizon(now), now)
+        decisions = reclaim.decide(snapshot, need, now)
+        if decisions:
+            self._demand.add(need.slabs, now)
+        else:
+            self._refused[model.name], self._ask_again = refused, now + REFUSED_SECONDS
+        results = [self._carry_out(decision) for decision in decisions]
+        return any(results)
+
+    def _carry_out(self, decision: reclaim.ReclaimDecision) -> bool:
+        """Whether anything came of it."""
+        model = self._models[decision.model]
         match decision:
-            case None | reclaim.AwaitRetirement():
-                return False
-            case reclaim.TakeEmpty(model=name, slabs=slabs) | reclaim.DropCache(model=name, slabs=slabs):
-                return self._release_slabs(self._models[name], slabs) > 0
-            case reclaim.DropOwnCache():
+            case reclaim.TakeSlabs(slabs=slabs):
+                return self._release_slabs(model, slabs) > 0
+            case reclaim.DropOwnCache(blocks=blocks):
                 assert model.kv is not None
-                dropped = model.kv.drop_cached(model.kv.layout.blocks_per_slab)
+                dropped = model.kv.drop_cached(blocks)
                 self._host.save_dropped(model, dropped)
                 return bool(dropped)
-            case reclaim.PreemptYoungest(model=name):
-                engine = self._models[name].engine
-                assert engine is not None
-                return engine.scheduler.preempt_youngest() is not None
-            case reclaim.CancelLoad(model=name):
-                load = self._models[name].load
-                assert load is not None
-                load.cancel()
+            case reclaim.Preempt(count=count):
+                assert model.engine is not None
+                return model.engine.scheduler.preempt_youngest(count) > 0
+            case reclaim.CancelLoad():
+                assert model.load is not None
+                model.load.cancel()
                 return True
-            case reclaim.EvictModel(model=name):
-                self._evict(self._models[name])
+            case reclaim.EvictModel():
+                self._evict(model)
                 return True
             case _:
                 assert_never(decision)
@@ -123,7 +163,10 @@ class Reclaimer:
     def _release_slabs(self, victim: Model, count: int) -> int:
         """Gather up to `count` slabs of a model's KV and give them back; returns how many."""
         assert victim.kv is not None
-        return self._free(victim, victim.kv.gather(count))
+        released = 0
+        while released < count and (freed := self._free(victim, victim.kv.gather(count - released))):
+            released += freed
+        return released
 
     def _free(self, victim: Model, gathered: Gathered) -> int:
         """Copy what has to move and what is worth saving, and give the slabs back."""
@@ -177,51 +220,6 @@ class Reclaimer:
         assert model.kv is not None and not model.kv.num_used
         self._free(model, model.kv.gather(model.kv.num_slabs))
         assert model.kv.num_slabs == 0
-
-    # --- what the policy sees -----------------------------------------------------------------------
-
-    def rank(self, model: Model) -> float:
-        """Arrival of the model's oldest request; commands and preloads come behind all requests."""
-        arrivals = [ticket.submit.arrival for ticket in self._requests.of_model(model.name)]
-        return min(arrivals, default=float("inf"))
-
-    def snapshot(self) -> MemorySnapshot:
-        """All holdings, as values."""
-        coming, unwanted = 0, []
-        for model in self._models.values():
-            if model.load is not None and model.load.is_cancelled:
-                coming += len(model.weight_slabs) + (0 if model.kv is None else model.kv.num_slabs)
-            elif model.load is not None and not model.is_wanted and not self._requests.of_model(model.name):
-                unwanted.append(model.name)
-        return MemorySnapshot(
-            num_retiring=self._pool.num_retiring + coming,
-            unwanted_loads=tuple(unwanted),
-            holdings=tuple(self._holding(m) for m in self._models.values() if m.kv is not None),
-            min_residency=self._min_residency,
-        )
-
-    def _holding(self, model: Model) -> Holding:
-        kv, profile = model.kv, model.profile
-        assert kv is not None and profile is not None
-        tickets = self._requests.of_model(model.name)
-        running = () if model.engine is None else model.engine.scheduler.running
-        return Holding(
-            model=model.name,
-            is_active=model.is_active,
-            is_pinned=model.pinned,
-            kv_slabs=kv.num_slabs,
-            kv_floor=model.kv_floor,
-            kv_limit=model.kv_limit,
-            empty_slabs=kv.num_empty_slabs,
-            gatherable_slabs=kv.num_gatherable,
-            num_cached_blocks=kv.num_cached,
-            recompute_cost=profile.recompute_cost,
-            last_used=model.last_used,
-            active_since=model.active_since,
-            is_idle=not tickets,
-            oldest_request=min((t.submit.arrival for t in tickets), default=None),
-            youngest_running=running[-1].arrival if running else None,
-        )
 
 
 def slabs_to_activate(model: Model) -> int:

@@ -31,6 +31,7 @@ from prism.weights.link import Link
 from prism.weights.registrations import Registrations
 from prism.weights.transfers import Places
 from prism.worker.device import Device
+from prism.worker.foresight import UseTimes
 from prism.worker.host_kv import HostKv
 from prism.worker.loading import Fetch, Jobs, Load, LoadCancelled, Loaded, LoadPlan, Unloaded, unload
 from prism.worker.models import Model, Profile, read_profile
@@ -125,6 +126,7 @@ class Residency:
         pool = self._device.pool
         model.weight_slabs = pool.take(WeightsOwner(model.name), profile.weight_slabs)
         model.kv = KvSpace(profile.kv)
+        model.use_times = UseTimes()
         for slab in pool.take(KvOwner(model.name), slabs_to_activate(model) - profile.weight_slabs):
             model.kv.add_slab(slab)
         try:

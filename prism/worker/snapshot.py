@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prism.costs import StepCosts
-from prism.types import ModelId, ModelState, RequestId
+from prism.types import ModelId, ModelState, Rank, RequestId
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,21 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
+class Running:
+    """A sequence that holds blocks."""
+
+    rank: Rank
+    num_blocks: int
+    """Shared ones included."""
+    seconds: float
+    """To have its blocks again after it has given them up."""
+    slack: float
+    """Seconds until its next token is due."""
+
+
+@dataclass(frozen=True, slots=True)
 class Holding:
-    """What a model holds of the device's memory, in slabs, and on what terms it gives it up."""
+    """What a model holds of the device's memory, and on what terms it gives it up."""
 
     model: ModelId
     is_active: bool
@@ -122,20 +135,25 @@ class Holding:
     kv_slabs: int
     kv_floor: int
     kv_limit: int | None
+    blocks_per_slab: int
     empty_slabs: int
     gatherable_slabs: int
     """Slabs that dropping the whole prefix cache would free, empty ones included."""
+    num_free_blocks: int
     num_cached_blocks: int
-    recompute_cost: float
-    """Floating-point operations per byte of KV that a dropped block costs when it is needed again."""
-    last_used: float
+    block_seconds: float
+    """To have a block again that was dropped: to compute it, or to copy it to host memory and back."""
+    reuse_chance: float
+    """That the cached block which was used least recently is used again soon."""
+    weight_slabs: int
+    load_seconds: float
+    return_chance: float
+    """That a model without requests gets one soon."""
     active_since: float
-    is_idle: bool
-    """No sequence runs and no request waits."""
-    oldest_request: float | None
-    """Arrival of its oldest request, waiting or running."""
-    youngest_running: float | None
-    """Arrival of the youngest request that holds blocks."""
+    oldest_request: Rank | None
+    """Its oldest request, waiting or running; None if it is idle."""
+    running: tuple[Running, ...]
+    """Oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +167,18 @@ class MemorySnapshot:
     """Models on their way in that nobody waits for any more."""
     min_residency: float
     """Seconds that a busy model keeps its weights before an older request of another may take them."""
+    expected_demand: float = 0.0
+    """Slabs that are going to be asked for soon, as far as the recent past tells."""
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Slabs wanted by a model beyond the free ones; ranked by the arrival of its oldest request."""
+    """Memory that a model wants beyond what is free."""
 
     model: ModelId
     slabs: int
-    arrival: float
+    rank: Rank
+    """Of the sequence that lacks memory, or of the oldest request that waits for weights."""
     for_weights: bool
+    blocks: int = 0
+    """Blocks of its own that would do as well; 0 for weights."""

@@ -127,8 +127,7 @@ class Stepper:
         engine = model.engine
         assert engine is not None
         model.last_turn = now
-        wanted = engine.scheduler.blocks_wanted(turn.budget)
-        self._reclaimer.ensure_kv(model, wanted, self._reclaimer.rank(model), now)
+        self._reclaimer.ensure_kv(model, engine.scheduler.wants(turn.budget), now)
         step = engine.schedule(turn.budget)
         if step is None:
             model.stalled_until = now + self._patience
@@ -246,6 +245,8 @@ class Stepper:
         """Send a step's tokens and close what has ended."""
         now = self._clock()
         model.last_used = now
+        if model.kv is not None:
+            model.use_times.saw(model.kv.num_uses, now)
         model.usage.decoded_tokens += len(drawn)
         pairs = []
         for item in drawn:

@@ -28,6 +28,10 @@ def sequence(name: str, choice: int = 0, prompt: list[int] = PROMPT) -> Sequence
     return Sequence(RequestId(name), choice, len(prompt), list(prompt), params, 0.0, max_len=100)
 
 
+def wanted(scheduler: Scheduler) -> int:
+    return sum(want.num_blocks for want in scheduler.wants(100))
+
+
 def ran(scheduler: Scheduler, step: Step | None) -> None:
     """The step has run; each sequence that it sampled got a token."""
     assert step is not None
@@ -39,32 +43,32 @@ def ran(scheduler: Scheduler, step: Step | None) -> None:
     scheduler.computed(step)
 
 
-def test_blocks_wanted_knows_the_prefix_cache() -> None:
+def test_what_a_step_wants_knows_the_prefix_cache() -> None:
     """A step asked for, and took from other models, blocks that its prompts' prefixes already had."""
     scheduler = make(Slots(8))
     scheduler.add(sequence("first"))
-    assert scheduler.blocks_wanted(100) == 5
+    assert wanted(scheduler) == 5
     ran(scheduler, scheduler.schedule(100))
     scheduler.add(sequence("second"))
-    assert scheduler.blocks_wanted(100) == 1  # 4 of 5 blocks are shared; the first needs no new one
+    assert wanted(scheduler) == 1  # 4 of 5 blocks are shared; the first needs no new one
 
 
-def test_blocks_wanted_counts_only_what_the_step_could_take() -> None:
+def test_what_a_step_wants_counts_only_what_the_step_could_take() -> None:
     """Memory was taken from other models for sequences that had to wait for something else anyway."""
     scheduler = make(Slots(1))
     scheduler.add(sequence("r", choice=0))
     scheduler.add(sequence("r", choice=1))
     scheduler.add(sequence("s"))
-    assert scheduler.blocks_wanted(100) == 5  # one place
+    assert wanted(scheduler) == 5  # one place
     scheduler = make(Slots(8))
     scheduler.add(sequence("r", choice=0))
     ran(scheduler, scheduler.schedule(10))
     scheduler.add(sequence("r", choice=1))
-    assert scheduler.blocks_wanted(100) == 2  # the second choice waits for the prompt that they share
+    assert wanted(scheduler) == 2  # the second choice waits for the prompt that they share
     preempted = sequence("s")
     preempted.num_pending = 1
     scheduler.add(preempted)
-    assert scheduler.blocks_wanted(100) == 2
+    assert wanted(scheduler) == 2
 
 
 def test_a_step_enters_no_more_blocks_than_the_lane_takes() -> None:
@@ -139,7 +143,7 @@ def test_a_prefix_is_fetched_and_not_computed() -> None:
     tier = scheduler.host = Tier(waiting(prompt).full_keys(4, 17))
     choice = waiting(prompt)
     scheduler.add(choice)
-    assert scheduler.blocks_wanted(100) == 5
+    assert wanted(scheduler) == 5
     step = scheduler.schedule(100)
     assert step is not None
     ((_, start, length, samples),) = step.chunks
@@ -158,7 +162,7 @@ def test_pieces_on_the_device_and_in_host_memory_take_turns() -> None:
     scheduler.host = Tier([keys[0], *keys[3:]])
     choice = waiting(prompt)
     scheduler.add(choice)
-    assert scheduler.blocks_wanted(100) == 5
+    assert wanted(scheduler) == 5
     step = scheduler.schedule(100)
     assert step is not None and step.chunks[0].start == 28
     assert len(step.fetches) == 4 and [choice.blocks[i] for i in (1, 2, 5)] == here
@@ -171,13 +175,13 @@ def test_what_lacks_blocks_to_fetch_computes_one_and_looks_again() -> None:
     scheduler.host = Tier(waiting(prompt).full_keys(4, 41))
     choice = waiting(prompt)
     scheduler.add(choice)
-    assert scheduler.blocks_wanted(100) == 11
+    assert wanted(scheduler) == 11
     step = scheduler.schedule(100)
     assert step is not None
     assert (len(step.fetches), step.chunks[0].start, step.chunks[0].length) == (3, 12, 4)
     scheduler.kv.add_slab(SlabId(1))
     scheduler.kv.add_slab(SlabId(2))
-    assert scheduler.blocks_wanted(100) == 7
+    assert wanted(scheduler) == 7
     step = scheduler.schedule(100)  # the one before may still be queued
     assert step is not None
     assert (len(step.fetches), step.chunks[0].start, step.chunks[0].length) == (6, 40, 2)
@@ -208,6 +212,6 @@ def test_a_preempted_sequence_leaves_its_blocks_to_be_found() -> None:
     choice = waiting(list(range(18)))
     scheduler.add(choice)
     assert scheduler.schedule(100) is not None
-    assert scheduler.preempt_youngest() is choice
+    assert scheduler.preempt_youngest(2) == 1
     assert scheduler.kv.num_cached == 4 and scheduler.kv.num_used == 0
     scheduler.kv.check()

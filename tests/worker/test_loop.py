@@ -12,7 +12,7 @@ from prism.errors import NotHeld
 from prism.memory.failing import FailingDriver
 from prism.memory.host import HostDriver
 from prism.messages import Activate, Evict, ResumedChoice, SetLimits
-from prism.types import Bytes, ModelId, ModelState, RequestId
+from prism.types import Bytes, ModelId, ModelState
 from prism.weights.client import PackedWeights
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.local_worker import GATEWAY, SLAB, LocalWorker
@@ -329,9 +329,9 @@ def test_running_work_gives_way_only_to_older_requests(start: Any) -> None:
     model = local.worker.models["llama"]
     assert model.engine is not None
     assert [s.request_id for s in model.engine.scheduler.running] == ["old", "young"]
-    model.engine.scheduler.preempt_youngest()
-    held = local.worker.reclaimer.snapshot().holdings[0]
-    assert held.youngest_running == local.worker.requests.get(RequestId("old")).submit.arrival  # type: ignore[union-attr]
+    model.engine.scheduler.preempt_youngest(1)
+    held = local.worker.holdings.snapshot(0.0, local.now).holdings[0]
+    assert [sequence.rank[1] for sequence in held.running] == ["old"]
     local.run()
 
 

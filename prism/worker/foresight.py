@@ -1,0 +1,126 @@
+"""How likely what a model holds is needed again soon, from what has been seen of it. Pure.
+
+Memory that is taken is held for some seconds, so *soon* is the same for all that could be given up: within
+`HORIZON`. How long something has not been used tells most: times between uses have long tails, so the longer
+a gap has lasted, the longer it goes on. Where nothing is known, it outlasts `x` seconds with probability
+`1 / (1 + x / PRIOR)` (Lomax). A model's own gaps replace that as they are seen, in a histogram, as in the
+policies that decide how long functions of serverless platforms are kept warm (Shahrad et al., "Serverless in
+the Wild", ATC '20).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from math import exp, log2
+
+HORIZON = 10.0
+"""Seconds that memory is held, roughly: as long as a request takes."""
+PRIOR = 10.0
+"""Seconds that half of all gaps outlast, before any were seen."""
+WEIGHT = 2.0
+"""Of what is believed beforehand, in gaps."""
+FORGETTING = 0.95
+"""What a gap still weighs when another one has been seen."""
+LEAST_GAP = 1 / 64
+NUM_BUCKETS = 24
+"""Each twice as long as the one before; the last one begins after a day and a half."""
+LEAST_STEP = 1.0
+"""Seconds between two readings of the latest serial number."""
+READINGS = 64
+
+
+def outlasts(seconds: float) -> float:
+    """The probability that a gap of which nothing is known lasts longer."""
+    return 1 / (1 + seconds / PRIOR)
+
+
+def reuse_chance(age: float) -> float:
+    """The probability that a cached block is used within `HORIZON`, `age` seconds after its last use."""
+    return 1 - outlasts(age + HORIZON) / outlasts(age)
+
+
+class IdleTimes:
+    """Gaps between the work of one model: how long it was idle each time."""
+
+    def __init__(self) -> None:
+        self._counts = [0.0] * NUM_BUCKETS
+        self._total = 0.0
+
+    def add(self, seconds: float) -> None:
+        """It has work again after so long."""
+        self._counts = [count * FORGETTING for count in self._counts]
+        place = 0 if seconds <= LEAST_GAP else min(NUM_BUCKETS - 1, int(log2(seconds / LEAST_GAP)) + 1)
+        self._counts[place] += 1.0
+        self._total = self._total * FORGETTING + 1.0
+
+    def return_chance(self, age: float, threshold: float | None = None) -> float:
+        """The probability that a model which has been idle for `age` seconds has work within `HORIZON`.
+
+        With a `threshold`, the published rule instead: certain before it, impossible from then on.
+        """
+        if threshold is not None:
+            return 0.0 if age >= threshold else 1.0
+        now = self._outlasting(age)
+        return 1 - self._outlasting(age + HORIZON) / now
+
+    def _outlasting(self, seconds: float) -> float:
+        """Gaps that last longer, of those seen and those believed; within a bucket evenly spread."""
+        seen = 0.0
+        for place, count in enumerate(self._counts):
+            if count:
+                begin = 0.0 if place == 0 else LEAST_GAP * 2.0 ** (place - 1)
+                end = LEAST_GAP * 2.0**place
+                seen += count * min(1.0, max(0.0, (end - seconds) / (end - begin)))
+        return seen + WEIGHT * outlasts(seconds)
+
+
+class UseTimes:
+    """When blocks were last used, from their serial numbers: a clock beside a cache that knows no time.
+
+    Its readings lie the further apart the older they are, so that a few of them reach back for weeks.
+    """
+
+    def __init__(self) -> None:
+        self._levels: list[list[tuple[int, float]]] = [[]]
+        """(serial number, time); each level is older than the one before, its readings twice as far apart."""
+
+    def saw(self, serial: int, now: float) -> None:
+        """Serial numbers up to this one have been given out by now."""
+        newest = self._levels[0]
+        if newest and now - newest[-1][1] < LEAST_STEP:
+            return
+        newest.append((serial, now))
+        for level, readings in enumerate(self._levels):
+            if len(readings) <= READINGS:
+                return
+            if level + 1 == len(self._levels):
+                self._levels.append([])
+            self._levels[level + 1].append(readings[0])
+            del readings[:2]
+
+    def age(self, serial: int, now: float) -> float:
+        """Seconds since this number was given out, or up to a few per cent less; 0 if that was just now."""
+        later = now
+        for readings in self._levels:
+            if readings and readings[0][0] < serial:
+                place = bisect_left(readings, (serial, 0.0))
+                return now - (readings[place][1] if place < len(readings) else later)
+            later = readings[0][1] if readings else later
+        return max(0.0, now - later)
+
+
+class RecentDemand:
+    """Slabs that have been asked of others lately: about as many are going to be."""
+
+    def __init__(self) -> None:
+        self._slabs = 0.0
+        self._time = 0.0
+
+    def add(self, slabs: int, now: float) -> None:
+        """So many more."""
+        self._slabs = self.within_horizon(now) + slabs
+        self._time = now
+
+    def within_horizon(self, now: float) -> float:
+        """Those of the last `HORIZON` seconds, older ones fading."""
+        return self._slabs * exp(-max(0.0, now - self._time) / HORIZON)

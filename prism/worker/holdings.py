@@ -1,0 +1,106 @@
+"""What `reclaim.py` decides on: everybody's memory as values, and what it would cost to have it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prism.memory.pool import SlabPool
+from prism.types import LAST_RANK, Rank
+from prism.worker.cost_book import CostBook
+from prism.worker.foresight import reuse_chance
+from prism.worker.host_kv import HostKv
+from prism.worker.models import Model
+from prism.worker.requests import Requests
+from prism.worker.snapshot import Holding, MemorySnapshot, Running
+
+
+class Holdings:
+    """Takes the snapshots of one device's memory."""
+
+    def __init__(
+        self,
+        pool: SlabPool,
+        models: Mapping[str, Model],
+        requests: Requests,
+        host: HostKv,
+        costs: CostBook,
+        *,
+        min_residency: float,
+        idle_threshold: float | None,
+    ) -> None:
+        """Without an `idle_threshold` models are kept by how they came back before."""
+        self._pool = pool
+        self._models = models
+        self._requests = requests
+        self._host = host
+        self._costs = costs
+        self._min_residency = min_residency
+        self._idle_threshold = idle_threshold
+
+    def rank(self, model: Model) -> Rank:
+        """Of the model's oldest request; commands and preloads come behind all requests."""
+        return self._oldest(model) or LAST_RANK
+
+    def _oldest(self, model: Model) -> Rank | None:
+        tickets = self._requests.of_model(model.name)
+        return min(((t.submit.arrival, t.request_id, 0) for t in tickets), default=None)
+
+    def outline(self) -> tuple[int, ...]:
+        """Numbers that stay the same as long as nobody has more to give than before; quick to take."""
+        numbers = [self._pool.num_retiring]
+        for model in self._models.values():
+            if model.kv is not None and model.engine is not None:
+                numbers += (model.kv.num_gatherable, len(model.engine.scheduler.running))
+        return tuple(numbers)
+
+    def snapshot(self, expected_demand: float, now: float) -> MemorySnapshot:
+        """All holdings."""
+        coming, unwanted = 0, []
+        for model in self._models.values():
+            if model.load is not None and model.load.is_cancelled:
+                coming += len(model.weight_slabs) + (0 if model.kv is None else model.kv.num_slabs)
+            elif model.load is not None and not model.is_wanted and not self._requests.of_model(model.name):
+                unwanted.append(model.name)
+        return MemorySnapshot(
+            num_retiring=self._pool.num_retiring + coming,
+            unwanted_loads=tuple(unwanted),
+            holdings=tuple(self._holding(m, now) for m in self._models.values() if m.kv is not None),
+            min_residency=self._min_residency,
+            expected_demand=expected_demand,
+        )
+
+    def _holding(self, model: Model, now: float) -> Holding:
+        kv, costs = model.kv, self._costs.of(model.name)
+        assert kv is not None
+        block_seconds = self._host.block_seconds(model.name)
+        idle = max(0.0, now - model.last_used)
+        return Holding(
+            model=model.name,
+            is_active=model.is_active,
+            is_pinned=model.pinned,
+            kv_slabs=kv.num_slabs,
+            kv_floor=model.kv_floor,
+            kv_limit=model.kv_limit,
+            blocks_per_slab=kv.layout.blocks_per_slab,
+            empty_slabs=kv.num_empty_slabs,
+            gatherable_slabs=kv.num_gatherable,
+            num_free_blocks=kv.num_free,
+            num_cached_blocks=kv.num_cached,
+            block_seconds=block_seconds,
+            reuse_chance=reuse_chance(model.use_times.age(kv.oldest_use, now)),
+            weight_slabs=len(model.weight_slabs),
+            load_seconds=0.0 if costs is None else costs.activation,
+            return_chance=model.idle_times.return_chance(idle, self._idle_threshold),
+            active_since=model.active_since,
+            oldest_request=self._oldest(model),
+            running=tuple(self._running(model, block_seconds, now)),
+        )
+
+    def _running(self, model: Model, block_seconds: float, now: float) -> Iterator[Running]:
+        if model.engine is None:
+            return
+        for sequence in model.engine.scheduler.running:
+            ticket = self._requests.get(sequence.request_id)
+            blocks = len(sequence.blocks)
+            slack = 0.0 if ticket is None else ticket.next_deadline - now
+            yield Running(sequence.rank, blocks, blocks * block_seconds, slack)
