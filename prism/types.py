@@ -15,6 +15,7 @@ ModelId = NewType("ModelId", str)
 RequestId = NewType("RequestId", str)
 WorkerId = NewType("WorkerId", str)
 GatewayId = NewType("GatewayId", str)
+TenantId = NewType("TenantId", str)
 LaneId = NewType("LaneId", int)
 SlabId = NewType("SlabId", int)
 BlockId = NewType("BlockId", int)
@@ -39,6 +40,15 @@ class Stamp(NamedTuple):
 
     lane: LaneId
     step: int
+
+
+class Tenant(NamedTuple):
+    """Who sends requests with one or several API keys."""
+
+    name: TenantId
+    weight: float
+    part: float
+    """Its weight of those of all configured tenants together."""
 
 
 class FinishReason(StrEnum):
