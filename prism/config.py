@@ -21,7 +21,8 @@ from pydantic import (
 )
 
 from prism.modes import RULES, Mode
-from prism.types import GiB, MiB, Quantization, Slo
+from prism.tenants import ApiKey, ApiKeyConfig, key_problems, tenants_of
+from prism.types import GiB, MiB, Quantization, Slo, Tenant
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TIMES = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -143,13 +144,25 @@ class ServerConfig(_Section):
     admin_port: int = Field(default=8001, ge=0, le=65535)
     """Admin endpoints (`prism ps`, load, unload) are served here and nowhere else."""
     gateways: int = Field(default=1, ge=1, le=64)
-    api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Accepted `Authorization: Bearer` keys; empty accepts everybody."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """Accepted `Authorization: Bearer` keys with their tenants; empty accepts everybody."""
     max_body: Size = 16 * MiB
     shutdown_grace: Duration = 30.0
     """How long running streams may go on after SIGTERM."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
+
+    @field_validator("api_keys")
+    @classmethod
+    def _consistent(cls, keys: tuple[ApiKeyConfig, ...]) -> tuple[ApiKeyConfig, ...]:
+        if problems := key_problems(keys):
+            raise ValueError("\n".join(problems))
+        return keys
+
+    @property
+    def tenants(self) -> tuple[Tenant, ...]:
+        """The tenant of each API key."""
+        return tenants_of(self.api_keys)
 
 
 class LimitsConfig(_Section):

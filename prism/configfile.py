@@ -102,7 +102,10 @@ def _expand(value: Any, environment: Mapping[str, str], problems: list[str], pla
 
 
 def _sentences(error: Any) -> list[str]:
-    """One, but of the whole configuration: each line of its error names its field itself."""
+    """One, but of the whole configuration: each line of its error names its field itself.
+
+    So does a line that begins with a place in a list.
+    """
     message = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:
         return list(message.splitlines())
@@ -111,7 +114,8 @@ def _sentences(error: Any) -> list[str]:
         place += f"[{part}]" if isinstance(part, int) else f".{part}"
     if error["type"] == "extra_forbidden":
         message = "unknown field"
-    return [f"{place.lstrip('.')}: {message}"]
+    place = place.lstrip(".")
+    return [place + (line if line.startswith("[") else f": {line}") for line in message.splitlines()]
 
 
 def _with_paths(raw: dict[str, Any], folder: Path, problems: list[str]) -> dict[str, Any]:

@@ -61,6 +61,10 @@ class Submit(Message, frozen=True, kw_only=True):
     """max_tokens is a default, so it shrinks to what the worker's memory can hold; else that is an error."""
     alone: bool = False
     """The request is suspected of killing workers: nothing else may run beside it."""
+    tenant: str | None = None
+    """Whose it is; None where no API keys are configured."""
+    weight: float = 1.0
+    """Of the tenant, when several wait."""
 
 
 class CancelChoice(Message, frozen=True, kw_only=True):

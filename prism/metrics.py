@@ -25,6 +25,7 @@ class Metrics:
         self._declare_engine()
         self._declare_requests()
         self._declare_cluster()
+        self._declare_tenants()
 
     def _declare_engine(self) -> None:
         """Written by workers; gateways add what they hold for want of a worker to the waiting."""
@@ -74,6 +75,24 @@ class Metrics:
         self.worker_restarts = Counter(
             "prism:worker_restarts", "Workers started again", ("worker",), registry=self._registry
         )
+
+    def _declare_tenants(self) -> None:
+        """Written by workers, of configured tenants alone; gateways add what they hold to the waiting."""
+        self.tenant_requests_running = self._of_tenant("requests_running", "Requests in engines")
+        self.tenant_requests_waiting = self._of_tenant("requests_waiting", "Requests that wait")
+        self.tenant_prompt_tokens = self._used_by_tenant("prompt_tokens", "Prompt tokens computed")
+        self.tenant_generation_tokens = self._used_by_tenant("generation_tokens", "Tokens drawn")
+        self.tenant_device_seconds = self._used_by_tenant(
+            "device_seconds", "Time of devices, by the cost model: what shares are about"
+        )
+
+    def _of_tenant(self, name: str, text: str) -> Gauge:
+        return Gauge(
+            f"prism:tenant_{name}", text, ("tenant",), registry=self._registry, multiprocess_mode="livesum"
+        )
+
+    def _used_by_tenant(self, name: str, text: str) -> Counter:
+        return Counter(f"prism:tenant_{name}", text, ("tenant",), registry=self._registry)
 
     def _gauge(self, name: str, text: str, mode: str) -> Gauge:
         return Gauge(

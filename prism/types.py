@@ -19,6 +19,7 @@ LAST_RANK: Rank = (float("inf"), RequestId(""), 0)
 """Of what no request asks for."""
 WorkerId = NewType("WorkerId", str)
 GatewayId = NewType("GatewayId", str)
+TenantId = NewType("TenantId", str)
 LaneId = NewType("LaneId", int)
 SlabId = NewType("SlabId", int)
 BlockId = NewType("BlockId", int)
@@ -43,6 +44,15 @@ class Stamp(NamedTuple):
 
     lane: LaneId
     step: int
+
+
+class Tenant(NamedTuple):
+    """Who sends requests with one or several API keys."""
+
+    name: TenantId
+    weight: float
+    part: float
+    """Its weight of those of all configured tenants together."""
 
 
 class FinishReason(StrEnum):

@@ -24,6 +24,7 @@ COMMON = {
     "modes",
     "profile",
     "outputs",
+    "tenants",
 }
 ALLOWED = {
     "memory": {"memory"},
@@ -59,6 +60,7 @@ PURE = [
     "worker/snapshot.py",
     "worker/admission.py",
     "worker/on_time.py",
+    "worker/shares.py",
     "worker/timeshare.py",
     "worker/turns.py",
     "worker/reclaim.py",

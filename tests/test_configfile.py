@@ -9,6 +9,7 @@ import yaml
 from prism.config import Config
 from prism.configfile import config_schema, load_config, parse_config
 from prism.errors import ConfigError
+from prism.types import Tenant, TenantId
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,6 +72,65 @@ colour: red
         "server.api_keys[0]",
         "server.api_keys[1]",
         "server.port",
+    ]
+
+
+def test_keys_and_their_tenants(folder: Path) -> None:
+    text = """
+models: [{name: a, path: a}]
+server:
+  api_keys:
+    - first
+    - {key: "${env.SECOND}", tenant: search, weight: 2}
+    - {key: third, tenant: search, weight: 2}
+    - {key: fourth}
+"""
+    config = parse_config(text, folder, {"SECOND": "second"})
+    assert [key.key for key in config.server.api_keys] == ["first", "second", "third", "fourth"]
+    search = Tenant(TenantId("search"), 2, 0.5)
+    plain = [Tenant(TenantId(name), 1, 0.25) for name in ("key-0", "key-3")]
+    assert config.server.tenants == (plain[0], search, search, plain[1])
+    assert Config.model_validate_json(config.model_dump_json()) == config, "as every process reads it"
+    assert "second" not in repr(config) and "first" not in repr(config)
+
+
+def test_problems_of_keys_are_listed_at_once_and_show_no_key(folder: Path) -> None:
+    text = """
+models: [{name: a, path: a}]
+server:
+  port: 99999
+  api_keys:
+    - {key: "", tenant: "no spaces", weight: 0, colour: red}
+    - {tenant: a}
+    - 12345678
+    - {key: "${env.NOT_SET}"}
+"""
+    assert sorted(problem.partition(": ")[0] for problem in problems(text, folder)) == [
+        "server.api_keys[0].colour",
+        "server.api_keys[0].key",
+        "server.api_keys[0].tenant",
+        "server.api_keys[0].weight",
+        "server.api_keys[1].key",
+        "server.api_keys[2]",
+        "server.api_keys[3].key",
+        "server.port",
+    ]
+    text = """
+models: [{name: a, path: a}]
+limits: {max_queue: 0}
+server:
+  api_keys:
+    - sesame
+    - {key: open, tenant: search, weight: 2}
+    - {key: sesame, tenant: search}
+    - {key: other, tenant: key-0}
+"""
+    found = problems(text, folder)
+    assert sorted(found) == [
+        "limits.max_queue: Input should be greater than or equal to 1",
+        "server.api_keys[2].key: is the same as that of [0]",
+        "server.api_keys[2].weight: is 1, but [1] of the same tenant has 2",
+        "server.api_keys[3].tenant: key-0 is the name of a key without one",
     ]
 
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prism import __version__
-from prism.config import ModelConfig
+from prism.config import ModelConfig, ServerConfig
 from prism.errors import ModelNotFound, RequestError, Unauthorized
 from prism.gateway.completions import complete
 from prism.gateway.errors import (
@@ -53,7 +53,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
 
 
 def _add_text(app: FastAPI, gateway: Gateway) -> None:
-    guard = [Depends(KeyCheck(gateway.config.server.api_keys))]
+    guard = [Depends(KeyCheck(gateway.config.server))]
 
     @app.post("/v1/chat/completions", dependencies=guard, openapi_extra=_body(ChatRequest))
     async def chat(http: Request) -> Response:
@@ -82,7 +82,7 @@ def _add_schemas(app: FastAPI) -> None:
 
 
 def _add_models(app: FastAPI, gateway: Gateway) -> None:
-    guard = [Depends(KeyCheck(gateway.config.server.api_keys))]
+    guard = [Depends(KeyCheck(gateway.config.server))]
     created = int(gateway.clock.now())
 
     def entry(model: ModelConfig) -> dict[str, Any]:
@@ -121,13 +121,18 @@ def _add_state(app: FastAPI, gateway: Gateway) -> None:
 
 
 class KeyCheck:
-    """Refuses requests without a known key, in a time that tells nothing about the keys."""
+    """Refuses requests without a known key, in a time that tells nothing about the keys.
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._keys = [key.encode() for key in keys]
+    It leaves the key's tenant in the request's state, None if there are no keys.
+    """
+
+    def __init__(self, server: ServerConfig) -> None:
+        self._keys = [each.key.encode() for each in server.api_keys]
+        self._tenants = server.tenants
 
     async def __call__(self, http: Request) -> None:
         """Raises `Unauthorized`."""
+        http.state.tenant = None
         if not self._keys:
             return
         scheme, _, given = http.headers.get("authorization", "").partition(" ")
@@ -135,6 +140,7 @@ class KeyCheck:
         known = [hmac.compare_digest(data, key) for key in self._keys]
         if scheme.lower() != "bearer" or not any(known):
             raise Unauthorized("no valid API key; send it as Authorization: Bearer <key>")
+        http.state.tenant = self._tenants[known.index(True)]
 
 
 class Envelope:

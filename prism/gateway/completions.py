@@ -30,7 +30,7 @@ from prism.gateway.service import Gateway
 from prism.gateway.streams import Mailbox, Stream
 from prism.gateway.texts import Piece
 from prism.gateway.tokenizers import TextModel
-from prism.types import RequestId
+from prism.types import RequestId, Tenant
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,15 @@ _LAST_BYTES = 60.0
 
 async def complete(gateway: Gateway, http: HttpRequest, schema: type[CommonRequest]) -> Response:
     """Answer a POST to one of the two endpoints."""
+    tenant: Tenant | None = http.state.tenant
     with gateway.http_request():
         arrival = gateway.clock.now()
-        with gateway.arriving():
+        with gateway.arriving(tenant):
             limits, server = gateway.config.limits, gateway.config.server
             body = await read_body(http, server.max_body, limits.max_wait)
             request = await parse_body(body, schema, gateway.executor)
             model = await gateway.text_models.get(request.model, limits.max_wait)
-            gateway.dispatcher.refuse(model.name, arrival)
+            gateway.dispatcher.refuse(model.name, tenant, arrival)
             prompts = await tokenize(request, model, gateway.executor)
         answer = Answer(gateway, http, request, model, prompts, arrival)
         try:
@@ -103,6 +104,7 @@ class Answer:
                     latest_start=self._arrival + limits.max_wait,
                     latest_end=self._arrival + limits.request_timeout,
                     clip_max_tokens=limit.is_default,
+                    tenant=self._http.state.tenant,
                 )
             )
         return requests
@@ -198,7 +200,7 @@ class Answer:
     def _open(self, request: Request, first_choice: int) -> None:
         gateway = self._gateway
         http_id: str = self._http.state.request_id
-        observer = Observer(gateway.metrics, request.model, http_id, len(request.prompt), self._arrival)
+        observer = Observer(gateway.metrics, request, http_id)
         choices = range(first_choice, first_choice + request.params.n)
         stops, min_tokens = self._request.stop, self._request.min_tokens
         stream = Stream(self._mailbox, self._model, observer, choices, stops, min_tokens)

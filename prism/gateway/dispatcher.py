@@ -7,6 +7,7 @@ its sink hears `ended` once, and nothing after that.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import assert_never
 
 from prism.errors import Overloaded, RequestError, Unavailable, WireError
@@ -22,7 +23,8 @@ from prism.gateway.requests import Accepted, Failed, Finished, Gap, Placement, R
 from prism.gateway.routing import Routing, choose
 from prism.gateway.timers import Timers
 from prism.messages import CancelChoice, Demand, Output, Outputs, Rejected, Report, Returned, Routes, Started
-from prism.types import ModelId, RequestId
+from prism.tenants import has_room
+from prism.types import ModelId, RequestId, Tenant, TenantId
 
 log = logging.getLogger(__name__)
 
@@ -49,27 +51,34 @@ class Dispatcher:
     def __len__(self) -> int:
         return len(self._live)
 
-    def num_held(self) -> dict[ModelId, int]:
+    def num_held(self) -> Counter[ModelId]:
         """Requests without a worker, by model."""
-        counts: dict[ModelId, int] = {}
-        for request in self._held.values():
-            counts[request.model] = counts.get(request.model, 0) + 1
-        return counts
+        return Counter(request.model for request in self._held.values())
+
+    def num_held_by_tenant(self) -> Counter[TenantId]:
+        """The same by tenant."""
+        return Counter(request.tenant.name for request in self._held.values() if request.tenant is not None)
 
     # --- clients --------------------------------------------------------------------------------------
 
-    def refuse(self, model: ModelId, now: float) -> None:
+    def refuse(self, model: ModelId, tenant: Tenant | None, now: float) -> None:
         """Raise the error with which a request for the model would be refused at this moment, if any."""
         if seconds := self._quarantine.seconds_left(model, now):
             raise _quarantined(model, seconds)
-        if len(self._held) >= self._max_held:
+        if len(self._held) >= self._max_held and not self._has_room_for(tenant):
             wait = self._throughput.retry_after(len(self._live), now)
             raise Overloaded(f"{self._max_held} requests wait already", retry_after=wait)
+
+    def _has_room_for(self, tenant: Tenant | None) -> bool:
+        if tenant is None:
+            return False
+        num_own = self.num_held_by_tenant()[tenant.name]
+        return has_room(self._max_held, len(self._held), num_own, tenant.part)
 
     def open(self, request: Request, sink: Sink, now: float) -> None:
         """Take a new request; from here on it ends exactly once."""
         assert request.request_id not in self._live
-        self.refuse(request.model, now)
+        self.refuse(request.model, request.tenant, now)
         self._live[request.request_id] = (request, sink)
         self._held[request.request_id] = request
         self._timers.set(request.latest_start + START_MARGIN, request.request_id)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from prism.gateway.requests import Ending, Failed
+from prism.gateway.requests import Ending, Failed, Request
 from prism.metrics import Metrics
-from prism.types import FinishReason, ModelId
+from prism.types import FinishReason
 
 log = logging.getLogger(__name__)
 
@@ -14,14 +14,14 @@ log = logging.getLogger(__name__)
 class Observer:
     """Turns a request's events into metrics and one line of log at its end."""
 
-    def __init__(
-        self, metrics: Metrics, model: ModelId, request_id: str, num_prompt: int, arrival: float
-    ) -> None:
+    def __init__(self, metrics: Metrics, request: Request, request_id: str) -> None:
+        """`request_id` is the HTTP request's."""
         self._metrics = metrics
-        self._model = model
+        self._model = model = request.model
+        self._tenant = request.tenant
         self._request_id = request_id
-        self._num_prompt = num_prompt
-        self._arrival = arrival
+        self._num_prompt = len(request.prompt)
+        self._arrival = request.arrival
         self._start: float | None = None
         self._first_token: float | None = None
         self._last_tokens: dict[int, float] = {}
@@ -72,6 +72,8 @@ class Observer:
             "completion_tokens": self._num_tokens,
             "seconds": round(seconds, 4),
         }
+        if self._tenant is not None:
+            fields["tenant"] = self._tenant.name
         if self._first_token is not None:
             fields["ttft"] = round(self._first_token - self._arrival, 4)
             decode = now - self._first_token

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from prism.errors import EngineFailure, WireError
 from prism.messages import Output, ResumedChoice, Submit, TokenLogprob
-from prism.types import FinishReason, Incarnation, ModelId, RequestId, SamplingParams, Slo, WorkerId
+from prism.types import FinishReason, Incarnation, ModelId, RequestId, SamplingParams, Slo, Tenant, WorkerId
 
 STRIKES_ALONE = 2
 STRIKES_OUT = 3
@@ -94,6 +94,8 @@ class Request:
     """It fails if it has no token and does not run by then."""
     latest_end: float
     clip_max_tokens: bool = False
+    tenant: Tenant | None = None
+    """Whose it is; None where no API keys are configured."""
     attempt: int = 0
     placement: Placement | None = None
     is_started: bool = False
@@ -150,6 +152,8 @@ class Request:
             resumed=resumed,
             clip_max_tokens=self.clip_max_tokens,
             alone=self.alone,
+            tenant=None if self.tenant is None else self.tenant.name,
+            weight=1.0 if self.tenant is None else self.tenant.weight,
         )
 
     def is_from_here(self, placement: Placement, attempt: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from prism.gateway.requests import Placement, Request
 from prism.gateway.tokenizers import TextModels
 from prism.messages import Outputs, Rejected, Report, Returned, Routes, Started
 from prism.metrics import Metrics
+from prism.tenants import has_room
+from prism.types import Tenant, TenantId
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class Gateway:
         self.text_models = TextModels(config, self._readers)
         self.dispatcher = Dispatcher(links, config.limits.max_queue)
         self._num_http = 0
-        self._num_arriving = 0
+        self._arriving: Counter[TenantId | None] = Counter()
         self._stop_by: float | None = None
         self._stop_changed = asyncio.Event()
         self._wake = asyncio.Event()
@@ -69,15 +72,17 @@ class Gateway:
             self.http_ended()
 
     @contextmanager
-    def arriving(self) -> Iterator[None]:
+    def arriving(self, tenant: Tenant | None) -> Iterator[None]:
         """Bounds how many requests are read and tokenised at a time."""
-        if self._num_arriving >= self.config.limits.max_queue:
-            raise Overloaded(f"{self._num_arriving} requests arrive already", retry_after=1)
-        self._num_arriving += 1
+        name, part = (None, 0.0) if tenant is None else (tenant.name, tenant.part)
+        num_arriving = self._arriving.total()
+        if not has_room(self.config.limits.max_queue, num_arriving, self._arriving[name], part):
+            raise Overloaded(f"{num_arriving} requests arrive already", retry_after=1)
+        self._arriving[name] += 1
         try:
             yield
         finally:
-            self._num_arriving -= 1
+            self._arriving[name] -= 1
 
     def http_begun(self) -> None:
         """A stream outlives its handler."""
@@ -144,7 +149,10 @@ class Gateway:
             until = self.dispatcher.tick(self.clock.now())
             held = self.dispatcher.num_held()
             for name in self.text_models.names:
-                self.metrics.num_requests_waiting.labels(name).set(held.get(name, 0))
+                self.metrics.num_requests_waiting.labels(name).set(held[name])
+            held_by = self.dispatcher.num_held_by_tenant()
+            for tenant in self.config.server.tenants:
+                self.metrics.tenant_requests_waiting.labels(tenant.name).set(held_by[tenant.name])
             await self.clock.wait(self._wake, until)
 
     def begin_stop(self, grace: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from prism.worker.on_time import select
 from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, WaitingRequest
 
 LATE_SHARE = 0.1
-"""Of the time that prompts take, the share that late ones are owed while others are on time."""
+"""Of the time that prompts take, the share that late ones are owed while others go first."""
+_AGE = attrgetter("arrival", "request_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +77,34 @@ def decide(snapshot: AdmissionSnapshot, now: float) -> Admission:
     service = Service(snapshot, waiting, now)  # 4
     owed = snapshot.owed_to_late
     entering = []
-    for request, is_late in _admit(snapshot, service):
+    for request, is_late, change in _admit(snapshot, service):
         entering.append(Admit(request.request_id, is_late))
-        owed = max(0.0, owed + (-request.seconds if is_late else LATE_SHARE * request.seconds))
+        owed = max(0.0, owed + change)
     return Admission((*expired, *entering), owed if service.has_late else 0.0)
 
 
-class Service:
-    """Requests in the order in which they are to be served, each with whether it is late.
+Place = tuple[WaitingRequest, bool, float]
+"""In the order of service: a request, whether it is late, and what it adds to what is owed to late ones."""
 
-    1. Those that can be in time, by deadline: first of tenants within their share, then of the others.
-    2. The late ones, oldest first.
-    3. For each second of those in time, late ones are owed `LATE_SHARE` of a second. The oldest goes before
-       those in time once it is owed all that it takes. So it runs after a bounded time whatever arrives: when
-       the share of the time has sufficed for it and for all late ones that are older.
+
+class Service:
+    """Requests in the order in which they are to be served.
+
+    1. Those of tenants within their share, then the others.
+    2. Of either those that can be in time, by deadline, then the late ones, oldest first.
+    3. For each second of what goes before it, the oldest late one of all, whoever's, is owed `LATE_SHARE` of
+       a second; it goes first once it is owed all that it takes. So it runs after a bounded time whatever
+       arrives: when the share of the time has sufficed for it and for all late ones that are older.
     """
 
     def __init__(self, snapshot: AdmissionSnapshot, waiting: Sequence[WaitingRequest], now: float) -> None:
         self._owed = snapshot.owed_to_late
-        self._on_time: list[WaitingRequest] = []
-        self._late: list[WaitingRequest] = []
+        self._on_time: list[list[WaitingRequest]] = []
+        self._late: list[list[WaitingRequest]] = []
         start = now + snapshot.busy
         for group in _groups(waiting, snapshot.over_share):  # 1
             start += self._select(snapshot, group, start, now)
-        self._late.sort(key=attrgetter("arrival", "request_id"))  # 2
-        self.has_late = bool(self._late)
+        self.has_late = any(self._late)
 
     def _select(
         self, snapshot: AdmissionSnapshot, group: Sequence[WaitingRequest], start: float, now: float
@@ -109,23 +114,38 @@ class Service:
         stretch = snapshot.stretch  # a prompt beside decodes takes longer than alone
         jobs = [(r.deadline, r.seconds * stretch, ready[r.model]) for r in group]
         selection = select(jobs, start)
-        self._on_time += [group[index] for index in selection.on_time]
-        self._late += [group[index] for index in selection.late]
+        late = [group[index] for index in selection.late]
+        self._on_time.append([group[index] for index in selection.on_time])
+        self._late.append(sorted(late, key=_AGE))
         return sum(jobs[index][1] for index in selection.on_time)
 
-    def __iter__(self) -> Iterator[tuple[WaitingRequest, bool]]:
-        owed, late = self._owed, iter(self._late)
-        oldest = next(late, None)
-        for request in self._on_time:
+    def __iter__(self) -> Iterator[Place]:
+        owed = self._owed
+        gone: set[RequestId] = set()  # late ones that have had their place
+        late = self._late[0] if len(self._late) == 1 else sorted(chain(*self._late), key=_AGE)
+        by_age = (request for request in late if request.request_id not in gone)
+        oldest = next(by_age, None)
+        for request, is_late in self._in_turn():
             while oldest is not None and owed >= oldest.seconds:  # 3
                 owed -= oldest.seconds
-                yield oldest, True
-                oldest = next(late, None)
-            owed += request.seconds * LATE_SHARE
-            yield request, False
-        while oldest is not None:
-            yield oldest, True
-            oldest = next(late, None)
+                gone.add(oldest.request_id)
+                yield oldest, True, -oldest.seconds
+                oldest = next(by_age, None)
+            if is_late:
+                if request.request_id in gone:
+                    continue
+                gone.add(request.request_id)
+            change = request.seconds * LATE_SHARE
+            if request is oldest:
+                change = -request.seconds
+                oldest = next(by_age, None)
+            owed = max(0.0, owed + change)
+            yield request, is_late, change
+
+    def _in_turn(self) -> Iterator[tuple[WaitingRequest, bool]]:
+        for on_time, late in zip(self._on_time, self._late, strict=True):  # 2
+            yield from zip(on_time, repeat(False))
+            yield from zip(late, repeat(True))
 
 
 def _groups(
@@ -141,15 +161,17 @@ def _can_run(load: ModelLoad) -> bool:
     return load.state is ModelState.ACTIVE or load.is_arriving
 
 
-def _admit(
-    snapshot: AdmissionSnapshot, service: Iterable[tuple[WaitingRequest, bool]]
-) -> Iterator[tuple[WaitingRequest, bool]]:
-    open_models = {name: load for name, load in snapshot.models.items() if _can_run(load)}  # 5
+def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Place]:
+    asked = {request.model for request in snapshot.waiting}
+    open_models = {
+        name: load for name, load in snapshot.models.items() if name in asked and _can_run(load)
+    }  # 5
     room = {name: load.max_sequences - load.num_sequences for name, load in open_models.items()}
     blocks = {name: load.num_obtainable_blocks for name, load in open_models.items()}
     idle = {name for name, load in open_models.items() if not load.num_sequences}
     work = snapshot.busy
-    for request, is_late in service:
+    for place in service:
+        request = place[0]
         model = request.model
         if model not in open_models:
             continue
@@ -159,7 +181,7 @@ def _admit(
             room[model] -= request.num_sequences
             blocks[model] -= request.num_blocks
             work += request.seconds
-            yield request, is_late
+            yield place
         else:
             del open_models[model]
         if not open_models or (work >= snapshot.horizon and not idle):
