@@ -214,6 +214,7 @@ class SimDevice:
     def completed(self, job: Job, now: int) -> None:
         """See `Listener.completed`."""
         job.produced = job.output
+        self.models[job.model].output_lengths.add(job.output)
         job.last_token = now
         self._end(job, End.SERVED, now)
 

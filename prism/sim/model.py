@@ -17,7 +17,7 @@ from prism.sim.decoding import DecodeGroup
 from prism.sim.jobs import Job, Served, policy_rank
 from prism.sim.ticks import StepTicks, to_ticks
 from prism.types import Bytes, ModelId, ModelState, RequestId
-from prism.worker.foresight import IdleTimes
+from prism.worker.foresight import GROWTH, IdleTimes, OutputLengths
 
 
 class Chunk(NamedTuple):
@@ -61,6 +61,7 @@ class SimModel:
         self.last_end = 0
         self.last_used = 0
         self.idle_times = IdleTimes()
+        self.output_lengths = OutputLengths()
         self.active_since = 0
         self.num_activations = 0
         self.num_evictions = 0
@@ -174,6 +175,17 @@ class SimModel:
     def next_due(self, job: Job) -> int:
         """When a running sequence's next token is."""
         return job.due if job.first_token is None else self.last_end + self.tpot
+
+    @property
+    def expected_growth(self) -> int:
+        """Tokens of output that memory is kept for, of each sequence."""
+        return max(1, round(GROWTH * self.output_lengths.expected_rest))
+
+    def blocks_to_come(self) -> int:
+        """Blocks that the requests in the engine are expected to need beyond those that they have."""
+        growth, num_blocks = self.expected_growth, self.layout.num_blocks
+        prompts = sum(num_blocks(j.known + growth) - num_blocks(j.computed) for j in self.unstarted())
+        return prompts + self.decodes.size * num_blocks(growth)
 
     def blocks_wanted(self, budget: int, max_sequences: int) -> int:
         """Free blocks that a step of `budget` tokens could use."""

@@ -35,9 +35,9 @@ def admission_snapshot(
     requests = (
         waiting.values() if rules.by_deadline else _heads(waiting.values(), models, limits, to_seconds(now))
     )
-    names = {request.model for request in requests}
-    loads = {name: _load(models[name], memory, link, limits, now) for name in sorted(names)}
     active = [model for model in models.values() if model.num_sequences]
+    names = {request.model for request in requests} | {model.name for model in active}
+    loads = {name: _load(models[name], memory, link, limits, now) for name in sorted(names)}
     return AdmissionSnapshot(
         waiting=tuple(requests),
         models=loads,
@@ -74,7 +74,7 @@ def waiting_request(job: Job, model: SimModel, rules: Rules, limits: Limits) -> 
         deadline=to_seconds(job.due) if rules.by_deadline else arrival + FAR,
         expires=float("inf") if job.is_started else to_seconds(expiry(job, limits)),
         num_sequences=1,
-        num_blocks=model.layout.num_blocks(job.known + 1),
+        num_blocks=model.layout.num_blocks(job.known + model.expected_growth),
         alone=False,
         seconds=model.served.costs.steps.prefill(job.known),
     )
@@ -86,15 +86,15 @@ def expiry(job: Job, limits: Limits) -> int:
 
 
 def _load(model: SimModel, memory: Memory, link: Link, limits: Limits, now: int) -> ModelLoad:
-    blocks = 0
-    if model.is_active:
-        blocks = model.free_blocks + memory.obtainable(model) * model.layout.blocks_per_slab
     return ModelLoad(
         model=model.name,
         state=model.state if model.is_open else ModelState.COLD,
         num_sequences=model.num_sequences,
         max_sequences=limits.max_batch_size,
-        num_obtainable_blocks=blocks,
+        num_blocks=model.free_blocks if model.is_active else 0,
+        num_slabs=memory.obtainable(model) if model.is_active else 0,
+        blocks_per_slab=model.layout.blocks_per_slab,
+        num_blocks_to_come=model.blocks_to_come(),
         ready_in=_ready_in(model, link, now),
     )
 

@@ -12,7 +12,7 @@ from itertools import chain, repeat
 from operator import attrgetter
 from typing import NamedTuple
 
-from prism.types import ModelState, RequestId
+from prism.types import ModelId, ModelState, RequestId
 from prism.worker.on_time import select
 from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, WaitingRequest
 
@@ -166,8 +166,8 @@ def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Pl
     open_models = {
         name: load for name, load in snapshot.models.items() if name in asked and _can_run(load)
     }  # 5
-    room = {name: load.max_sequences - load.num_sequences for name, load in open_models.items()}
-    blocks = {name: load.num_obtainable_blocks for name, load in open_models.items()}
+    places = {name: load.max_sequences - load.num_sequences for name, load in open_models.items()}
+    memory = Memory(snapshot.models.values())
     idle = {name for name, load in open_models.items() if not load.num_sequences}
     work = snapshot.busy
     for place in service:
@@ -175,14 +175,40 @@ def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Pl
         model = request.model
         if model not in open_models:
             continue
-        fits = request.num_sequences <= room[model] and request.num_blocks <= blocks[model]  # 6
+        fits = request.num_sequences <= places[model] and memory.fits(model, request.num_blocks)  # 6
         if model in idle or (fits and work < snapshot.horizon):  # 7
             idle.discard(model)
-            room[model] -= request.num_sequences
-            blocks[model] -= request.num_blocks
+            places[model] -= request.num_sequences
+            memory.take(model, request.num_blocks)
             work += request.seconds
             yield place
         else:
             del open_models[model]
         if not open_models or (work >= snapshot.horizon and not idle):
             return
+
+
+class Memory:
+    """What models are going to take of slabs that several of them could get: each is promised to one."""
+
+    def __init__(self, loads: Iterable[ModelLoad]) -> None:
+        self._loads = {load.model: load for load in loads}
+        self._wanted = {name: load.num_blocks_to_come for name, load in self._loads.items()}
+        self._promised = {name: self._slabs(name, 0) for name in self._loads}
+        self._total = sum(self._promised.values())
+
+    def _slabs(self, model: ModelId, num_blocks: int) -> int:
+        load = self._loads[model]
+        return max(0, -(-(self._wanted[model] + num_blocks - load.num_blocks) // load.blocks_per_slab))
+
+    def fits(self, model: ModelId, num_blocks: int) -> bool:
+        """Whether there is room for so many blocks more."""
+        left = self._loads[model].num_slabs - (self._total - self._promised[model])
+        return self._slabs(model, num_blocks) <= max(0, left)
+
+    def take(self, model: ModelId, num_blocks: int) -> None:
+        """They are promised to the model."""
+        slabs = self._slabs(model, num_blocks)
+        self._wanted[model] += num_blocks
+        self._total += slabs - self._promised[model]
+        self._promised[model] = slabs

@@ -24,6 +24,12 @@ FORGETTING = 0.95
 LEAST_GAP = 1 / 64
 NUM_BUCKETS = 24
 """Each twice as long as the one before; the last one begins after a day and a half."""
+TYPICAL_OUTPUT = 128.0
+"""Tokens of an answer, before any was seen."""
+GROWTH = 0.5
+"""Of the output that is expected of all sequences, what memory is kept for: when one is long, others end."""
+OUTPUT_WEIGHT = 0.05
+"""Of the newest answer in their average."""
 LEAST_STEP = 1.0
 """Seconds between two readings of the latest serial number."""
 READINGS = 64
@@ -107,6 +113,25 @@ class UseTimes:
                 return now - (readings[place][1] if place < len(readings) else later)
             later = readings[0][1] if readings else later
         return max(0.0, now - later)
+
+
+class OutputLengths:
+    """How long a model's answers are."""
+
+    def __init__(self) -> None:
+        self._mean = TYPICAL_OUTPUT
+        self._count = 0
+
+    def add(self, tokens: int) -> None:
+        """An answer has come to its end."""
+        self._count += 1
+        self._mean += max(OUTPUT_WEIGHT, 1 / (self._count + 1)) * (tokens - self._mean)
+
+    @property
+    def expected_rest(self) -> float:
+        """Tokens that a sequence is still going to draw, however many it has: its end is thought to be as
+        likely at each token, as lengths have long tails."""
+        return self._mean
 
 
 class RecentDemand:

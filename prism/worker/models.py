@@ -14,7 +14,7 @@ from prism.memory.arena import Arena
 from prism.modelspec import ModelSpec, read_spec
 from prism.types import Bytes, ModelId, ModelState, SlabId
 from prism.weights.layout import Layout, plan_layout
-from prism.worker.foresight import IdleTimes, UseTimes
+from prism.worker.foresight import IdleTimes, OutputLengths, UseTimes
 from prism.worker.lanes import Flight, Lane
 from prism.worker.loading import Load
 from prism.worker.usage import Usage
@@ -115,6 +115,7 @@ class Model:
     """From the wish for it to its activity, the last time."""
     num_activations: int = 0
     num_evictions: int = 0
+    output_lengths: OutputLengths = field(default_factory=OutputLengths)
     idle_times: IdleTimes = field(default_factory=IdleTimes)
     use_times: UseTimes = field(default_factory=UseTimes)
     """Of its prefix cache, since it was loaded."""

@@ -21,7 +21,7 @@ class WaitingRequest:
     """It is refused when it has not started by then."""
     num_sequences: int
     num_blocks: int
-    """KV blocks that its prompt, resumed tokens and one more fill."""
+    """KV blocks that its prompt, resumed tokens and the output that is expected fill."""
     alone: bool
     seconds: float = 0.0
     """Of the device, for its prompt alone."""
@@ -37,8 +37,13 @@ class ModelLoad:
     state: ModelState
     num_sequences: int
     max_sequences: int
-    num_obtainable_blocks: int
-    """Blocks that are free, or that could be had without touching a running sequence."""
+    num_blocks: int
+    """Those that hold nothing, or nothing but prefix cache."""
+    num_slabs: int
+    """That it could get besides, without touching a running sequence; others could get the same ones."""
+    blocks_per_slab: int
+    num_blocks_to_come: int = 0
+    """That the requests which it has are expected to need yet."""
     is_arriving: bool = False
     """It is being loaded, and its first step can already run behind the copy."""
     ready_in: float = 0.0

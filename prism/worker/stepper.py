@@ -255,6 +255,7 @@ class Stepper:
             ticket.got_tokens(now)
             pairs.append((ticket, item))
             if item.finish is not None:
+                model.output_lengths.add(item.sequence.num_output)
                 ticket.finish_choice(item.sequence.choice)
                 if not ticket.open_choices:
                     self._listener.request_completed(ticket)

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism.engine.engine import Engine
+from prism.engine.kv_layout import KvLayout
 from prism.modes import Rules
 from prism.types import ModelId, ModelState
 from prism.worker.cost_book import CostBook
+from prism.worker.foresight import GROWTH
 from prism.worker.lanes import Lane
 from prism.worker.models import Model
 from prism.worker.requests import Requests, Ticket
@@ -90,6 +92,7 @@ def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
     submit = ticket.submit
     profile, costs = worker.models[ticket.model].profile, worker.costs.of(ticket.model)
     tokens = len(submit.prompt) + ticket.num_resumed + 1
+    rest = max(1, round(GROWTH * _expected_rest(worker.models[ticket.model], ticket)))
     waiting = WaitingRequest(
         request_id=ticket.request_id,
         model=ticket.model,
@@ -97,13 +100,37 @@ def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
         deadline=submit.arrival + (submit.slo.ttft if worker.rules.by_deadline else FAR),
         expires=float("inf") if ticket.is_started else ticket.expires,
         num_sequences=len(ticket.open_choices),
-        num_blocks=profile.kv.num_blocks(tokens) if profile is not None else 0,
+        num_blocks=0 if profile is None else _blocks(profile.kv, tokens - 1, rest, len(ticket.open_choices)),
         alone=submit.alone,
         seconds=0.0 if costs is None else costs.steps.prefill(tokens - 1),
     )
     if profile is not None:
         ticket.waiting = waiting
     return waiting
+
+
+def _blocks(layout: KvLayout, prompt: int, rest: int, num_sequences: int) -> int:
+    """Of a prompt that several sequences share, and what each of them adds."""
+    return layout.num_blocks(prompt + rest) + (num_sequences - 1) * layout.num_blocks(rest)
+
+
+def _expected_rest(model: Model, ticket: Ticket) -> float:
+    """Tokens that each of a request's choices is going to draw."""
+    drawn = ticket.num_resumed if not ticket.is_running else 0
+    return min(model.output_lengths.expected_rest, max(1, ticket.submit.params.max_tokens - drawn))
+
+
+def _blocks_to_come(worker: Worker, model: Model) -> int:
+    """Blocks that the requests in an engine are expected to need beyond those that they have."""
+    kv, engine = model.kv, model.engine
+    if kv is None or engine is None:
+        return 0
+    layout, expected, blocks = kv.layout, model.output_lengths.expected_rest, 0
+    for sequence in (*engine.scheduler.running, *engine.scheduler.waiting):
+        rest = min(expected, sequence.params.max_tokens - sequence.num_output)
+        total = layout.num_blocks(len(sequence.tokens) + max(1, round(GROWTH * rest)))
+        blocks += max(0, total - len(sequence.blocks))
+    return blocks
 
 
 def _backlog(worker: Worker, model: Model) -> float:
@@ -133,16 +160,15 @@ def _horizon(worker: Worker, active: Sequence[Model]) -> float:
 
 def _load(worker: Worker, model: Model) -> ModelLoad:
     engine, kv = model.engine, model.kv
-    blocks = 0
-    if kv is not None:
-        slabs = obtainable_slabs(worker, model)
-        blocks = kv.num_free + kv.num_cached + slabs * kv.layout.blocks_per_slab
     return ModelLoad(
         model=model.name,
         state=model.state if model.is_open else ModelState.COLD,
         num_sequences=0 if engine is None else engine.scheduler.num_sequences,
         max_sequences=worker.max_batch_size,
-        num_obtainable_blocks=blocks,
+        num_blocks=0 if kv is None else kv.num_free + kv.num_cached,
+        num_slabs=0 if kv is None else obtainable_slabs(worker, model),
+        blocks_per_slab=1 if kv is None else kv.layout.blocks_per_slab,
+        num_blocks_to_come=_blocks_to_come(worker, model),
         is_arriving=model.is_arriving and model.is_open,
         ready_in=ready_in(worker, model),
     )

@@ -35,7 +35,9 @@ def load(model: ModelId, **values: Any) -> ModelLoad:
         "state": ModelState.ACTIVE,
         "num_sequences": 0,
         "max_sequences": 8,
-        "num_obtainable_blocks": 100,
+        "num_blocks": 0,
+        "num_slabs": 100,
+        "blocks_per_slab": 1,
     }
     return ModelLoad(**(defaults | values))
 
@@ -65,13 +67,13 @@ def test_a_large_request_is_not_overtaken_in_its_model_only() -> None:
     large = waiting("large", deadline=1.0, num_blocks=50)
     small = waiting("small", deadline=2.0)
     other = waiting("other", deadline=3.0, model=B)
-    taken = decisions(snapshot(large, small, other, num_sequences=1, num_obtainable_blocks=10), 0.0)
+    taken = decisions(snapshot(large, small, other, num_sequences=1, num_slabs=10), 0.0)
     assert taken == (Admit(RequestId("other")),)
 
 
 def test_an_idle_model_always_takes_one() -> None:
     large = waiting("large", num_blocks=5000)
-    assert decisions(snapshot(large, num_obtainable_blocks=0), 0.0) == (Admit(large.request_id),)
+    assert decisions(snapshot(large, num_slabs=0), 0.0) == (Admit(large.request_id),)
 
 
 def test_a_suspect_runs_alone() -> None:
