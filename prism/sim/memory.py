@@ -79,7 +79,8 @@ class Memory:
                 self.free -= count
                 model.kv_slabs += count
                 continue
-            need = Need(model.name, max(1, missing - spare), rank, for_weights=False, blocks=lacking)
+            reserved = max(0, -spare)
+            need = Need(model.name, missing, rank, for_weights=False, blocks=lacking, reserved=reserved)
             if not self._give(need, now):
                 return False
         return True
@@ -89,7 +90,8 @@ class Memory:
         rank = rank_of(model)
         wanted = slabs_to_activate(model) + self._reserved(model, rank)
         while (missing := wanted - self.free) > 0:
-            if not self._give(Need(model.name, missing, rank, for_weights=True), now):
+            own = min(missing, slabs_to_activate(model))
+            if not self._give(Need(model.name, own, rank, for_weights=True, reserved=missing - own), now):
                 return False
         return True
 

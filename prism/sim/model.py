@@ -237,9 +237,8 @@ class SimModel:
         size = self.layout.tokens_per_block
         held = self.layout.num_blocks(job.computed)
         length = min(job.missing, budget, (held + self.free_blocks) * size - job.computed)
-        while length <= 0 and may_preempt:
-            if self._preempt_youngest() is job:
-                return 0
+        while length <= 0 and may_preempt and self.youngest_running() is not job:
+            self._preempt_youngest()
             length = min(job.missing, budget, (held + self.free_blocks) * size - job.computed)
         if length <= 0:
             return 0
@@ -256,10 +255,16 @@ class SimModel:
         """
         return self.layout.num_blocks(job.known + 1) <= self.free_blocks
 
-    def make_room_for_decodes(self) -> None:
-        """Sequences give way, youngest first, until the others' next step has its blocks."""
+    def make_room_for_decodes(self) -> bool:
+        """Sequences give way, youngest first, until the others' next step has its blocks.
+
+        The last one keeps what it has: the server would find it in the prefix cache.
+        """
         while self.decodes.size and self.decodes.blocks_for(1) > self.free_blocks:
+            if self.decodes.size + len(self.prompts) == 1:
+                return False
             self._preempt_youngest()
+        return True
 
     def _preempt_youngest(self) -> Job:
         victim = self.youngest_running()

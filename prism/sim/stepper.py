@@ -192,7 +192,8 @@ class Stepper:
         wanted = model.blocks_wanted(budget, size) if has_prompts else model.decodes.blocks_for(1)
         if wanted > model.free_blocks:
             self._memory.ensure_kv(model, model.wants(budget, size), now)
-            model.make_room_for_decodes()
+            if not model.make_room_for_decodes():
+                return False
         has_decodes = model.decodes.size > 0
         if has_decodes:
             model.decodes.begin(1)

@@ -37,6 +37,8 @@ class Offer:
     harm: float
     """Seconds."""
     num_sequences: int = 0
+    is_missed: bool = False
+    """It is asked back at once: more of it than is missing is of no use to anybody."""
 
 
 def offers_of(other: Holding, need: Need, snapshot: MemorySnapshot, now: float) -> list[Offer]:
@@ -110,7 +112,7 @@ def _everything(other: Holding, given: int) -> Offer:
     left = other.kv_slabs - min(given, other.kv_slabs)
     cached = min(other.num_cached_blocks, left * other.blocks_per_slab)
     harm = other.load_seconds * chance + cached * other.block_seconds * other.reuse_chance
-    return Offer(Part.WEIGHTS, other.weight_slabs + left, harm)
+    return Offer(Part.WEIGHTS, other.weight_slabs + left, harm, is_missed=other.oldest_request is not None)
 
 
 def own_offers(own: Holding, need: Need) -> list[Offer]:

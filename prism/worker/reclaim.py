@@ -8,8 +8,8 @@ the cheapest that suffices, across all models and all kinds of memory (offers.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from prism.types import ModelId
 from prism.worker.offers import Offer, Part, offers_of, own_offers
@@ -64,31 +64,42 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDec
     2. Slabs that are retiring are awaited.
     3. Loads that nobody waits for any more are called off.
     4. The cheapest offers that suffice together.
-    5. If all offers together do not: weights take nothing, since a part of them is of no use; for KV all of
-       it is taken, since each block lets a sequence go on.
+    5. If all offers together do not: weights take nothing, since a part of them is of no use; KV takes what
+       there is, since each block lets a sequence go on.
+    6. While older requests wait for slabs, KV gets none of others: its model's own offers are left to it.
     """
     own = next((h for h in snapshot.holdings if h.model == need.model), None)
     if own is not None and not need.for_weights and _is_at_limit(own):  # 1
         blocks = min(own.num_cached_blocks, need.blocks)
         return (DropOwnCache(own.model, blocks),) if blocks else ()
-    need = replace(need, slabs=need.slabs - snapshot.num_retiring)
-    if need.slabs <= 0:  # 2
+    missing = need.slabs - snapshot.num_retiring + (need.reserved if need.for_weights else 0)
+    if need.slabs + need.reserved <= snapshot.num_retiring:  # 2
         return ()
     if snapshot.unwanted_loads:  # 3
         return tuple(CancelLoad(model) for model in snapshot.unwanted_loads)
-    offers = {
-        h.model: offers_of(h, need, snapshot, now)
-        for h in snapshot.holdings
-        if h.model != need.model and h.is_active
-    }
+    offers = _offers(snapshot, need, own, now)
+    most = sum(offer.slabs for each in offers.values() for offer in each)
+    if most < (missing if need.for_weights else 1):  # 5
+        return ()
+    taken = _cheapest(offers, min(missing, most), snapshot.expected_demand)  # 4
+    holdings = {h.model: h for h in snapshot.holdings}
+    return tuple(
+        decision
+        for model, part in taken.items()
+        for decision in _decisions(holdings[model], part, need, missing)
+    )
+
+
+def _offers(
+    snapshot: MemorySnapshot, need: Need, own: Holding | None, now: float
+) -> dict[ModelId, list[Offer]]:
+    offers = {}
     if own is not None and not need.for_weights:
         offers[own.model] = own_offers(own, need)
-    most = sum(offer.slabs for each in offers.values() for offer in each)
-    if most < need.slabs and need.for_weights:  # 5
-        return ()
-    taken = _cheapest(offers, min(need.slabs, most), snapshot.expected_demand)  # 4
-    holdings = {h.model: h for h in snapshot.holdings}
-    return tuple(d for model, part in taken.items() for d in _decisions(holdings[model], part, need))
+    if need.for_weights or not need.reserved:  # 6
+        others = [h for h in snapshot.holdings if h.model != need.model and h.is_active]
+        offers |= {other.model: offers_of(other, need, snapshot, now) for other in others}
+    return offers
 
 
 def _is_at_limit(own: Holding) -> bool:
@@ -106,11 +117,10 @@ def _cheapest(
     taken: dict[ModelId, list[Offer]] = {}
     left = missing
     while left > 0:
-        useful = max(1.0, left + expected)
         _, model, count = min(
-            (harm / min(slabs, useful), model, count)
+            (price, model, count)
             for model, each in offers.items()
-            for harm, slabs, count in _prefixes(each[len(taken.get(model, ())) :])
+            for price, count in _prices(each[len(taken.get(model, ())) :], left, expected)
         )
         mine = taken.setdefault(model, [])
         added = offers[model][len(mine) : len(mine) + count]
@@ -119,15 +129,15 @@ def _cheapest(
     return _without_spare(taken, -left)
 
 
-def _prefixes(offers: Sequence[Offer]) -> list[tuple[float, int, int]]:
-    """Harm and slabs of the first 1, 2, ... offers together: a dear one may lead to cheap ones."""
-    result, harm, slabs = [], 0.0, 0
+def _prices(offers: Sequence[Offer], missing: int, expected: float) -> Iterator[tuple[float, int]]:
+    """Harm per slab of the first 1, 2, ... offers together: a dear one may lead to cheap ones."""
+    harm, slabs = 0.0, 0
     for count, offer in enumerate(offers, start=1):
         harm += offer.harm
         slabs += offer.slabs
         if slabs:
-            result.append((harm, slabs, count))
-    return result
+            useful = missing if offer.is_missed else max(1.0, missing + expected)
+            yield harm / min(slabs, useful), count
 
 
 def _without_spare(taken: dict[ModelId, list[Offer]], spare: int) -> dict[ModelId, list[Offer]]:
@@ -140,7 +150,9 @@ def _without_spare(taken: dict[ModelId, list[Offer]], spare: int) -> dict[ModelI
     return {model: each for model, each in taken.items() if each}
 
 
-def _decisions(holding: Holding, taken: Sequence[Offer], need: Need) -> tuple[ReclaimDecision, ...]:
+def _decisions(
+    holding: Holding, taken: Sequence[Offer], need: Need, missing: int
+) -> tuple[ReclaimDecision, ...]:
     """What carries out the offers of one model."""
     model = holding.model
     if taken[-1].part is Part.WEIGHTS:
@@ -150,4 +162,4 @@ def _decisions(holding: Holding, taken: Sequence[Offer], need: Need) -> tuple[Re
     if model == need.model:
         blocks = min(holding.num_cached_blocks, need.blocks)
         return (*preempt, DropOwnCache(model, blocks)) if blocks else preempt
-    return (*preempt, TakeSlabs(model, min(need.slabs, sum(offer.slabs for offer in taken))))
+    return (*preempt, TakeSlabs(model, min(missing, sum(offer.slabs for offer in taken))))

@@ -77,8 +77,9 @@ class Reclaimer:
             missing = -(-blocks // kv.layout.blocks_per_slab)
             if self._grow(model, missing, rank):
                 continue
-            lacking = max(1, missing - self._spare(model, rank, model.lane.lane_id))
-            if not self._give(model, Need(model.name, lacking, rank, for_weights=False, blocks=blocks), now):
+            lacking = max(0, -self._spare(model, rank, model.lane.lane_id))
+            need = Need(model.name, missing, rank, for_weights=False, blocks=blocks, reserved=lacking)
+            if not self._give(model, need, now):
                 return False
         return True
 
@@ -116,7 +117,9 @@ class Reclaimer:
         rank = self.rank(model)
         wanted = slabs_to_activate(model) + self._reserved(model, rank)
         while (missing := wanted - self._pool.num_free) > 0:
-            if not self._give(model, Need(model.name, missing, rank, for_weights=True), now):
+            own = min(missing, slabs_to_activate(model))
+            need = Need(model.name, own, rank, for_weights=True, reserved=missing - own)
+            if not self._give(model, need, now):
                 return False
         return True
 

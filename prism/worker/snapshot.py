@@ -182,8 +182,11 @@ class Need:
 
     model: ModelId
     slabs: int
+    """For itself."""
     rank: Rank
     """Of the sequence that lacks memory, or of the oldest request that waits for weights."""
     for_weights: bool
     blocks: int = 0
     """Blocks of its own that would do as well; 0 for weights."""
+    reserved: int = 0
+    """Slabs that older requests of other models lack: they come first."""
