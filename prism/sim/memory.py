@@ -72,7 +72,7 @@ class Memory:
         per_slab = model.layout.blocks_per_slab
         while (lacking := num_blocks - model.free_blocks) > 0:
             missing = -(-lacking // per_slab)
-            spare = self.free - self._reserved(model, rank)
+            spare = self.free - self._reserved(model)
             room = missing if model.kv_limit is None else model.kv_limit - model.kv_slabs
             count = min(missing, room, spare)
             if count > 0:
@@ -88,7 +88,7 @@ class Memory:
     def ensure_weights(self, model: SimModel, now: int) -> bool:
         """Whether the model's activation has what it takes, after asking others for it."""
         rank = rank_of(model)
-        wanted = slabs_to_activate(model) + self._reserved(model, rank)
+        wanted = slabs_to_activate(model) + self._reserved(model)
         while (missing := wanted - self.free) > 0:
             own = min(missing, slabs_to_activate(model))
             if not self._give(Need(model.name, own, rank, for_weights=True, reserved=missing - own), now):
@@ -116,10 +116,13 @@ class Memory:
             model.kv_slabs -= spare
             self.free += spare
 
-    def _reserved(self, model: SimModel, rank: Rank) -> int:
+    def _reserved(self, model: SimModel) -> int:
         """Slabs for which older requests of models without weights are waiting."""
         waiting = [m for m in self._models.values() if m.state is ModelState.FETCHING and m is not model]
-        return sum(slabs_to_activate(m) for m in waiting if (rank_of(m), m.name) < (rank, model.name))
+        if not waiting:
+            return 0
+        rank = (rank_of(model), model.name)
+        return sum(slabs_to_activate(m) for m in waiting if (rank_of(m), m.name) < rank)
 
     def _give(self, need: Need, now: int) -> bool:
         """Have others give what the policy says; whether asking again makes sense at once."""

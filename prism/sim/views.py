@@ -43,7 +43,9 @@ def admission_snapshot(
         models=loads,
         num_running_requests=sum(model.num_sequences for model in active),
         alone_is_running=False,
-        busy=sum(_prompt_seconds(model) for model in active) if rules.by_deadline else 0.0,
+        busy=sum(_prompt_seconds(model) for model in active if not model.is_stalled)
+        if rules.by_deadline
+        else 0.0,
         stretch=_stretch(active) if rules.by_deadline else 1.0,
         horizon=limits.horizon if rules.by_deadline else float("inf"),
         owed_to_late=owed_to_late,
@@ -95,6 +97,7 @@ def _load(model: SimModel, memory: Memory, link: Link, limits: Limits, now: int)
         num_slabs=memory.obtainable(model) if model.is_active else 0,
         blocks_per_slab=model.layout.blocks_per_slab,
         num_blocks_to_come=model.blocks_to_come(),
+        is_stuck=model.is_stalled and not model.decodes.size and not model.prompts,
         ready_in=_ready_in(model, link, now),
     )
 

@@ -103,14 +103,10 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 
 def jobs_of(load: Workload) -> list[Job]:
-    """Fresh requests for a run. No two arrive in the same tick.
-
-    Memory goes by arrival, and of two requests of the same moment neither would ever give way to the other.
-    """
+    """Fresh requests for a run."""
     jobs: list[Job] = []
-    arrival = -1
     for index, row in enumerate(load.requests):
-        arrival = max(to_ticks(row.arrival), arrival + 1)
+        arrival = to_ticks(row.arrival)
         due = arrival + to_ticks(load.served[row.model].slo.ttft)
         name = RequestId(f"{index:08d}")
         jobs.append(Job(name, row.model, arrival, row.prompt, row.output, due, index in load.clipped))

@@ -57,7 +57,8 @@ def decide(snapshot: AdmissionSnapshot, now: float) -> Admission:
     5. Requests of models that are not active wait for them, or until a load has come so far that the first
        step can follow it.
     6. Batch size and memory bound what enters; a request that does not fit holds back those behind it in its
-       model, so that small ones cannot starve a large one. An idle model always takes one.
+       model, so that small ones cannot starve a large one. An idle model always takes one, and so does one
+       that is stuck: memory may be there for an older request that is not for those it has.
     7. Prompts enter as long as those in the engines take less than the horizon.
     """
     expired = tuple(Expire(r.request_id) for r in snapshot.waiting if r.expires <= now)  # 1
@@ -168,7 +169,7 @@ def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Pl
     }  # 5
     places = {name: load.max_sequences - load.num_sequences for name, load in open_models.items()}
     memory = Memory(snapshot.models.values())
-    idle = {name for name, load in open_models.items() if not load.num_sequences}
+    idle = {name for name, load in open_models.items() if not load.num_sequences or load.is_stuck}
     work = snapshot.busy
     for place in service:
         request = place[0]

@@ -75,38 +75,43 @@ class Reclaimer:
         assert kv is not None and model.lane is not None
         while (blocks := num_blocks - kv.num_free) > 0:
             missing = -(-blocks // kv.layout.blocks_per_slab)
-            if self._grow(model, missing, rank):
+            if self._grow(model, missing):
                 continue
-            lacking = max(0, -self._spare(model, rank, model.lane.lane_id))
+            lacking = max(0, -self._spare(model, model.lane.lane_id))
             need = Need(model.name, missing, rank, for_weights=False, blocks=blocks, reserved=lacking)
             if not self._give(model, need, now):
                 return False
         return True
 
-    def _grow(self, model: Model, count: int, rank: Rank) -> bool:
+    def _grow(self, model: Model, count: int) -> bool:
         """Take free slabs that no older need is waiting for, within the model's limit."""
         kv = model.kv
         assert kv is not None
         assert model.lane is not None
         lane = model.lane.lane_id
         room = count if model.kv_limit is None else model.kv_limit - kv.num_slabs
-        count = min(count, room, self._spare(model, rank, lane))
+        count = min(count, room, self._spare(model, lane))
         if count <= 0:
             return False
         for slab in self._pool.take(KvOwner(model.name), count, lane):
             kv.add_slab(slab)
         return True
 
-    def _spare(self, model: Model, rank: Rank, lane: LaneId) -> int:
+    def _spare(self, model: Model, lane: LaneId) -> int:
         """Slabs that the model may take: none that an older need waits for. Negative if that lacks some."""
-        return self._pool.num_available(lane) - self._reserved(model, rank)
+        return self._pool.num_available(lane) - self._reserved(model)
 
-    def _reserved(self, model: Model, rank: Rank) -> int:
-        """Slabs for which older requests of models without weights are waiting."""
+    def _reserved(self, model: Model) -> int:
+        """Slabs for which older requests of models without weights are waiting.
+
+        Older than the oldest of this model: while that is here nobody evicts the model, so that slabs which
+        its young sequences leave to others might be of no use to them, and these stand before the oldest.
+        """
+        rank = (self.rank(model), model.name)
         return sum(
             slabs_to_activate(other)
             for other in self._models.values()
-            if other.is_waiting_for_slabs and (self.rank(other), other.name) < (rank, model.name)
+            if other.is_waiting_for_slabs and (self.rank(other), other.name) < rank
         )
 
     def ensure_weights(self, model: Model, now: float) -> bool:
@@ -115,7 +120,7 @@ class Reclaimer:
         What an older need waits for is not taken, or smaller models could starve a large one.
         """
         rank = self.rank(model)
-        wanted = slabs_to_activate(model) + self._reserved(model, rank)
+        wanted = slabs_to_activate(model) + self._reserved(model)
         while (missing := wanted - self._pool.num_free) > 0:
             own = min(missing, slabs_to_activate(model))
             need = Need(model.name, own, rank, for_weights=True, reserved=missing - own)

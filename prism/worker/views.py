@@ -54,8 +54,8 @@ def _active(worker: Worker) -> list[Model]:
 
 
 def _busy(worker: Worker, active: Sequence[Model]) -> float:
-    """Seconds of the prompts that engines hold."""
-    return sum(_backlog(worker, model) for model in active)
+    """Seconds of the prompts that engines hold and can go on with."""
+    return sum(_backlog(worker, model) for model in active if not model.stalled_until)
 
 
 def _stretch(worker: Worker, active: Sequence[Model]) -> float:
@@ -169,6 +169,7 @@ def _load(worker: Worker, model: Model) -> ModelLoad:
         num_slabs=0 if kv is None else obtainable_slabs(worker, model),
         blocks_per_slab=1 if kv is None else kv.layout.blocks_per_slab,
         num_blocks_to_come=_blocks_to_come(worker, model),
+        is_stuck=engine is not None and model.stalled_until > 0 and not engine.scheduler.running,
         is_arriving=model.is_arriving and model.is_open,
         ready_in=ready_in(worker, model),
     )

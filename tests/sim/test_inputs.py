@@ -15,7 +15,7 @@ from prism.sim.inputs import SHIPPED, open_profile
 from prism.sim.placing import Room, by_controller, by_load, demands, fixed_shares
 from prism.sim.shapes import ARCHITECTURES, PUBLISHED_MIX, published_mix
 from prism.sim.trace import TraceRow, compress, read_trace, write_trace
-from prism.sim.workload import jobs_of, percentile, workload
+from prism.sim.workload import percentile, workload
 from prism.types import MiB, ModelId
 
 KEYS = [ModelId(f"k{i:02d}") for i in range(58)]
@@ -98,12 +98,6 @@ def test_objectives_and_clipping() -> None:
     assert one.slo.ttft == pytest.approx(5 * alone)
     with pytest.raises(ConfigError, match="k00 of the trace"):
         workload(long, profile, 5.0, {})
-
-
-def test_requests_of_one_moment_are_set_apart() -> None:
-    same = [TraceRow(1.0, KEYS[i], 10, 10) for i in range(3)]
-    arrivals = [job.arrival for job in jobs_of(workload(same, open_profile("h100"), 5.0, None))]
-    assert arrivals == [10**12, 10**12 + 1, 10**12 + 2]
 
 
 def test_percentile() -> None:

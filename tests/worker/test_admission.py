@@ -76,6 +76,33 @@ def test_an_idle_model_always_takes_one() -> None:
     assert decisions(snapshot(large, num_slabs=0), 0.0) == (Admit(large.request_id),)
 
 
+def test_memory_that_two_models_could_get_is_given_to_one() -> None:
+    """Each of them counted all that was free, and both lacked it later."""
+    first, second = waiting("first", deadline=1.0, num_blocks=60), waiting("second", deadline=2.0, model=B)
+    second = replace(second, num_blocks=60)
+    busy = {"num_sequences": 1, "num_slabs": 10, "blocks_per_slab": 10}
+    loads = {A: load(A, **busy), B: load(B, **busy)}
+    both = AdmissionSnapshot((first, second), loads, 2, False)
+    assert decisions(both, 0.0) == (Admit(first.request_id),)
+    loads[B] = load(B, **busy | {"num_blocks": 20})  # blocks of its own, and four slabs that are left
+    assert len(decisions(AdmissionSnapshot((first, second), loads, 2, False), 0.0)) == 2
+
+
+def test_what_runs_is_expected_to_grow() -> None:
+    new = waiting("new", num_blocks=50)
+    growing = {"num_sequences": 3, "num_slabs": 10, "blocks_per_slab": 10}
+    assert decisions(snapshot(new, **growing), 0.0) == (Admit(new.request_id),)
+    assert decisions(snapshot(new, **growing, num_blocks_to_come=60), 0.0) == ()
+
+
+def test_a_stuck_model_takes_one() -> None:
+    """The oldest request of all waited for young ones of its model, and these for memory that only it could get."""
+    old = waiting("old", num_blocks=50)
+    full = {"num_sequences": 8, "num_slabs": 0}
+    assert decisions(snapshot(old, **full), 0.0) == ()
+    assert decisions(snapshot(old, **full, is_stuck=True), 0.0) == (Admit(old.request_id),)
+
+
 def test_a_suspect_runs_alone() -> None:
     suspect, other = waiting("suspect", alone=True), waiting("other", model=B)
     assert decisions(snapshot(suspect, other, running=1), 0.0) == ()

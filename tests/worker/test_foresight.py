@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prism.worker.foresight import HORIZON, IdleTimes, RecentDemand, UseTimes, reuse_chance
+from prism.worker.foresight import (
+    HORIZON,
+    TYPICAL_OUTPUT,
+    IdleTimes,
+    OutputLengths,
+    RecentDemand,
+    UseTimes,
+    reuse_chance,
+)
 
 
 def test_the_longer_a_block_was_not_used_the_less_it_is_worth() -> None:
@@ -73,3 +81,11 @@ def test_demand_fades() -> None:
     demand.add(10, now=5.0)
     assert demand.within_horizon(5.0) == 20.0
     assert demand.within_horizon(5.0 + HORIZON) == pytest.approx(20.0 / 2.718, rel=0.01)
+
+
+def test_output_lengths_follow_what_is_seen() -> None:
+    lengths = OutputLengths()
+    assert lengths.expected_rest == TYPICAL_OUTPUT
+    for _ in range(100):
+        lengths.add(1000)
+    assert lengths.expected_rest == pytest.approx(1000, rel=0.02)
