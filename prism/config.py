@@ -169,7 +169,7 @@ class LimitsConfig(_Section):
     """Bounds on waiting. Nothing waits for ever."""
 
     max_queue: int = Field(default=1024, ge=1)
-    """Waiting requests of one worker; one more is answered with 429."""
+    """Waiting requests of one worker; one more is answered with 429, unless its tenant has few there."""
     max_wait: Duration = 60.0
     """Longest wait before the first token, activation included; then 429."""
     request_timeout: Duration = 600.0

@@ -258,6 +258,20 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """The part of the device's time that its steps had."""
 
 
+class TenantReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tenant has of a worker; the last three count from the worker's start."""
+
+    tenant: str
+    weight: float
+    num_running: int
+    num_waiting: int
+    prompt_tokens: int
+    """Computed: without what the prefix cache had."""
+    decoded_tokens: int
+    device_seconds: float
+    """By the cost model."""
+
+
 class Report(Message, frozen=True, kw_only=True):
     """A worker's state, sent to controller and gateways at every change of a state and twice a second."""
 
@@ -275,6 +289,8 @@ class Report(Message, frozen=True, kw_only=True):
     """Why some of it could not be registered: loads are slower."""
     kv_host_bytes: int = 0
     """Host memory taken for KV."""
+    tenants: list[TenantReport] = []
+    """Those of the configured API keys."""
     kv_host_error: str | None = None
     """Why no more of it could be taken: what has no place there is computed again."""
 

@@ -31,12 +31,7 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
             f"{device['worker']} on {device['device']}: {_size(total)} in slabs of "
             f"{_size(device['slab_bytes'])}, {_size(free)} free{_host_memory(device)}"
         )
-    table = models_table(answer)
-    # as wide as it must be: a narrow terminal wraps a line, but no name and no number is cut
-    console.width = max(
-        console.width, Measurement.get(console, console.options.update(width=_COLUMNS), table).maximum
-    )
-    console.print(table)
+    _print_whole(console, models_table(answer))
     for entry in answer["models"]:
         if entry["report"] is not None and entry["report"]["error"]:
             console.print(f"{entry['model']}: {entry['report']['error']}")
@@ -44,6 +39,15 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
         console.print(f"{name}: takes turns in memory, since all that is asked for fits no device together")
     for name in answer["placement"]["infeasible"]:
         console.print(f"{name}: fits no device")
+    if answer["tenants"]:
+        _print_whole(console, tenants_table(answer))
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """As wide as it must be: a narrow terminal wraps a line, but no name and no number is cut."""
+    wide = console.options.update(width=_COLUMNS)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    console.print(table)
 
 
 def _host_memory(device: dict[str, Any]) -> str:
@@ -69,6 +73,25 @@ def models_table(answer: dict[str, Any]) -> Table:
         for place in _places(entry):
             worker = [place["worker"]] if several else []
             table.add_row(entry["model"], *worker, *_cells(place["report"], _part(entry, place["worker"])))
+    return table
+
+
+def tenants_table(answer: dict[str, Any]) -> Table:
+    """One row a tenant: what it has of all devices."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("TENANT", no_wrap=True)
+    for name in ("WEIGHT", "RUN", "WAIT", "PROMPT TOKENS", "OUTPUT TOKENS", "DEVICE"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for tenant in answer["tenants"]:
+        table.add_row(
+            tenant["tenant"],
+            f"{tenant['weight']:g}",
+            *(
+                str(tenant[name])
+                for name in ("num_running", "num_waiting", "prompt_tokens", "decoded_tokens")
+            ),
+            f"{tenant['device_seconds']:.1f}s",
+        )
     return table
 
 

@@ -36,6 +36,7 @@ class EmptyBody(_Body):
     """An unload has no options."""
 
 
+_SUMMED = ("num_running", "num_waiting", "prompt_tokens", "decoded_tokens", "device_seconds")
 NumBytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -152,9 +153,26 @@ def describe(service: ControllerService) -> dict[str, Any]:
         }
         for report in state.reports.values()
     ]
-    models = [_describe_model(service.state, model) for model in state.homes]
-    placement = _describe_plan(service.plan)
-    return {"epoch": state.epoch, "devices": devices, "models": models, "placement": placement}
+    return {
+        "epoch": state.epoch,
+        "devices": devices,
+        "models": [_describe_model(service.state, model) for model in state.homes],
+        "placement": _describe_plan(service.plan),
+        "tenants": _describe_tenants(state),
+    }
+
+
+def _describe_tenants(state: ControllerState) -> list[dict[str, Any]]:
+    """What each has of all devices together."""
+    tenants: dict[str, dict[str, Any]] = {}
+    for report in state.reports.values():
+        for tenant in report.tenants:
+            values = dict(msgspec.to_builtins(tenant))
+            total = tenants.setdefault(tenant.tenant, values)
+            if total is not values:
+                for name in _SUMMED:
+                    total[name] += values[name]
+    return list(tenants.values())
 
 
 def _describe_plan(plan: Plan | None) -> dict[str, Any]:

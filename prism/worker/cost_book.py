@@ -82,6 +82,20 @@ def step_seconds(costs: Costs, step: Step) -> float:
     return costs.steps.step(tokens, pairs, context)
 
 
+def chunk_seconds(costs: Costs, step: Step) -> list[float]:
+    """The same by chunk: tokens have equal parts of the matrix products, and each its own context."""
+    steps = costs.steps
+    num_tokens = sum(chunk.length for chunk in step.chunks)
+    per_token = steps.gemm(num_tokens) / max(num_tokens, 1)
+    per_context, per_pair = steps.per_context, steps.per_pair
+    return [
+        per_token + per_context * (start + 1)
+        if length == 1
+        else length * (per_token + per_pair * (start + length / 2))
+        for _, start, length, _ in step.chunks
+    ]
+
+
 def shape_of(profile: Profile) -> Shape:
     """What costs follow from."""
     spec, layout = profile.spec, profile.weights

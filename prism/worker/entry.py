@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from prism.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from prism.messages import Submit
-from prism.types import ModelState
+from prism.tenants import has_room
+from prism.types import ModelState, TenantId
 from prism.worker.requests import Ticket
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
     """Raises a `RequestError` if the request cannot enter the queue; may clip a default max_tokens.
 
     1. An unknown model.
-    2. A full queue.
+    2. A full queue, unless its tenant has little there.
     3. A model whose last load failed a moment ago.
     4. A context that the model, or the memory it may have, can never hold.
     5. Tokens outside the vocabulary, which would end the worker as an index on the device.
@@ -27,7 +28,7 @@ def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
     model = worker.models.get(submit.model)
     if model is None:  # 1
         raise ModelNotFound(f"model {submit.model!r} does not exist", param="model")
-    if worker.requests.num_waiting >= worker.limits.max_queue:  # 2
+    if not _has_room(worker, submit):  # 2
         raise Overloaded(
             f"the queue is full ({worker.limits.max_queue} requests)", retry_after=worker.queue_seconds(model)
         )
@@ -40,6 +41,15 @@ def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
         _check_length(ticket, limit)
     if model.profile is not None:  # 5
         _check_tokens(submit, model.profile.spec.vocab_size)
+
+
+def _has_room(worker: Worker, submit: Submit) -> bool:
+    limit, num_waiting = worker.limits.max_queue, worker.requests.num_waiting
+    if num_waiting < limit or submit.tenant is None:
+        return num_waiting < limit
+    tenant = worker.accounts.tenants.get(TenantId(submit.tenant))
+    num_own = sum(t.submit.tenant == submit.tenant for t in worker.requests if not t.is_running)
+    return tenant is not None and has_room(limit, num_waiting, num_own, tenant.part)
 
 
 def _check_tokens(submit: Submit, size: int) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from prism.memory.slabs import KvOwner, LaneOwner, WeightsOwner
+from prism.messages import TenantReport
 from prism.metrics import Metrics
-from prism.types import ModelId
 from prism.worker.loop import Worker
 from prism.worker.models import Model
 
@@ -19,7 +19,7 @@ class Gauges:
         self._metrics = metrics
         self._worker_name = worker_name
         self._places: set[Place] = set()
-        self._counted: dict[tuple[ModelId, str], int] = {}
+        self._counted: dict[tuple[str, str], float] = {}
 
     def update(self, worker: Worker) -> None:
         """Set everything."""
@@ -44,6 +44,19 @@ class Gauges:
             self._metrics.kv_blocks_fetched.labels(model.name).inc(
                 self._added(model.name, "fetched", fetched)
             )
+        for report in worker.accounts.report():
+            self._tenant(report)
+
+    def _tenant(self, report: TenantReport) -> None:
+        metrics, name = self._metrics, report.tenant
+        metrics.tenant_requests_running.labels(name).set(report.num_running)
+        metrics.tenant_requests_waiting.labels(name).set(report.num_waiting)
+        for counter, label, count in (
+            (metrics.tenant_prompt_tokens, "tenant's prompts", report.prompt_tokens),
+            (metrics.tenant_generation_tokens, "tenant's tokens", report.decoded_tokens),
+            (metrics.tenant_device_seconds, "tenant's seconds", report.device_seconds),
+        ):
+            counter.labels(name).inc(self._added(name, label, count))
 
     def _count(self, model: Model) -> None:
         """Add to the counters what has come since the last time."""
@@ -61,9 +74,9 @@ class Gauges:
             ):
                 counter.labels(name).inc(self._added(name, label, count))
 
-    def _added(self, model: ModelId, name: str, count: int) -> int:
-        added = count - self._counted.get((model, name), 0)
-        self._counted[model, name] = count
+    def _added(self, whose: str, name: str, count: float) -> float:
+        added = count - self._counted.get((whose, name), 0)
+        self._counted[whose, name] = count
         return added
 
     def _slabs(self, worker: Worker) -> None:

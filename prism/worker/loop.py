@@ -17,6 +17,7 @@ from typing import assert_never
 from prism.config import Config, DeviceConfig, ModelConfig
 from prism.costs import Costs
 from prism.engine.engine import EngineRequest
+from prism.engine.scheduler import Step
 from prism.errors import Overloaded, RequestError, Unavailable
 from prism.memory.slabs import KvOwner
 from prism.messages import (
@@ -35,6 +36,7 @@ from prism.weights.link import Link
 from prism.weights.registrations import Registrations
 from prism.weights.transfers import NEVER
 from prism.worker import admission
+from prism.worker.accounts import Accounts
 from prism.worker.commands import carry_out
 from prism.worker.cost_book import CostBook
 from prism.worker.delivery import Delivery
@@ -100,6 +102,7 @@ class Worker:
         self.registrations = registrations
         self.host = HostKv(device, chunks)
         self.costs = CostBook(device.rates, calibrated or {})
+        self.accounts = Accounts(config.server.tenants, self.requests, self.costs)
         self.rules = RULES[config.scheduling.mode]
         self._tenancy = Tenancy(config.scheduling.quantum)
         self.owed_to_late = 0.0
@@ -318,6 +321,7 @@ class Worker:
         if not self._needs_admission and not self._some_expired(now):
             return
         self._needs_admission = False
+        self.accounts.look(self.models)
         decisions, self.owed_to_late = admission.decide(admission_snapshot(self), now)
         for decision in decisions:
             waiting = self.requests.get(decision.request_id)
@@ -389,6 +393,10 @@ class Worker:
             engine.cancel(ticket.request_id, choice)
             self.reclaimer.trim(self.models[ticket.model])
         self.memory_changed()
+
+    def step_made(self, model: Model, step: Step) -> None:
+        """It is charged to those whose requests are in it."""
+        self.accounts.step_made(model.name, step)
 
     def prompts_computed(self) -> None:
         """Engines hold fewer prompts than before, so others may enter."""

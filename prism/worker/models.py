@@ -150,6 +150,11 @@ class Model:
             return False
         return self.is_readable and not self.has_stepped_early
 
+    @property
+    def takes_requests(self) -> bool:
+        """Requests may enter its engine, as far as there is room."""
+        return self.is_open and (self.is_active or self.is_arriving)
+
 
 def likely_order(models: Iterable[Model]) -> list[ModelId]:
     """Models by how likely they are loaded next: those to be kept loaded, then the last used ones."""

@@ -24,6 +24,7 @@ def make_report(worker: Worker, now: float) -> Report:
         registration_error=None if worker.registrations is None else worker.registrations.error,
         kv_host_bytes=worker.host.total_bytes,
         kv_host_error=worker.host.error,
+        tenants=worker.accounts.report(),
         models=[_model(worker, model, now) for model in worker.models.values()],
     )
 

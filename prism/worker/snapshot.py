@@ -26,7 +26,7 @@ class WaitingRequest:
     seconds: float = 0.0
     """Of the device, for its prompt alone."""
     tenant: str | None = None
-    """Whose it is, where shares are configured."""
+    """Whose it is, where API keys are configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class AdmissionSnapshot:
     owed_to_late: float = 0.0
     """Seconds that late requests may take before those that are on time."""
     over_share: frozenset[str | None] = frozenset()
-    """Tenants that have had more than their share."""
+    """Tenants that have had more than their share (worker/shares.py)."""
 
 
 @dataclass(frozen=True, slots=True)

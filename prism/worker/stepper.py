@@ -46,6 +46,10 @@ class Listener(Protocol):
         """Its last token has been drawn and will be sent."""
         ...
 
+    def step_made(self, model: Model, step: Step) -> None:
+        """It is about to run."""
+        ...
+
     def prompts_computed(self) -> None:
         """A step with prompts has run."""
         ...
@@ -175,6 +179,7 @@ class Stepper:
     def announce(self, model: Model, step: Step) -> None:
         """Tell gateways what starts, before it could kill this process."""
         assert model.engine is not None
+        self._listener.step_made(model, step)
         for request_id in {RequestId(chunk.sequence.request_id) for chunk in step.chunks}:
             ticket = self._requests.get(request_id)
             if ticket is not None and not ticket.is_started:

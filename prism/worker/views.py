@@ -46,6 +46,7 @@ def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
         stretch=_stretch(worker, active) if by_deadline else 1.0,
         horizon=_horizon(worker, active) if by_deadline else float("inf"),
         owed_to_late=worker.owed_to_late,
+        over_share=worker.accounts.over_share,
     )
 
 
@@ -102,6 +103,7 @@ def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
         num_sequences=len(ticket.open_choices),
         num_blocks=0 if profile is None else _blocks(profile.kv, tokens - 1, rest, len(ticket.open_choices)),
         alone=submit.alone,
+        tenant=submit.tenant,
         seconds=0.0 if costs is None else costs.steps.prefill(tokens - 1),
     )
     if profile is not None:

@@ -56,7 +56,13 @@ def answer(*models: dict[str, Any]) -> dict[str, Any]:
         "kv_host_error": None,
     }
     placement = {"pressures": {}, "crowded": [], "infeasible": []}
-    return {"epoch": 1, "devices": [device], "models": list(models), "placement": placement}
+    return {
+        "epoch": 1,
+        "devices": [device],
+        "models": list(models),
+        "placement": placement,
+        "tenants": [],
+    }
 
 
 def lines(capsys: pytest.CaptureFixture[str], *models: dict[str, Any]) -> list[str]:
@@ -142,6 +148,17 @@ def test_kv_in_host_memory_and_what_went_wrong_with_it(capsys: pytest.CaptureFix
     assert shown[0].endswith("64M of host memory for KV; no more could be taken for KV: refused")
     assert shown[1].split().index("HOST") - shown[1].split().index("HELD") == 1
     assert " 12M " in shown[2]
+
+
+def test_tenants_are_shown_where_there_are_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    of_all = answer(entry("a"))
+    counts = {"num_running": 3, "num_waiting": 200, "prompt_tokens": 12345, "decoded_tokens": 678}
+    of_all["tenants"] = [{"tenant": "search", "weight": 2.5, "device_seconds": 9.87, **counts}]
+    print_models(of_all, as_json=False)
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        "TENANT  WEIGHT  RUN  WAIT  PROMPT TOKENS  OUTPUT TOKENS  DEVICE",
+        "search     2.5    3   200          12345            678    9.9s",
+    ]
 
 
 def test_json_is_what_the_server_said(capsys: pytest.CaptureFixture[str]) -> None:

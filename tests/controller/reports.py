@@ -28,7 +28,9 @@ def model_report(model: str, **fields: Any) -> ModelReport:
     return ModelReport(model=model, **values | fields)
 
 
-def report(worker: str, *models: ModelReport, incarnation: int = 1, num_free_slabs: int = 8) -> Report:
+def report(
+    worker: str, *models: ModelReport, incarnation: int = 1, num_free_slabs: int = 8, **fields: Any
+) -> Report:
     return Report(
         worker=worker,
         device="cpu:0",
@@ -38,4 +40,5 @@ def report(worker: str, *models: ModelReport, incarnation: int = 1, num_free_sla
         num_slabs=8,
         num_free_slabs=num_free_slabs,
         models=list(models),
+        **fields,
     )

@@ -15,6 +15,7 @@ from prism.controller.migration import Migration, Phase
 from prism.controller.snapshot import Home
 from prism.controller.state import ControllerState
 from prism.errors import Conflict, EngineFailure, RequestError, Unavailable
+from prism.messages import TenantReport
 from prism.types import ModelId, ModelState, WorkerId
 from tests.controller.reports import model_report, report
 
@@ -95,6 +96,18 @@ async def test_models_with_and_without_a_worker(client: httpx.AsyncClient, servi
     assert second["model"] == "org/b" and second["worker"] == "worker-1" and second["report"] is None
     assert second["homes"] == ["worker-1", "worker-0"]
     assert second["elsewhere"] == [{"worker": "worker-0", "report": None}]
+
+
+@pytest.mark.anyio
+async def test_tenants_are_added_up_over_devices(client: httpx.AsyncClient, service: FakeService) -> None:
+    assert (await client.get("/admin/models")).json()["tenants"] == []
+    counts = {"num_running": 1, "num_waiting": 2, "prompt_tokens": 30, "decoded_tokens": 4}
+    for worker, seconds in (("worker-0", 0.5), ("worker-1", 0.25)):
+        tenants = [TenantReport(tenant=n, weight=2, device_seconds=seconds, **counts) for n in ("x", "y")]
+        service.state.on_report(report(worker, tenants=tenants))
+    both = {name: 2 * count for name, count in counts.items()} | {"weight": 2.0, "device_seconds": 0.75}
+    answer = (await client.get("/admin/models")).json()["tenants"]
+    assert answer == [{"tenant": "x"} | both, {"tenant": "y"} | both]
 
 
 @pytest.mark.anyio

@@ -136,6 +136,7 @@ class LocalWorker:
         chunks: HostChunks | None = None,
         host_kv: int = 64 * MiB,
         scheduling: dict[str, Any] | None = None,
+        sections: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         options = model_options or {}
@@ -145,6 +146,7 @@ class LocalWorker:
                 "devices": [{"memory": num_slabs * SLAB, "slab": SLAB} | settings],
                 "scheduling": scheduling or {},
             }
+            | (sections or {})
         )
         self.paths = models
         self.now = 1000.0
@@ -197,7 +199,9 @@ class LocalWorker:
         """A greedy request that has just arrived; each one is a little later than those before."""
         settings = {"max_tokens": max_tokens, "temperature": 0.0, "seed": 0} | params
         extra = {
-            k: settings.pop(k) for k in ("alone", "resumed", "attempt", "clip_max_tokens") if k in settings
+            k: settings.pop(k)
+            for k in ("alone", "resumed", "attempt", "clip_max_tokens", "tenant", "weight")
+            if k in settings
         }
         self.now += 0.001
         message = Submit(

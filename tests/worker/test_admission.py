@@ -96,7 +96,7 @@ def test_what_runs_is_expected_to_grow() -> None:
 
 
 def test_a_stuck_model_takes_one() -> None:
-    """The oldest request of all waited for young ones of its model, and these for memory that only it could get."""
+    """The oldest request waited for young ones of its model, and they for memory that only it could get."""
     old = waiting("old", num_blocks=50)
     full = {"num_sequences": 8, "num_slabs": 0}
     assert decisions(snapshot(old, **full), 0.0) == ()

@@ -10,7 +10,7 @@ import torch
 from prism.costs import from_shape
 from prism.engine.scheduler import Chunk, Step
 from prism.types import ModelId, Seconds
-from prism.worker.cost_book import CostBook, shape_of, step_seconds
+from prism.worker.cost_book import CostBook, chunk_seconds, shape_of, step_seconds
 from prism.worker.models import read_profile
 from prism.worker.rates import measure_rates
 from tests.support.checkpoints import make_model, save
@@ -65,6 +65,8 @@ def test_a_step_counts_pairs_of_prompts_and_context_of_decodes(path: Path) -> No
     costs = from_shape(shape_of(read_profile(local.worker.models["m"].config, SLAB)), local.device.rates)
     step = Step((chunk(9, 1), chunk(100, 50)), ())
     assert step_seconds(costs, step) == costs.steps.step(51, pairs=50 * 125, context=10)
+    parts = chunk_seconds(costs, step)
+    assert sum(parts) == pytest.approx(step_seconds(costs, step)) and min(parts) > 0
     local.close()
 
 
