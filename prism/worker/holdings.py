@@ -45,14 +45,6 @@ class Holdings:
         tickets = self._requests.of_model(model.name)
         return min(((t.submit.arrival, t.request_id, 0) for t in tickets), default=None)
 
-    def outline(self) -> tuple[int, ...]:
-        """Numbers that stay the same as long as nobody has more to give than before; quick to take."""
-        numbers = [self._pool.num_retiring]
-        for model in self._models.values():
-            if model.kv is not None and model.engine is not None:
-                numbers += (model.kv.num_gatherable, len(model.engine.scheduler.running))
-        return tuple(numbers)
-
     def snapshot(self, expected_demand: float, now: float) -> MemorySnapshot:
         """All holdings."""
         coming, unwanted = 0, []

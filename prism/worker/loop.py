@@ -405,6 +405,7 @@ class Worker:
     def memory_changed(self) -> None:
         """What could not run for want of memory is worth another look."""
         self._needs_admission = True
+        self.reclaimer.memory_changed()
         for model in self.models.values():
             model.stalled_until = 0.0
 

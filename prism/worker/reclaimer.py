@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, assert_never
+from typing import assert_never
 
 from prism.engine.kv_blocks import DroppedGroup, Gathered
 from prism.engine.scheduler import Want
@@ -18,15 +18,8 @@ from prism.worker.models import Model
 from prism.worker.snapshot import Need
 
 REFUSED_SECONDS = 0.05
-"""A need for which nobody had anything to give is looked at again then, or when there is more: a model that
-goes on without would ask at each step, and where hundreds of sequences run an answer takes a millisecond."""
-
-
-class _Refused(NamedTuple):
-    """A need that nobody could or had to meet, and what there was then."""
-
-    need: Need
-    outline: tuple[int, ...]
+"""A need for which nobody had anything to give is looked at again then, or when memory has changed: one
+that goes on without would ask at each step, and an answer takes a millisecond where hundreds of them run."""
 
 
 class Reclaimer:
@@ -47,9 +40,13 @@ class Reclaimer:
         self._holdings = holdings
         self._evict = evict
         self._demand = RecentDemand()
-        self._refused: dict[ModelId, _Refused] = {}
+        self._refused: dict[ModelId, Need] = {}
         self._ask_again = 0.0
         self.rank = holdings.rank
+
+    def memory_changed(self) -> None:
+        """What was refused may be had now."""
+        self._refused.clear()
 
     # --- getting memory -----------------------------------------------------------------------------
 
@@ -130,15 +127,14 @@ class Reclaimer:
 
     def _give(self, model: Model, need: Need, now: float) -> bool:
         """Have others give what the policy says; whether asking again makes sense at once."""
-        refused = _Refused(need, self._holdings.outline())
-        if self._refused.get(model.name) == refused and now < self._ask_again:
+        if self._refused.get(model.name) == need and now < self._ask_again:
             return False
         snapshot = self._holdings.snapshot(self._demand.within_horizon(now), now)
         decisions = reclaim.decide(snapshot, need, now)
         if decisions:
             self._demand.add(need.slabs, now)
         else:
-            self._refused[model.name], self._ask_again = refused, now + REFUSED_SECONDS
+            self._refused[model.name], self._ask_again = need, now + REFUSED_SECONDS
         results = [self._carry_out(decision) for decision in decisions]
         return any(results)
 
