@@ -72,6 +72,8 @@ PURE = [
     "controller/placement.py",
     "controller/demand.py",
     "controller/migration.py",
+    "controller/moves.py",
+    "controller/placer.py",
     "controller/state.py",
     "controller/views.py",
     "gateway/routing.py",
