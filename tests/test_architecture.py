@@ -38,7 +38,7 @@ ALLOWED = {
     "demo": {"demo"},
     "bench": {"bench", "sim"},
     "calibration": {"calibration", "worker", "engine", "models", "weights", "memory"},
-    "sim": {"sim", "engine", "worker", "controller"},
+    "sim": {"sim", "engine", "worker", "controller", "gateway"},
 }
 """Which packages a package may import besides the common modules; `cli` may import everything."""
 

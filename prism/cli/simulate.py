@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from prism.config import parse_size
+from prism.config import SchedulingConfig, parse_size
 from prism.errors import ConfigError
 from prism.modes import Mode
+from prism.sim.cluster import Cluster
 from prism.sim.generate import Synthetic
 from prism.sim.inputs import (
     Inputs,
@@ -97,17 +98,27 @@ def run_simulate(
     if save_trace is not None:
         _save_rows(load.requests, save_trace)
     cluster = make_cluster(inputs, load, profile, mode)
+    with _progress() as progress:
+        task = progress.add_task(mode.value, total=len(load.requests))
+        result = _run(cluster, devices, placement, lambda count: progress.advance(task, count))
+    _write(result, output)
+    if plot is not None:
+        plot_models(result, plot)
+
+
+def _run(
+    cluster: Cluster, devices: int, placement: Path | None, progress: Callable[[int], None]
+) -> dict[str, Any]:
+    """On a fixed placement, or under the controller where the mode has one."""
+    if placement is None and cluster.setup.mode is Mode.PRISM:
+        run = cluster.run_controlled(devices, SchedulingConfig(), progress)
+        return report(cluster.load, run.placement, cluster.setup, run.results, run.num_done)
     if placement is None:
         placed = default_placement(cluster, devices)
     else:
         placed = read_placement(placement, cluster, devices)
-    with _progress() as progress:
-        task = progress.add_task(mode.value, total=len(load.requests))
-        results = cluster.run(placed, os.cpu_count() or 1, lambda count: progress.advance(task, count))
-    result = report(load, placed, cluster.setup, results)
-    _write(result, output)
-    if plot is not None:
-        plot_models(result, plot)
+    results = cluster.run(placed, os.cpu_count() or 1, progress)
+    return report(cluster.load, placed, cluster.setup, results)
 
 
 def _save_rows(rows: Sequence[TraceRow], path: Path) -> None:

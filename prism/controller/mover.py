@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from prism.controller import migration as steps
+from prism.controller.migration import Migration
 from prism.controller.moves import Moves
 from prism.controller.state import ControllerState
 from prism.errors import EngineFailure, RequestError
@@ -68,8 +69,9 @@ class Mover:
         """See `Hands`."""
         self._resolve(model, None)
 
-    def over(self, model: ModelId, failure: str | None) -> None:
+    def over(self, migration: Migration, failure: str | None) -> None:
         """See `Hands`."""
+        model = migration.model
         result = "done" if failure is None else "failed"
         self._metrics.migrations.labels(model, result).inc()
         self._resolve(model, failure)

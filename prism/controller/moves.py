@@ -32,8 +32,8 @@ class Hands(Protocol):
         """New requests go to the target."""
         ...
 
-    def over(self, model: ModelId, failure: str | None) -> None:
-        """A migration has ended; `failure` says why it has come to nothing."""
+    def over(self, migration: Migration, failure: str | None) -> None:
+        """It has ended; `failure` says why it has come to nothing."""
         ...
 
     def routes_changed(self) -> None:
@@ -58,7 +58,9 @@ class Moves:
         """Begin a move, a replica or a merge of a model that is not being moved."""
         assert model not in self._state.migrations
         self._numbers[model] = self._numbers.get(model, 0) + 1
-        self._take(model, steps.begin(model, source, target, now), now)
+        step = steps.begin(model, source, target, now)
+        assert step.after is not None
+        self._take(step.after, step, now)
 
     def on_report(self, worker: WorkerId, now: float) -> None:
         """A worker's news may be what a migration waits for."""
@@ -94,19 +96,21 @@ class Moves:
             return
         step = steps.advance(migration, event, now, self._drain_seconds)
         if step.after is not migration:
-            self._take(model, step, now)
+            self._take(migration, step, now)
 
-    def _take(self, model: ModelId, step: steps.Step, now: float) -> None:
+    def _take(self, migration: Migration, step: steps.Step, now: float) -> None:
+        model = migration.model
         if step.after is None:
             self._state.migrations.pop(model, None)
         else:
             self._state.migrations[model] = step.after
         for effect in step.effects:
-            self._perform(model, effect, now)
+            self._perform(migration, effect, now)
         if step.after is None or step.after.phase is not Phase.LOADING:
             self._hands.routes_changed()
 
-    def _perform(self, model: ModelId, effect: steps.Effect, now: float) -> None:
+    def _perform(self, migration: Migration, effect: steps.Effect, now: float) -> None:
+        model = migration.model
         match effect:
             case steps.ActivateAt(worker):
                 self._hands.activate(model, worker, self._numbers[model])
@@ -118,6 +122,6 @@ class Moves:
             case steps.Over(failure):
                 if failure is not None:
                     self._state.stay(model, now, self._cooldown)
-                self._hands.over(model, failure)
+                self._hands.over(migration, failure)
             case _:
                 assert_never(effect)

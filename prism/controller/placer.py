@@ -50,7 +50,8 @@ class Placer:
         self._up = up
         self._demand = DemandWindow(config.demand_window, dict(state.speeds))
         self._interval = config.placement_interval
-        self._due = now + config.placement_interval
+        self.due = now + self._interval if self._interval else float("inf")
+        """When it looks next."""
         self._policy = Policy(
             gain=config.migration_gain,
             cooldown=config.migration_cooldown,
@@ -68,9 +69,9 @@ class Placer:
     def tick(self, now: float) -> Round:
         """Time has passed: it may be time to look."""
         self._moves.tick(now)
-        if not self._interval or now < self._due:
+        if now < self.due:
             return Round()
-        self._due = now + self._interval
+        self.due = now + self._interval
         return self.place(now)
 
     def place(self, now: float) -> Round:

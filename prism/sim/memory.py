@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol, assert_never
 
 from prism.sim.model import SimModel
@@ -35,14 +34,16 @@ class Owner(Protocol):
 class Memory:
     """The slabs of one device."""
 
-    def __init__(
-        self, num_slabs: int, models: Sequence[SimModel], owner: Owner, min_residency: float
-    ) -> None:
+    def __init__(self, num_slabs: int, owner: Owner, min_residency: float) -> None:
         self.num_slabs = num_slabs
         self.free = num_slabs
-        self._models = {model.name: model for model in models}
+        self._models: dict[ModelId, SimModel] = {}
         self._owner = owner
         self._min_residency = min_residency
+
+    def add(self, model: SimModel) -> None:
+        """A model that may come."""
+        self._models[model.name] = model
 
     # --- getting memory -------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class Memory:
 
     def _snapshot(self) -> MemorySnapshot:
         models = self._models.values()
-        loading = [m.name for m in models if m.state is ModelState.LOADING and not m.tickets]
+        loading = [m.name for m in models if m.state is ModelState.LOADING and not (m.tickets or m.is_wanted)]
         holdings = tuple(_holding(m) for m in models if m.state in (ModelState.LOADING, ModelState.ACTIVE))
         return MemorySnapshot(0, holdings, tuple(loading), self._min_residency)
 
