@@ -112,7 +112,7 @@ def _run(
     """On a fixed placement, or under the controller where the mode has one."""
     if placement is None and cluster.setup.mode is Mode.PRISM:
         run = cluster.run_controlled(devices, SchedulingConfig(), progress)
-        return report(cluster.load, run.placement, cluster.setup, run.results, run.num_done)
+        return report(cluster.load, run.placement, cluster.setup, run.results, run.done)
     if placement is None:
         placed = default_placement(cluster, devices)
     else:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from prism.config import SchedulingConfig
 from prism.modes import RULES, Mode
 from prism.profile import Profile
-from prism.sim.controlling import Controlled, Kind
+from prism.sim.controlling import Controlled, Done
 from prism.sim.device import SimDevice
 from prism.sim.jobs import Job
 from prism.sim.modes import Limits
@@ -51,8 +51,7 @@ class Controlling(NamedTuple):
     results: list[DeviceResult]
     placement: Placement
     """Where models lived in the end."""
-    num_done: Mapping[Kind, int]
-    """Migrations and the like that came to something."""
+    done: tuple[Done, ...]
 
 
 class Cluster:
@@ -100,7 +99,7 @@ class Cluster:
         controlled.run(jobs, progress)
         results += [result_of(*each) for each in controlled.ended()]
         unplaced = tuple(sorted(set(self.load.served) - set(able)))
-        return Controlling(results, Placement(controlled.homes(), unplaced), controlled.num_done)
+        return Controlling(results, Placement(controlled.homes(), unplaced), tuple(controlled.done))
 
     def _without_place(
         self, placed: Mapping[ModelId, object], progress: Callable[[int], None]

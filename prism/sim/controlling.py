@@ -10,10 +10,10 @@ as workers do; else everybody reports when placement looks.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from math import isfinite
+from typing import NamedTuple
 
 from prism.config import SchedulingConfig
 from prism.controller import migration as steps
@@ -42,6 +42,15 @@ class Kind(StrEnum):
     """One home more."""
     MERGE = "merges"
     """One less."""
+
+
+class Done(NamedTuple):
+    """A migration that has come to something."""
+
+    at: float
+    """Seconds, its end."""
+    model: ModelId
+    kind: Kind
 
 
 def kind_of(migration: Migration) -> Kind:
@@ -94,8 +103,7 @@ class Controlled:
         self._now = 0
         self._heard: list[tuple[ModelId, steps.Event, int]] = []
         """What has come of commands; told when the present event has been dealt with."""
-        self.num_done: Counter[Kind] = Counter()
-        """Migrations that have come to something."""
+        self.done: list[Done] = []
         for worker, device in self._devices.items():
             self._placer.on_report(commands.first_report(device, worker, served), 0.0)
         self.routes_changed()
@@ -180,7 +188,7 @@ class Controlled:
     def over(self, migration: Migration, failure: str | None) -> None:
         """See `Hands`."""
         if failure is None:
-            self.num_done[kind_of(migration)] += 1
+            self.done.append(Done(to_seconds(self._now), migration.model, kind_of(migration)))
 
     def routes_changed(self) -> None:
         """See `Hands`."""

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from prism.sim.cluster import Setup
-from prism.sim.controlling import Kind
+from prism.sim.controlling import Done, Kind
 from prism.sim.jobs import End, Served
 from prism.sim.placing import Placement
 from prism.sim.results import DeviceResult, ModelCounts, Outcome
@@ -31,9 +31,9 @@ def report(
     placement: Placement,
     setup: Setup,
     results: Sequence[DeviceResult],
-    num_done: Mapping[Kind, int] | None = None,
+    done: Sequence[Done] = (),
 ) -> dict[str, Any]:
-    """All of it as JSON values. `num_done` are migrations and the like, where there is a controller."""
+    """All of it as JSON values. `done` is what a controller has moved."""
     outcomes = [outcome for result in results for outcome in result.outcomes]
     by_model: dict[ModelId, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
@@ -60,7 +60,7 @@ def report(
         "device_hours": devices * span / 3600,
         "busy_share": sum(r.busy for r in results) / (span * devices * setup.limits.num_lanes),
         "activations": sum(c.activations for c in counts.values()),
-        **{kind.value: (num_done or {}).get(kind, 0) for kind in Kind},
+        **{kind.value: sum(each.kind is kind for each in done) for kind in Kind},
         "evictions": sum(c.evictions for c in counts.values()),
         "preemptions": sum(c.preemptions for c in counts.values()),
         "span_s": span,
