@@ -17,6 +17,7 @@ from rich.table import Table
 from prism.config import SchedulingConfig, parse_size
 from prism.errors import ConfigError
 from prism.modes import Mode
+from prism.outputs import check_output
 from prism.sim.cluster import Cluster
 from prism.sim.generate import Synthetic
 from prism.sim.inputs import (
@@ -40,7 +41,7 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def simulation_inputs(options: Mapping[str, Any]) -> Inputs:
+def simulation_inputs(options: Mapping[str, Any], is_stepping: bool = False) -> Inputs:
     """From the options that both commands have; see `sim_options`. Their minima let infinity through."""
     endless = [name for name, value in options.items() if isinstance(value, float) and not isfinite(value)]
     if endless:
@@ -67,7 +68,7 @@ def simulation_inputs(options: Mapping[str, Any]) -> Inputs:
         rate_scale=options["rate_scale"],
         slo_scale=options["slo_scale"],
         seed=options["seed"],
-        is_stepping=options.get("step", False),
+        is_stepping=is_stepping,
     )
 
 
@@ -92,7 +93,8 @@ def run_simulate(
     plot: Path | None,
     save_trace: Path | None,
 ) -> None:
-    """One mode on one placement."""
+    """One mode, on a given placement or under the controller."""
+    _check_outputs(output, plot, save_trace)
     profile = open_profile(inputs.profile)
     load = read_workload(inputs, profile)
     if save_trace is not None:
@@ -121,6 +123,13 @@ def _run(
     return report(cluster.load, placed, cluster.setup, results)
 
 
+def _check_outputs(*paths: Path | None) -> None:
+    """Before anything runs."""
+    for path in paths:
+        if path is not None:
+            check_output(path)
+
+
 def _save_rows(rows: Sequence[TraceRow], path: Path) -> None:
     try:
         write_trace(rows, path)
@@ -137,6 +146,7 @@ def run_plan(
     plot: Path | None,
 ) -> None:
     """The fewest devices for each mode."""
+    _check_outputs(output, plot)
     profile = open_profile(inputs.profile)
     load = read_workload(inputs, profile)
     plans = {}
