@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,3 +69,41 @@ Answer = Annotated[float, typer.Option(min=1, help="Median tokens of an output."
 Spread = Annotated[
     float, typer.Option(min=0, help="Standard deviation of lengths' logarithms.", rich_help_panel=_MADE)
 ]
+
+
+def _inputs(
+    trace: Trace = None,
+    models: Models = None,
+    rate_scale: RateScale = 1.0,
+    profile: Profile = "h100",
+    memory: Memory = None,
+    lanes: Lanes = 2,
+    slo_scale: SloScale = 5.0,
+    seed: Seed = 0,
+    num_models: NumModels = 8,
+    rate: Rate = 4.0,
+    duration: Duration = 600.0,
+    alpha: Alpha = 2.1,
+    cv: Cv = 1.0,
+    on: On = 0.0,
+    off: Off = 0.0,
+    prompt: Prompt = 300.0,
+    answer: Answer = 120.0,
+    spread: Spread = 1.0,
+) -> None:
+    """What `with_inputs` adds."""
+
+
+def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with these options behind its own; as its first argument it gets their values by name."""
+    _, *own = signature(command, eval_str=True).parameters.values()
+    shared = signature(_inputs, eval_str=True).parameters.values()
+
+    def run(**options: Any) -> None:
+        command({each.name: options.pop(each.name) for each in shared}, **options)
+
+    together = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in (*own, *shared)]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {each.name: each.annotation for each in together}
+    run.__signature__ = Signature(together)  # type: ignore[attr-defined]  # what typer reads
+    return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from prism.config import parse_size
+from prism.config import SchedulingConfig, parse_size
 from prism.errors import ConfigError
 from prism.modes import Mode
+from prism.outputs import check_output
+from prism.sim.cluster import Cluster
 from prism.sim.generate import Synthetic
 from prism.sim.inputs import (
     Inputs,
@@ -39,7 +41,7 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def simulation_inputs(options: Mapping[str, Any]) -> Inputs:
+def simulation_inputs(options: Mapping[str, Any], is_stepping: bool = False) -> Inputs:
     """From the options that both commands have; see `sim_options`. Their minima let infinity through."""
     endless = [name for name, value in options.items() if isinstance(value, float) and not isfinite(value)]
     if endless:
@@ -66,7 +68,7 @@ def simulation_inputs(options: Mapping[str, Any]) -> Inputs:
         rate_scale=options["rate_scale"],
         slo_scale=options["slo_scale"],
         seed=options["seed"],
-        is_stepping=options.get("step", False),
+        is_stepping=is_stepping,
     )
 
 
@@ -91,23 +93,41 @@ def run_simulate(
     plot: Path | None,
     save_trace: Path | None,
 ) -> None:
-    """One mode on one placement."""
+    """One mode, on a given placement or under the controller."""
+    _check_outputs(output, plot, save_trace)
     profile = open_profile(inputs.profile)
     load = read_workload(inputs, profile)
     if save_trace is not None:
         _save_rows(load.requests, save_trace)
     cluster = make_cluster(inputs, load, profile, mode)
+    with _progress() as progress:
+        task = progress.add_task(mode.value, total=len(load.requests))
+        result = _run(cluster, devices, placement, lambda count: progress.advance(task, count))
+    _write(result, output)
+    if plot is not None:
+        plot_models(result, plot)
+
+
+def _run(
+    cluster: Cluster, devices: int, placement: Path | None, progress: Callable[[int], None]
+) -> dict[str, Any]:
+    """On a fixed placement, or under the controller where the mode has one."""
+    if placement is None and cluster.setup.mode is Mode.PRISM:
+        run = cluster.run_controlled(devices, SchedulingConfig(), progress)
+        return report(cluster.load, run.placement, cluster.setup, run.results, run.done)
     if placement is None:
         placed = default_placement(cluster, devices)
     else:
         placed = read_placement(placement, cluster, devices)
-    with _progress() as progress:
-        task = progress.add_task(mode.value, total=len(load.requests))
-        results = cluster.run(placed, os.cpu_count() or 1, lambda count: progress.advance(task, count))
-    result = report(load, placed, cluster.setup, results)
-    _write(result, output)
-    if plot is not None:
-        plot_models(result, plot)
+    results = cluster.run(placed, os.cpu_count() or 1, progress)
+    return report(cluster.load, placed, cluster.setup, results)
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Before anything runs."""
+    for path in paths:
+        if path is not None:
+            check_output(path)
 
 
 def _save_rows(rows: Sequence[TraceRow], path: Path) -> None:
@@ -126,6 +146,7 @@ def run_plan(
     plot: Path | None,
 ) -> None:
     """The fewest devices for each mode."""
+    _check_outputs(output, plot)
     profile = open_profile(inputs.profile)
     load = read_workload(inputs, profile)
     plans = {}

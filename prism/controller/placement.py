@@ -9,7 +9,8 @@ It starts from the homes as they are, and changes as little as it must:
 3. A model for whose load fewer homes suffice loses one; one whose home is too little gets another
    (replicas.py).
 4. The most pressed device gives a model away, if that lowers the higher pressure of the two by more than
-   `gain` and beyond `doubt`, pays within `horizon`, and the model has lived there for `cooldown`.
+   `gain`, it is beyond `doubt` that the target stays below what the source was, it pays within `horizon`,
+   and the model has lived there for `cooldown`.
 5. A model of which nothing is in memory, and that nobody asks for, moves its home to a device that is better.
 
 What has no room anywhere beside others is crowded: it lives where it fits alone, and its worker swaps.
@@ -17,6 +18,8 @@ What fits no device is infeasible, and lives on the largest, whose worker says s
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -153,11 +156,12 @@ def _relieve_device(homes: Homes, place: int, pressure: float) -> bool:
         model = homes.models[name]
         if not model.is_live or model.device is not None or not homes.may_move(model):
             continue
-        gain, target = _gain(homes, model, place, pressure)
+        gain, rest, target = _gain(homes, model, place, pressure)
         cost = model.move_seconds if homes.fleet.workers[place] in model.resident else 0.0
+        worth = _worth(homes, pressure)
+        is_sure = rest > worth + _doubt(homes, place, target)
         is_paid = gain * homes.policy.horizon >= cost
-        is_sure = gain > _worth(homes, pressure) + _doubt(homes, place, target)
-        if is_sure and is_paid and (best is None or gain > best[0]):
+        if gain > worth and is_sure and is_paid and (best is None or gain > best[0]):
             best = gain, model, target
     if best is None:
         return False
@@ -166,15 +170,26 @@ def _relieve_device(homes: Homes, place: int, pressure: float) -> bool:
     return True
 
 
-def _gain(homes: Homes, model: ModelNeed, place: int, pressure: float) -> tuple[float, int]:
-    """By how much the higher pressure of the two devices falls, and the target where it falls most."""
+class _Gain(NamedTuple):
+    """What a move would change."""
+
+    gain: float
+    """By how much the higher pressure of the two devices falls."""
+    rest: float
+    """By how much the target's stays below what the source's was: that is what chance may turn round."""
+    target: int
+
+
+def _gain(homes: Homes, model: ModelNeed, place: int, pressure: float) -> _Gain:
+    """To the target where it is most."""
     entry = homes.entries[model.model]
     roomy = homes.roomy(model, entry)
     if not roomy.any():
-        return 0.0, place
+        return _Gain(0.0, 0.0, place)
     added: Floats = homes.fleet.with_added(entry)
     target = lowest(added, roomy)
-    return pressure - max(float(added[target]), homes.fleet.with_removed(entry, place)), target
+    rest = pressure - float(added[target])
+    return _Gain(min(rest, pressure - homes.fleet.with_removed(entry, place)), rest, target)
 
 
 # --- 5: idle models -----------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ class ControllerService:
 
     async def unload(self, model: ModelId) -> None:
         """Have a model evicted wherever it is. Raises `Unavailable`, or `Conflict` while it is in use."""
-        self.planner.mover.call_off(model)
+        self.planner.call_off(model)
         for worker in self.state.places(model):
             try:
                 await self.links.command(worker, Evict(epoch=0, command_id=0, model=model))

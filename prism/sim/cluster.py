@@ -1,4 +1,8 @@
-"""All devices of a run. They have nothing to do with one another, so each runs through by itself."""
+"""All devices of a run.
+
+On a fixed placement they have nothing to do with one another, so each runs through by itself. Under the
+controller they go together from one of its looks to the next.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,16 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import NamedTuple
 
+from prism.config import SchedulingConfig
 from prism.modes import RULES, Mode
 from prism.profile import Profile
+from prism.sim.controlling import Controlled, Done
 from prism.sim.device import SimDevice
-from prism.sim.jobs import End, Job
+from prism.sim.jobs import Job
 from prism.sim.modes import Limits
-from prism.sim.placing import Demand, Placement, fixed_shares
-from prism.sim.ticks import NEVER, to_seconds
+from prism.sim.placing import Demand, Placement, Room, fixed_shares
+from prism.sim.results import DeviceResult, result_of, without_place
+from prism.sim.ticks import NEVER
 from prism.sim.workload import Workload, jobs_of
 from prism.types import ModelId
 
@@ -38,37 +45,13 @@ class Setup:
         return self.memory_bytes // self.limits.slab_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCounts:
-    """What happened to a model."""
+class Controlling(NamedTuple):
+    """A run under the controller."""
 
-    activations: int
-    evictions: int
-    preemptions: int
-
-
-class Outcome(NamedTuple):
-    """What became of a request. Times are seconds."""
-
-    model: ModelId
-    end: End
-    ttft: float | None
-    tpot: float | None
-    """Mean time between two tokens; None for what has one token or none."""
-    ended: float
-    is_clipped: bool
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceResult:
-    """What became of a device's requests."""
-
-    outcomes: tuple[Outcome, ...]
-    counts: dict[ModelId, ModelCounts]
-    busy: float
-    """Seconds in which its lanes worked, added up."""
-    num_events: int
-    num_decisions: int
+    results: list[DeviceResult]
+    placement: Placement
+    """Where models lived in the end."""
+    done: tuple[Done, ...]
 
 
 class Cluster:
@@ -78,6 +61,12 @@ class Cluster:
         self.load = load
         self.setup = setup
         self.demand = demand
+
+    @property
+    def room(self) -> Room:
+        """What one device holds."""
+        setup = self.setup
+        return Room(self.load.served, setup.num_slabs, setup.limits.slab_bytes, setup.mode)
 
     def run(
         self,
@@ -89,16 +78,37 @@ class Cluster:
 
         What has no place comes first, as the result of a device that has no models.
         """
-        homes = set(placement.home())
-        lost = [job for job in jobs_of(self.load) if job.model not in homes]
-        for job in lost:
-            job.finish(End.NO_PLACE, job.arrival)
-        results = [DeviceResult(tuple(map(_outcome, lost)), {}, 0.0, 0, 0)] if lost else []
-        progress(len(lost))
+        results, _ = self._without_place(placement.home(), progress)
         for result in self._each(placement.devices, processes):
             results.append(result)
             progress(len(result.outcomes))
         return results
+
+    def run_controlled(
+        self,
+        num_devices: int,
+        config: SchedulingConfig,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> Controlling:
+        """Run all devices under the controller, which begins without knowing what will be asked for."""
+        room = self.room
+        able = {model: served for model, served in self.load.served.items() if room.holds([model])}
+        results, jobs = self._without_place(able, progress)
+        devices = [self._device(()) for _ in range(num_devices)]
+        controlled = Controlled(able, devices, config)
+        controlled.run(jobs, progress)
+        results += [result_of(*each) for each in controlled.ended()]
+        unplaced = tuple(sorted(set(self.load.served) - set(able)))
+        return Controlling(results, Placement(controlled.homes(), unplaced), tuple(controlled.done))
+
+    def _without_place(
+        self, placed: Mapping[ModelId, object], progress: Callable[[int], None]
+    ) -> tuple[list[DeviceResult], list[Job]]:
+        """What comes of requests without a place, and all others."""
+        jobs = jobs_of(self.load)
+        lost = [job for job in jobs if job.model not in placed]
+        progress(len(lost))
+        return [without_place(lost)] if lost else [], [job for job in jobs if job.model in placed]
 
     def _each(self, devices: Sequence[tuple[ModelId, ...]], processes: int) -> Iterator[DeviceResult]:
         if processes == 1 or len(devices) == 1 or len(self.load.requests) < FEW:
@@ -113,33 +123,19 @@ class Cluster:
 
     def run_device(self, models: tuple[ModelId, ...]) -> DeviceResult:
         """Run a device with these models through all their requests."""
+        device = self._device(models)
+        jobs = [job for job in jobs_of(self.load) if job.model in device.models]
+        for job in jobs:
+            device.offer(job)
+        device.run_until(NEVER)
+        return result_of(device, jobs)
+
+    def _device(self, models: Sequence[ModelId]) -> SimDevice:
         setup, rules, limits = self.setup, RULES[self.setup.mode], self.setup.limits
         served = {model: self.load.served[model] for model in models}
         shares = None
         if rules.has_shares:
             shares = fixed_shares(models, served, self.demand, setup.num_slabs, limits.slab_bytes)
-        together = setup.profile.together
-        device = SimDevice(list(served.values()), setup.num_slabs, rules, limits, together, shares)
-        jobs = [job for job in jobs_of(self.load) if job.model in served]
-        for job in jobs:
-            device.offer(job)
-        device.run_until(NEVER)
-        device.check()
-        counts = {
-            m.name: ModelCounts(m.num_activations, m.num_evictions, m.num_preemptions)
-            for m in device.models.values()
-        }
-        stepper = device.stepper
-        outcomes = tuple(map(_outcome, jobs))
-        return DeviceResult(
-            outcomes, counts, to_seconds(stepper.busy), device.num_events, stepper.num_decisions
+        return SimDevice(
+            list(served.values()), setup.num_slabs, rules, limits, setup.profile.together, shares
         )
-
-
-def _outcome(job: Job) -> Outcome:
-    assert job.end is not None, f"{job.request_id} has not ended"
-    first, tpot = job.first_token, None
-    if first is not None and job.output > 1:
-        tpot = to_seconds(job.last_token - first) / (job.output - 1)
-    ttft = None if first is None else to_seconds(first - job.arrival)
-    return Outcome(job.model, job.end, ttft, tpot, to_seconds(job.end_time), job.is_clipped)

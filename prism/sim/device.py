@@ -8,9 +8,7 @@ once.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
 from typing import assert_never
 
 from prism.modes import Rules
@@ -20,15 +18,16 @@ from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
 from prism.sim.stepper import Stepper
-from prism.sim.ticks import to_seconds, to_ticks
-from prism.sim.views import admission_snapshot, expiry, waiting_request
-from prism.types import ModelId, ModelState, RequestId
+from prism.sim.ticks import NEVER, to_seconds
+from prism.sim.timers import Timers
+from prism.sim.views import admission_snapshot, waiting_request
+from prism.types import ModelId, ModelState
 from prism.worker import admission
 from prism.worker.snapshot import WaitingRequest
 
 
 class SimDevice:
-    """Requests come in by `offer`; `run_until` moves the clock."""
+    """Requests come in by `offer`; `run_until` moves the clock; `commands.py` is for a controller."""
 
     def __init__(
         self,
@@ -40,57 +39,49 @@ class SimDevice:
         shares: dict[ModelId, int] | None = None,
     ) -> None:
         """`shares` are slabs of KV, where models have fixed ones. `together` is the profile's overlap."""
+        self.slab_bytes = limits.slab_bytes
         self._rules = rules
         self._limits = limits
         self.models: dict[ModelId, SimModel] = {}
-        for index, one in enumerate(served):
-            model = SimModel(one, limits.slab_bytes, lane=index % limits.num_lanes)
-            model.kv_limit = None if shares is None else shares[one.model]
-            self.models[one.model] = model
-        models = list(self.models.values())
         self.memory = Memory(
-            num_slabs,
-            models,
-            self,
-            min_residency=limits.min_residency,
-            idle_threshold=limits.idle_threshold,
+            num_slabs, self, min_residency=limits.min_residency, idle_threshold=limits.idle_threshold
         )
+        self.stepper = Stepper(self.memory, rules, limits, together, self)
+        for one in served:
+            self.learn(one, None if shares is None else shares[one.model])
         self.loader = Loader(self.models, self.memory, rules, limits, self)
-        self.stepper = Stepper(models, self.memory, rules, limits, together, self)
         self.now = 0
-        self._arrivals: deque[Job] = deque()
-        self._expiries: list[tuple[int, RequestId, Job]] = []
-        self._lives: deque[Job] = deque()
-        """All that have come, in order of arrival, for the end of their lives."""
         self._waiting: dict[Job, WaitingRequest] = {}
         """Not admitted."""
-        self._life = to_ticks(limits.request_timeout)
+        self._timers = Timers(limits, self._waiting)
+        self._poke = NEVER
+        """When something has been done to it from outside."""
         self._owed_to_late = 0.0
         self._needs_admission = False
         self._needs_moves = False
         self.num_events = 0
 
+    def learn(self, served: Served, share: int | None = None) -> SimModel:
+        """A model that may come here; its lane is the one with the fewest models."""
+        model = self.models.get(served.model)
+        if model is None:
+            lane = len(self.models) % self._limits.num_lanes
+            model = self.models[served.model] = SimModel(served, self._limits.slab_bytes, lane)
+            model.kv_limit = share
+            self.memory.add(model)
+            self.stepper.add(model)
+        return model
+
     def offer(self, job: Job) -> None:
         """A request that will come; in order of arrival."""
-        self._arrivals.append(job)
+        self._timers.offer(job)
 
     def next_event(self) -> int:
         """When something happens next."""
-        times = [self.stepper.next_end(), self.loader.link.next_event(), self.loader.wake_at]
-        if self._arrivals:
-            times.append(self._arrivals[0].arrival)
-        while self._expiries and not self._can_expire(self._expiries[0][2]):
-            heappop(self._expiries)
-        if self._expiries:
-            times.append(self._expiries[0][0])
-        while self._lives and self._lives[0].end is not None:
-            self._lives.popleft()
-        if self._lives:
-            times.append(self._lives[0].arrival + self._life)
-        return min(times)
-
-    def _can_expire(self, job: Job) -> bool:
-        return job in self._waiting and not job.is_started
+        loader = self.loader
+        return min(
+            self.stepper.next_end(), loader.link.next_event(), loader.wake_at, self._timers.next(), self._poke
+        )
 
     def run_until(self, end: int) -> None:
         """Do what happens before `end`."""
@@ -100,20 +91,30 @@ class SimDevice:
             last = time
             self._process(time)
 
-    def _process(self, now: int) -> None:
+    def begin(self, now: int) -> None:
+        """Move the clock, and tell what has run by then."""
         self.now = now
-        self.num_events += 1
         self.stepper.sync(now)
         self.stepper.collect(now)
+
+    def poke(self) -> None:
+        """Something was done to it just now, from outside: let it decide anew."""
+        self._poke = self.now
+        self._needs_admission = self._needs_moves = True
+
+    def _process(self, now: int) -> None:
+        self._poke = NEVER
+        self.num_events += 1
+        self.begin(now)
         if self.loader.arrived(now):
             self._needs_admission = True
         if self.loader.wake_at <= now:
             self.memory_changed()
-        while self._arrivals and self._arrivals[0].arrival <= now:
-            self._arrive(self._arrivals.popleft())
-        while self._lives and self._lives[0].arrival + self._life <= now:
-            self._time_out(self._lives.popleft(), now)
-        if self._expiries and self._expiries[0][0] <= now:
+        while (job := self._timers.arrived(now)) is not None:
+            self.arrive(job)
+        while (job := self._timers.outlived(now)) is not None:
+            self._time_out(job, now)
+        if self._timers.has_expired(now):
             self._needs_admission = True
         self._decide(now)
         while self._needs_moves or self._needs_admission:  # a step has taken memory from others
@@ -132,30 +133,23 @@ class SimDevice:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def _arrive(self, job: Job) -> None:
+    def arrive(self, job: Job) -> None:
+        """A request is here, perhaps from another device."""
         model = self.models[job.model]
-        slabs = model.kv_limit or self.memory.num_slabs - self._slabs_of_weights(model)
-        if job.prompt + job.output > model.capacity(slabs):
+        if job.prompt + job.output > model.capacity(self.loader.most_kv(model)):
             job.finish(End.TOO_LONG, self.now)
             return
         if not model.tickets and model.num_activations:
             model.idle_times.add(to_seconds(self.now - model.last_used))
-        model.tickets[job.request_id] = job
+        model.take(job)
         self._wait(job, model)
-        self._lives.append(job)
+        self._timers.came(job)
         self._needs_moves = self._needs_admission = True
 
     def _wait(self, job: Job, model: SimModel) -> None:
         """It has come, or has lost its place."""
         self._waiting[job] = waiting_request(job, model, self._rules, self._limits)
-        if not job.is_started:
-            heappush(self._expiries, (expiry(job, self._limits), job.request_id, job))
-
-    def _slabs_of_weights(self, model: SimModel) -> int:
-        """Those that the model can never use for KV, and what its neighbours need at the least."""
-        if not self._rules.is_resident:
-            return model.weight_slabs
-        return sum(m.weight_slabs + (m is not model) for m in self.models.values())
+        self._timers.waits(job)
 
     def _admit(self, now: int) -> None:
         if not self._waiting:
@@ -187,13 +181,16 @@ class SimDevice:
                     assert_never(decision)
 
     def _time_out(self, job: Job, now: int) -> None:
-        if job.end is not None:
-            return
-        model = self.models[job.model]
+        if job.end is None and job.request_id in self.models[job.model].tickets:
+            self.withdraw(job)
+            self._end(job, End.TIMED_OUT, now)
+
+    def withdraw(self, job: Job) -> None:
+        """It waits and runs here no more."""
         if self._waiting.pop(job, None) is None:
+            model = self.models[job.model]
             model.cancel(job)
-            self.stepper.disturb(model, now)
-        self._end(job, End.TIMED_OUT, now)
+            self.stepper.disturb(model, self.now)
 
     def _end(self, job: Job, end: End, now: int) -> None:
         model = self.models[job.model]
@@ -232,6 +229,7 @@ class SimDevice:
             self._wait(job, model)
         self.memory.release(model)
         model.state = ModelState.COLD
+        model.is_wanted = False
         model.num_evictions += 1
         self.memory_changed()
 

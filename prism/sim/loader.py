@@ -92,11 +92,20 @@ class Loader:
         self.link.start(model, _due(model), now)
         return True
 
+    def most_kv(self, model: SimModel) -> int:
+        """Slabs of KV that the model can have at best; residents keep what they need at the least."""
+        if model.kv_limit is not None:
+            return model.kv_limit
+        weights = model.weight_slabs
+        if self._rules.is_resident:
+            weights = sum(m.weight_slabs + (m is not model) for m in self._models.values())
+        return self._memory.num_slabs - weights
+
     def _bring_wanted(self, now: int) -> None:
         """Those with the oldest requests first; who finds no room looks again when memory changes, or when
         a busy model has been here for as long as it may count on."""
         absent = (ModelState.COLD, ModelState.FETCHING)
-        wanted = [m for m in self._models.values() if m.state in absent and m.tickets]
+        wanted = [m for m in self._models.values() if m.state in absent and (m.tickets or m.is_wanted)]
         results = [self.want(m, now) for m in sorted(wanted, key=lambda m: (rank_of(m), m.name))]
         if not all(results):
             self.wake_at = self._end_of_residency(now)

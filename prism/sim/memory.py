@@ -9,7 +9,7 @@ from prism.engine.scheduler import Want
 from prism.sim.jobs import policy_rank
 from prism.sim.model import SimModel
 from prism.sim.ticks import to_seconds
-from prism.types import LAST_RANK, ModelState, Rank
+from prism.types import LAST_RANK, ModelId, ModelState, Rank
 from prism.worker import reclaim
 from prism.worker.foresight import RecentDemand
 from prism.worker.snapshot import Holding, MemorySnapshot, Need, Running
@@ -42,21 +42,19 @@ class Memory:
     """The slabs of one device."""
 
     def __init__(
-        self,
-        num_slabs: int,
-        models: Sequence[SimModel],
-        owner: Owner,
-        *,
-        min_residency: float,
-        idle_threshold: float | None,
+        self, num_slabs: int, owner: Owner, *, min_residency: float, idle_threshold: float | None
     ) -> None:
         self.num_slabs = num_slabs
         self.free = num_slabs
-        self._models = {model.name: model for model in models}
+        self._models: dict[ModelId, SimModel] = {}
         self._owner = owner
         self._min_residency = min_residency
         self._idle_threshold = idle_threshold
         self._demand = RecentDemand()
+
+    def add(self, model: SimModel) -> None:
+        """A model that may come."""
+        self._models[model.name] = model
 
     # --- getting memory -------------------------------------------------------------------------------
 
@@ -166,7 +164,7 @@ class Memory:
 
     def _snapshot(self, now: int) -> MemorySnapshot:
         models = self._models.values()
-        loading = [m.name for m in models if m.state is ModelState.LOADING and not m.tickets]
+        loading = [m.name for m in models if m.state is ModelState.LOADING and not (m.tickets or m.is_wanted)]
         threshold = self._idle_threshold
         return MemorySnapshot(
             num_retiring=0,

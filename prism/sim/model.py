@@ -16,6 +16,7 @@ from prism.errors import ConfigError
 from prism.sim.decoding import DecodeGroup
 from prism.sim.jobs import Job, Served, policy_rank
 from prism.sim.ticks import StepTicks, to_ticks
+from prism.sim.usage import Usage
 from prism.types import Bytes, ModelId, ModelState, RequestId
 from prism.worker.foresight import GROWTH, IdleTimes, OutputLengths
 
@@ -43,6 +44,8 @@ class SimModel:
         self.weight_slabs = -(-served.costs.shape.weight_bytes // slab_bytes)
         self.kv_limit: int | None = None
         self.is_pinned = False
+        self.is_wanted = False
+        """It was told to load, whether or not there are requests."""
         self.is_open = True
         """It takes more requests."""
         self.state = ModelState.COLD
@@ -66,6 +69,7 @@ class SimModel:
         self.num_activations = 0
         self.num_evictions = 0
         self.num_preemptions = 0
+        self.usage = Usage()
         self._ticks = StepTicks(served.costs.steps)
 
     @property
@@ -111,6 +115,13 @@ class SimModel:
         """It could take a turn."""
         is_able = self.state is ModelState.ACTIVE and not self.is_stalled
         return is_able and (self.decodes.size > 0 or bool(self.prompts or self.waiting))
+
+    def take(self, job: Job) -> None:
+        """A request of it has come; one that another device had may be older than others."""
+        youngest = next(reversed(self.tickets.values()), None)
+        self.tickets[job.request_id] = job
+        if youngest is not None and youngest.rank > job.rank:
+            self.tickets = {each.request_id: each for each in sorted(self.tickets.values(), key=_rank)}
 
     def oldest(self) -> Job | None:
         """Its first request, waiting or running."""
@@ -230,6 +241,7 @@ class SimModel:
             self.waiting.pop(0)
             insort(self.prompts, job, key=_rank)
             budget -= taken
+        self.usage.starting(chunk.job for chunk in chunks)
         return chunks
 
     def _take(self, job: Job, budget: int, chunks: list[Chunk], *, may_preempt: bool) -> int:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prism.modes import RULES
-from prism.sim.cluster import Cluster, DeviceResult
+from prism.sim.cluster import Cluster
 from prism.sim.placing import Placement, Room, by_controller, by_load
 from prism.sim.report import is_tpot_met, is_ttft_met
+from prism.sim.results import DeviceResult
 from prism.types import ModelId
 
 TRIES = 8

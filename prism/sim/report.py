@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from prism.sim.cluster import DeviceResult, Outcome, Setup
+from prism.sim.cluster import Setup
+from prism.sim.controlling import Done, Kind
 from prism.sim.jobs import End, Served
 from prism.sim.placing import Placement
+from prism.sim.results import DeviceResult, ModelCounts, Outcome
 from prism.sim.workload import Workload, percentile
 from prism.types import ModelId
 
@@ -24,15 +27,19 @@ def is_tpot_met(outcome: Outcome, served: Served) -> bool:
 
 
 def report(
-    load: Workload, placement: Placement, setup: Setup, results: Sequence[DeviceResult]
+    load: Workload,
+    placement: Placement,
+    setup: Setup,
+    results: Sequence[DeviceResult],
+    done: Sequence[Done] = (),
 ) -> dict[str, Any]:
-    """All of it as JSON values."""
+    """All of it as JSON values. `done` is what a controller has moved."""
     outcomes = [outcome for result in results for outcome in result.outcomes]
     by_model: dict[ModelId, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_model[outcome.model].append(outcome)
     span = max(outcome.ended for outcome in outcomes)
-    counts = {model: c for result in results for model, c in result.counts.items()}
+    counts = _counts(results)
     devices = len(placement.devices)
     homes = placement.home()
     models = {}
@@ -44,9 +51,7 @@ def report(
             "slo_ttft_s": served.slo.ttft,
             "slo_tpot_s": served.slo.tpot,
             "device": homes.get(model),
-            "activations": counts[model].activations if model in counts else 0,
-            "evictions": counts[model].evictions if model in counts else 0,
-            "preemptions": counts[model].preemptions if model in counts else 0,
+            **asdict(counts.get(model, ModelCounts(0, 0, 0))),
         }
     return {
         **_figures(outcomes, load.served, span),
@@ -55,7 +60,7 @@ def report(
         "device_hours": devices * span / 3600,
         "busy_share": sum(r.busy for r in results) / (span * devices * setup.limits.num_lanes),
         "activations": sum(c.activations for c in counts.values()),
-        "migrations": 0,
+        **{kind.value: sum(each.kind is kind for each in done) for kind in Kind},
         "evictions": sum(c.evictions for c in counts.values()),
         "preemptions": sum(c.preemptions for c in counts.values()),
         "span_s": span,
@@ -66,6 +71,20 @@ def report(
         "unplaced": list(placement.unplaced),
         "models": models,
     }
+
+
+def _counts(results: Iterable[DeviceResult]) -> dict[ModelId, ModelCounts]:
+    """Of each model, on all devices."""
+    counts: dict[ModelId, ModelCounts] = {}
+    for result in results:
+        for model, more in result.counts.items():
+            one = counts.get(model, ModelCounts(0, 0, 0))
+            counts[model] = ModelCounts(
+                one.activations + more.activations,
+                one.evictions + more.evictions,
+                one.preemptions + more.preemptions,
+            )
+    return counts
 
 
 def _figures(outcomes: Sequence[Outcome], served: Mapping[ModelId, Served], span: float) -> dict[str, Any]:

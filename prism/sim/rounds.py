@@ -83,6 +83,11 @@ class Rounds(Generic[M]):
         """Number of the member's last step among the first `steps`; it has one."""
         return (self.steps_of(index, steps) - 1) * len(self.parts) + index
 
+    def ticks_of(self, index: int, steps: int) -> int:
+        """How long the member's own steps among the first `steps` take."""
+        part, count = self.parts[index], self.steps_of(index, steps)
+        return count * part.first + part.growth * (count * (count - 1) // 2)
+
     def _rounds_within(self, ticks: int) -> int:
         """Most whole rounds that take no longer: `first * n + growth * n * (n - 1) / 2 <= ticks`."""
         growth, linear = self._growth, 2 * self._first - self._growth

@@ -60,6 +60,9 @@ def advance(run: Run, now: int) -> None:
         ends = rounds.steps_of(index, ended) - rounds.steps_of(index, rounds.done)
         if ends:
             model.decodes.run(ends)
+            model.usage.decoded_tokens += ends * model.decodes.size
+            ticks = rounds.ticks_of(index, ended) - rounds.ticks_of(index, rounds.done)
+            model.usage.add_ticks(ticks, run.width)
             model.last_end = model.last_used = rounds.end_of(rounds.last_of(index, ended) + 1)
     rounds.done, rounds.begun = ended, begun
 
@@ -93,7 +96,9 @@ def close(run: Run, listener: Listener, now: int) -> None:
 def _close_prompts(model: SimModel, run: Run, listener: Listener, now: int) -> None:
     if run.has_decodes:
         model.decodes.run(1)
+        model.usage.decoded_tokens += model.decodes.size
     model.last_end = model.last_used = now
+    model.usage.add_ticks(run.rounds.end - run.rounds.start, 1)
     for chunk in run.chunks:
         job = chunk.job
         if chunk.num_restarts != job.num_restarts or job.missing:
@@ -101,6 +106,7 @@ def _close_prompts(model: SimModel, run: Run, listener: Listener, now: int) -> N
         model.prompts.remove(job)
         model.prompt_blocks -= model.layout.num_blocks(job.computed)
         job.produced += 1
+        model.usage.decoded_tokens += 1
         listener.drawn(job, now)
         if job.produced < job.output:
             model.decodes.join(job)

@@ -17,6 +17,7 @@ from prism.sim.rounds import Part, Rounds
 from prism.sim.runs import Listener, Run, advance, close, steps_until_change
 from prism.sim.ticks import NEVER, to_seconds
 from prism.sim.views import runnable
+from prism.types import ModelId
 from prism.worker import turns
 from prism.worker.snapshot import TurnSnapshot
 
@@ -26,15 +27,14 @@ class Stepper:
 
     def __init__(
         self,
-        models: Sequence[SimModel],
         memory: Memory,
         rules: Rules,
         limits: Limits,
         together: Callable[[int], float],
         listener: Listener,
     ) -> None:
-        self._models = {model.name: model for model in models}
-        self._lanes = [[m for m in models if m.lane == lane] for lane in range(limits.num_lanes)]
+        self._models: dict[ModelId, SimModel] = {}
+        self._lanes: list[list[SimModel]] = [[] for _ in range(limits.num_lanes)]
         self._runs: list[Run | None] = [None] * limits.num_lanes
         self._decided = [0] * limits.num_lanes
         self._memory = memory
@@ -49,6 +49,17 @@ class Stepper:
         self.num_decisions = 0
         self.busy = 0
         """Ticks in which lanes worked, of all lanes."""
+
+    def add(self, model: SimModel) -> None:
+        """A model that may come."""
+        self._models[model.name] = model
+        self._lanes[model.lane].append(model)
+
+    def account(self, now: int) -> None:
+        """Bring counters up to date. Nothing else changes by it."""
+        for run in self._runs:
+            if run is not None and not run.chunks:
+                advance(run, now)
 
     def next_end(self) -> int:
         """When the next run ends."""
@@ -218,8 +229,6 @@ class Stepper:
             if run is not None:
                 self._cut(other, now, at_least=1)
                 start = max(start, run.rounds.end)
-        for chunk in chunks:
-            chunk.job.is_started = True
         rounds = Rounds([Part(model, model.chunk_ticks(chunks), 0)], start, 1)
         self._runs[lane] = Run(rounds, 1, chunks, has_decodes)
         self._has_prompts = True

@@ -44,6 +44,23 @@ def test_simulate_with_models_and_a_placement(tmp_path: Path) -> None:
     assert result["models"]["m00"]["slo_ttft_s"] == 0.3 and plot.stat().st_size > 0
 
 
+@pytest.mark.parametrize("command", [["simulate", "--devices", "1"], ["plan", "--mode", "elastic"]])
+@pytest.mark.parametrize("option", ["--output", "--plot"])
+def test_what_cannot_be_written_is_told_before_anything_runs(
+    command: list[str],
+    option: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was told behind a search that may take hours."""
+    monkeypatch.setattr("prism.cli.simulate.read_workload", lambda *_: pytest.fail("it has begun"))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "below"):
+        assert run(*command, *SMALL, option, str(path)) == 2
+        assert str(path) in capsys.readouterr().err
+
+
 def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, plot = tmp_path / "plan.json", tmp_path / "plan.svg"
     given = ["--target", "0.8", "--target-tpot", "0.5", "--most", "4", "--mode", "prism", "--mode", "static"]

@@ -60,3 +60,17 @@ def test_what_was_seen_for_a_moment_is_no_rate() -> None:
     tell(demand, 1.0, 100)
     assert demand.load(A, 1.0).token_rate == pytest.approx(5)
     assert demand.load(A, 25.0).token_rate == pytest.approx(4)
+
+
+def test_requests_that_run_count_though_they_began_before_the_window() -> None:
+    """34 streams that began earlier were no evidence at all, so their model never left a full device."""
+    demand = window()
+    for second in range(200):
+        model = model_report("a", num_started=34, decoded_tokens=500 * second, num_running=34)
+        demand.on_report(report("worker-0", model), float(second))
+    assert demand.load(A, 199.0).noise == pytest.approx(34**-0.5)
+    ended = model_report("a", num_started=34, decoded_tokens=100_000)
+    demand.on_report(report("worker-0", ended), 200.0)
+    later = model_report("a", num_started=35, decoded_tokens=100_100, num_running=1)
+    demand.on_report(report("worker-0", later), 300.0)
+    assert demand.load(A, 300.0).noise == 1.0

@@ -146,6 +146,16 @@ def test_what_chance_may_explain_moves_nothing_unless_the_device_is_full() -> No
         assert len(run(models, devices, homes).decisions) == count, (compute, noise)
 
 
+def test_chance_must_not_turn_a_move_round_but_need_not_be_beaten_by_its_gain() -> None:
+    """Seven models stayed on a device at 0.87 beside one at 0.1: each move would have gained too little."""
+    few = {"token_rate": 1.0, "compute": 0.12, "noise": 0.18}
+    models = [model(f"m{i}", 10, W0, **few) for i in range(7)]
+    homes = {each.model: at(W0) for each in models}
+    assert len(run(models, [device(0), device(1)], homes).decisions) == 2
+    fewer = [replace(each, noise=0.5) for each in models[:3]]
+    assert run(fewer, [device(0), device(1)], homes).decisions == ()
+
+
 def test_each_move_that_soon_follows_another_doubles_the_wait() -> None:
     home = Home(W0, since=NOW - 200).moved(W1, NOW, cooldown=120.0)
     assert home == Home(W1, NOW, num_moves=1)

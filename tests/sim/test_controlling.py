@@ -1,0 +1,178 @@
+"""Devices under the controller: what it moves, and that looking changes nothing but what is decided."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prism.config import SchedulingConfig
+from prism.controller import placement
+from prism.controller.decisions import Plan
+from prism.controller.snapshot import Home, PlacementSnapshot
+from prism.modes import RULES, Mode
+from prism.sim.controlling import Controlled, Kind, worker_of
+from prism.sim.device import SimDevice
+from prism.sim.jobs import End, Job
+from prism.sim.ticks import NEVER, to_ticks
+from prism.types import ModelId, RequestId
+from tests.sim.random_loads import LIMITS, SLAB, models, served
+
+EAGER = SchedulingConfig(
+    placement_interval=0.25,
+    demand_window=1.0,
+    migration_cooldown=0.3,
+    migration_gain=0.01,
+    drain_timeout=1.5,
+)
+requests = st.lists(
+    st.tuples(st.floats(0, 4.0), st.integers(0, 4), st.integers(1, 200), st.integers(1, 120)),
+    min_size=1,
+    max_size=60,
+)
+
+
+@pytest.fixture(autouse=True)
+def sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Placement moves at little evidence: the runs are short."""
+
+    def decide(snapshot: PlacementSnapshot, now: float) -> Plan:
+        return placement.decide(replace(snapshot, policy=replace(snapshot.policy, doubt=0.0)), now)
+
+    monkeypatch.setattr("prism.controller.placer.decide", decide)
+
+
+def make(
+    shapes: list[Any], num_devices: int, slabs: int, config: SchedulingConfig, **changes: Any
+) -> Controlled:
+    all_served = {s.model: s for s in (served(i, *shape) for i, shape in enumerate(shapes))}
+    num_slabs = slabs + 2 + max(s.costs.shape.weight_bytes // SLAB for s in all_served.values())
+    limits = replace(LIMITS, **changes)
+    devices = [
+        SimDevice((), num_slabs, RULES[Mode.PRISM], limits, lambda n: 1 + 0.2 * (n - 1))
+        for _ in range(num_devices)
+    ]
+    return Controlled(all_served, devices, config)
+
+
+def jobs_of(controlled: Controlled, asked: list[Any], num_models: int) -> list[Job]:
+    made: list[Job] = []
+    arrival = -1
+    for index, (at, which, prompt, output) in enumerate(sorted(asked)):
+        arrival = max(to_ticks(at), arrival + 1)
+        name = ModelId(f"m{which % num_models}")
+        made.append(Job(RequestId(f"{index:04d}"), name, arrival, prompt, output, arrival + to_ticks(0.05)))
+    return made
+
+
+def run(
+    shapes: list[Any],
+    asked: list[Any],
+    num_devices: int,
+    slabs: int,
+    config: SchedulingConfig = EAGER,
+    **changes: Any,
+) -> tuple[Controlled, list[Job]]:
+    controlled = make(shapes, num_devices, slabs, config, **changes)
+    all_on_the_first_device(controlled)
+    jobs = jobs_of(controlled, asked, len(shapes))
+    controlled.run(jobs)
+    for device, _ in controlled.ended():
+        device.check()
+        assert device.next_event() == NEVER
+    return controlled, jobs
+
+
+def story(controlled: Controlled, jobs: list[Job]) -> tuple[Any, ...]:
+    ends = [(j.request_id, j.end, j.first_token, j.last_token, j.end_time, j.num_restarts) for j in jobs]
+    return ends, controlled.homes(), controlled.done
+
+
+@given(models, requests, st.integers(1, 3), st.integers(0, 12), st.integers(1, 3))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_jumping_equals_stepping_under_the_controller(
+    shapes: list[Any], asked: list[Any], num_devices: int, slabs: int, lanes: int
+) -> None:
+    """To the picosecond, with models that move, and replicas."""
+    jumped, stepped = (
+        story(*run(shapes, asked, num_devices, slabs, num_lanes=lanes, is_stepping=flag))
+        for flag in (False, True)
+    )
+    assert jumped == stepped
+
+
+@given(models, requests, st.integers(2, 3), st.integers(0, 12))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_request_ends_once_wherever_its_model_goes(
+    shapes: list[Any], asked: list[Any], num_devices: int, slabs: int
+) -> None:
+    _, jobs = run(shapes, asked, num_devices, slabs)
+    for job in jobs:
+        assert job.end is not None
+        if job.end is End.SERVED:
+            assert job.first_token is not None and job.arrival < job.first_token <= job.last_token
+            assert job.produced == job.output
+
+
+BUSY = [(1, 1024, 2e-3, 1e-8, 5e-3)] * 2
+"""Two models that take a device each, when asked every 20 ms."""
+
+
+def count(controlled: Controlled, kind: Kind) -> int:
+    return sum(each.kind is kind for each in controlled.done)
+
+
+def steady(seconds: float) -> list[Any]:
+    return [(i / 100, i % 2, 100, 20) for i in range(int(100 * seconds))]
+
+
+def together(config: SchedulingConfig = EAGER) -> Controlled:
+    """Both on the first device."""
+    controlled = make(BUSY, 2, 40, config)
+    all_on_the_first_device(controlled)
+    return controlled
+
+
+def all_on_the_first_device(controlled: Controlled) -> None:
+    for model in controlled.state.homes:
+        controlled.state.homes[model] = (Home(worker_of(0)),)
+    controlled.routes_changed()
+
+
+def test_two_busy_models_come_apart() -> None:
+    controlled = together()
+    jobs = jobs_of(controlled, steady(4.0), 2)
+    controlled.run(jobs)
+    assert count(controlled, Kind.MIGRATION) >= 1
+    homes = controlled.homes()
+    assert all(homes), homes
+    assert all(job.end is End.SERVED for job in jobs)
+
+
+@pytest.mark.parametrize(("drain", "has_returned"), [(0.0, True), (60.0, False)])
+def test_a_source_ends_what_it_has_or_returns_it(drain: float, has_returned: bool) -> None:
+    """What it returns goes on at the target with its tokens."""
+    controlled = together(EAGER.model_copy(update={"drain_timeout": drain}))
+    asked = [*steady(4.0), *((i / 2, i % 2, 100, 250) for i in range(8))]
+    jobs = jobs_of(controlled, asked, 2)
+    controlled.run(jobs)
+    assert count(controlled, Kind.MIGRATION) >= 1
+    assert all(job.end is End.SERVED and job.produced == job.output for job in jobs)
+    assert any(job.num_restarts for job in jobs) == has_returned
+
+
+def test_a_model_that_fills_a_device_gets_another_home_and_requests_go_to_both() -> None:
+    controlled = make([(1, 1024, 2e-3, 1e-8, 5e-3)], 2, 40, EAGER)
+    jobs = jobs_of(controlled, [(i / 200, 0, 100, 20) for i in range(800)], 1)
+    controlled.run(jobs)
+    assert count(controlled, Kind.REPLICA) == 1 and len(set(controlled.homes())) == 1
+    late = [sum(job.arrival > 3e12 for job in each) for _, each in controlled.ended()]
+    assert min(late) > 0.3 * sum(late), late
+
+
+def test_two_runs_are_the_same() -> None:
+    asked = steady(2.0)
+    assert story(*run(BUSY, asked, 2, 10)) == story(*run(BUSY, asked, 2, 10))
