@@ -22,8 +22,9 @@ Trace = Annotated[
 Models = Annotated[
     Path | None,
     typer.Option(
-        help="JSON: for each key of the trace {shape, ttft?, tpot?, context?}. By default shapes come in the "
-        "published proportion of 43 models of 1-3B, 8 of 4-8B, 3 of 9-30B, 4 larger (32B here).",
+        help="JSON: for each key of the trace {shape, ttft?, tpot?, context?}; a shape is a model of the "
+        "profile or a known one. By default they come in the published proportion of 43 models of 1-3B, 8 of "
+        "4-8B, 3 of 9-30B, 4 larger (32B here).",
         rich_help_panel=_TRACE,
     ),
 ]

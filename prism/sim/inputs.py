@@ -64,7 +64,7 @@ def read_workload(inputs: Inputs, profile: Profile) -> Workload:
     """Models and requests."""
     entries: Mapping[ModelId, ModelEntry] | None = None
     if inputs.models is not None:
-        entries = read_models(inputs.models)
+        entries = read_models(inputs.models, profile)
     return workload(read_rows(inputs), profile, inputs.slo_scale, entries)
 
 

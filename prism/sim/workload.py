@@ -11,7 +11,7 @@ import msgspec
 
 from prism.costs import Costs
 from prism.errors import ConfigError
-from prism.profile import Positive, Profile
+from prism.profile import Count, Positive, Profile
 from prism.sim.jobs import Job, Served
 from prism.sim.shapes import ARCHITECTURES, published_mix
 from prism.sim.ticks import to_ticks
@@ -25,10 +25,12 @@ class ModelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a models file says of a key of the trace."""
 
     shape: str
+    """A model of the profile, or one of `sim/shapes.py`."""
     ttft: Positive | None = None
     """Objectives in seconds; else the model's P95 alone on a device times the scale."""
     tpot: Positive | None = None
-    context: int | None = None
+    context: Count | None = None
+    """Most tokens of prompt and output; by default that of a known shape."""
 
 
 class Workload(NamedTuple):
@@ -41,16 +43,24 @@ class Workload(NamedTuple):
     """Places of those that were longer."""
 
 
-def read_models(path: Path) -> dict[ModelId, ModelEntry]:
+def read_models(path: Path, profile: Profile) -> dict[ModelId, ModelEntry]:
     """A models file: JSON, keys of the trace with their entries. Raises `ConfigError` naming the field."""
     try:
         entries = msgspec.json.decode(path.read_bytes(), type=dict[str, ModelEntry])
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: {error}"]) from None
-    unknown = sorted({e.shape for e in entries.values()} - set(ARCHITECTURES))
-    if unknown:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ConfigError([f"{path}: shape {name} is not known; known: {known}" for name in unknown])
+    known = set(ARCHITECTURES) | set(profile.models)
+    problems = [
+        f"{path}: shape {name} is not known; known: {', '.join(sorted(known))}"
+        for name in sorted({e.shape for e in entries.values()} - known)
+    ]
+    problems += [
+        f"{path}: {name}.context is missing, and the profile does not tell it"
+        for name, e in sorted(entries.items())
+        if e.context is None and e.shape in known - set(ARCHITECTURES)
+    ]
+    if problems:
+        raise ConfigError(problems)
     return {ModelId(name): entry for name, entry in entries.items()}
 
 
@@ -63,7 +73,7 @@ def workload(
         entries = {model: ModelEntry(shape=shape) for model, shape in published_mix(keys).items()}
     if missing := [key for key in keys if key not in entries]:
         raise ConfigError([f"model {key} of the trace is not in the models file" for key in missing])
-    contexts = {key: entries[key].context or ARCHITECTURES[entries[key].shape].context for key in keys}
+    contexts = {key: _context(entries[key]) for key in keys}
     requests = [_clipped(row, contexts[row.model]) for row in rows]
     clipped = frozenset(i for i, (a, b) in enumerate(zip(rows, requests, strict=True)) if a != b)
     by_model: dict[ModelId, list[TraceRow]] = defaultdict(list)
@@ -72,11 +82,16 @@ def workload(
     served = {}
     for key in keys:
         entry = entries[key]
-        costs = profile.costs(entry.shape, ARCHITECTURES[entry.shape].shape)
+        known = ARCHITECTURES.get(entry.shape)
+        costs = profile.costs(entry.shape, None if known is None else known.shape)
         alone = objectives(by_model[key], costs, slo_scale)
         slo = Slo(entry.ttft or alone.ttft, entry.tpot or alone.tpot)
         served[key] = Served(key, entry.shape, costs, contexts[key], slo)
     return Workload(served, requests, clipped)
+
+
+def _context(entry: ModelEntry) -> int:
+    return entry.context or ARCHITECTURES[entry.shape].context
 
 
 def _clipped(row: TraceRow, context: int) -> TraceRow:

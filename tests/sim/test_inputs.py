@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from prism.errors import ConfigError
@@ -15,7 +17,7 @@ from prism.sim.inputs import SHIPPED, open_profile
 from prism.sim.placing import Room, by_controller, by_load, demands, fixed_shares
 from prism.sim.shapes import ARCHITECTURES, PUBLISHED_MIX, published_mix
 from prism.sim.trace import TraceRow, compress, read_trace, write_trace
-from prism.sim.workload import percentile, workload
+from prism.sim.workload import percentile, read_models, workload
 from prism.types import MiB, ModelId
 
 KEYS = [ModelId(f"k{i:02d}") for i in range(58)]
@@ -81,6 +83,20 @@ def test_made_traces() -> None:
     resting = generate(Synthetic(models=1, rate=5, duration=2000, on=20, off=60), 1)
     gaps = [b.arrival - a.arrival for a, b in pairwise(resting)]
     assert len(resting) == pytest.approx(10000, rel=0.3) and sum(gap > 10 for gap in gaps) > 5
+
+
+def test_models_may_have_the_shape_of_one_in_the_profile(tmp_path: Path) -> None:
+    shipped = open_profile("h200")
+    mine = msgspec.structs.replace(shipped, models={"mine": shipped.models["llama-3-8b"]})
+    path = tmp_path / "models.json"
+    path.write_text(json.dumps({key: {"shape": "mine", "context": 4096} for key in KEYS}))
+    load = workload(rows(), mine, 5.0, read_models(path, mine))
+    assert load.served[KEYS[0]].costs == shipped.models["llama-3-8b"].costs()
+    path.write_text(json.dumps({KEYS[0]: {"shape": "mine"}, KEYS[1]: {"shape": "theirs"}}))
+    with pytest.raises(ConfigError) as caught:
+        read_models(path, mine)
+    unknown, no_context = caught.value.problems
+    assert "shape theirs is not known" in unknown and f"{KEYS[0]}.context is missing" in no_context
 
 
 def test_objectives_and_clipping() -> None:
