@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
+
 from prism.demo.catalog import golden_answers
-from tests.server.clients import CHAT, TEXT, Call
+from tests.server.clients import CHAT, TEXT, Answer, Call, ends
+from tests.server.harness import Server
 
 NUM_CALLS = 20
 LEAST_TOKENS = 256
@@ -19,9 +22,25 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 20}
 VARIED = {"temperature": 1.0, "top_k": 8, "logit_bias": {RADIO_END: -100}}
 
 
+_undisturbed: list[Answer] = []
+
+
 def calls() -> list[Call]:
     """Fresh ones."""
     return [_call(number, **settings) for number, settings in enumerate(_SETTINGS)]
+
+
+async def undisturbed(client: httpx.AsyncClient, server: Server) -> list[Answer]:
+    """What a server answers to which nothing happens; the first one is asked for all tests."""
+    if not _undisturbed:
+        answers = await ends([call.start(client, server.url) for call in calls()])
+        for answer in answers:
+            assert answer.is_done and answer.usage is not None, answer
+            assert answer.usage["completion_tokens"] >= LEAST_TOKENS * len(answer.choices)
+        finishes = [choice.finish for answer in answers for choice in answer.choices.values()]
+        assert finishes.count("stop") == 3 and set(finishes) == {"stop", "length"}
+        _undisturbed.extend(answers)
+    return _undisturbed
 
 
 def _call(number: int, model: str = "radio", *, text: bool = False, **settings: Any) -> Call:
