@@ -19,6 +19,7 @@ from prism.demo.catalog import demo_model_path
 from prism.errors import CheckpointError
 from prism.messages import Hello, ProcessEnded, ProcessUp, Ready, Role, WeightsHeld
 from prism.types import Bytes, ModelId
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -81,7 +82,7 @@ def up(role: Role, name: str, incarnation: int = 1) -> ProcessUp:
 
 
 async def hears(process: zmq.asyncio.Socket) -> object:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         return (await anext(transport.areceive(process))).message
 
 
