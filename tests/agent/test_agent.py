@@ -66,8 +66,8 @@ class Listening:
 
 
 @pytest.fixture
-async def listening(tmp_path: Path) -> AsyncIterator[Listening]:
-    listening = Listening(tmp_path)
+async def listening(short_path: Path) -> AsyncIterator[Listening]:
+    listening = Listening(short_path)
     yield listening
     listening.close()
 
@@ -160,12 +160,12 @@ class RecordingStore:
 
 
 async def test_models_are_packed_ahead_when_all_workers_have_their_memory(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    short_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     models = [{"name": name, "path": "."} for name in ("first", "bad", "last")]
     models.append({"name": "preloaded", "path": ".", "preload": True})
     config = Config.model_validate({"models": models, "devices": [{}, {}]})
-    listening = Listening(tmp_path, config)
+    listening = Listening(short_path, config)
     store = RecordingStore()
     listening.agent._store = store  # type: ignore[assignment]
     for i in range(2):
@@ -183,21 +183,21 @@ async def test_models_are_packed_ahead_when_all_workers_have_their_memory(
     listening.close()
 
 
-async def test_packing_ahead_can_be_switched_off(tmp_path: Path) -> None:
+async def test_packing_ahead_can_be_switched_off(short_path: Path) -> None:
     config = Config.model_validate(
         {"models": [{"name": "m", "path": "."}], "host_memory": {"pack_ahead": False}}
     )
-    listening = Listening(tmp_path, config)
+    listening = Listening(short_path, config)
     listening.process("worker-0")
     listening.agent._child_ready("worker-0.1", ready(Role.WORKER, "worker-0"))
     assert not listening.agent._tasks
     listening.close()
 
 
-async def test_workers_are_told_what_is_held(tmp_path: Path) -> None:
+async def test_workers_are_told_what_is_held(short_path: Path) -> None:
     """Those that are there when it is packed, and those that come later."""
     config = Config.model_validate({"models": [{"name": "first", "path": "."}]})
-    listening = Listening(tmp_path, config)
+    listening = Listening(short_path, config)
     listening.agent._store = RecordingStore()  # type: ignore[assignment]
     held = WeightsHeld(model="first", total_bytes=7)
     for incarnation in (1, 2):

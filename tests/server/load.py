@@ -50,7 +50,7 @@ def _call(number: int, model: str = "radio", *, text: bool = False, **settings: 
         "stream": True,
         "stream_options": {"include_usage": True},
         "ignore_eos": True,
-        "max_tokens": 290 + 14 * number,
+        "max_tokens": 260 + 8 * number,
         "temperature": 0,
         **settings,
     }

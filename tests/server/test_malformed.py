@@ -21,7 +21,7 @@ from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
-MAX_WAIT = 5
+MAX_WAIT = 10
 
 
 @pytest.fixture(scope="module")

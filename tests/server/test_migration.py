@@ -23,7 +23,7 @@ DEVICE = {"memory": "64MiB", "slab": "2MiB", "threads": 1}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Two devices; nothing moves by itself, and a source has a second to finish."""
-    scheduling = {"placement_interval": 0, "drain_timeout": "2s"}
+    scheduling = {"placement_interval": 0, "drain_timeout": "1s"}
     with Server(devices=[DEVICE, DEVICE], scheduling=scheduling) as server:
         yield server
 
@@ -56,7 +56,7 @@ async def test_models_move_under_load_and_every_stream_is_right(
 ) -> None:
     """Twenty long streams; two models move while more requests come.
 
-    What a source has not finished in two seconds goes on at the target with its tokens.
+    What a source has not finished in a second goes on at the target with its tokens.
     """
     await eventually(lambda: both_up(server), "both workers are up")
     expected = await load.undisturbed(client, server)
