@@ -357,7 +357,7 @@ def test_a_thousand_models_on_256_devices_are_placed_quickly() -> None:
     present = [replace(m, resident=frozenset(h.worker for h in homes[m.model])) for m in models]
     later = best_of_three(present, devices, homes, Policy(cooldown=0.0))
     print(f"first {empty * 1e3:.0f} ms, later {later * 1e3:.0f} ms")
-    assert max(empty, later) < 0.4  # the goal is 100 ms, here with room for a slow or busy machine
+    assert max(empty, later) < 0.3  # the goal is 100 ms, here with room for a slow or busy machine
 
 
 def best_of_three(

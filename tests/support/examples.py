@@ -1,4 +1,4 @@
-"""How many random examples property tests try: few and always the same, or many and always others.
+"""Which random examples property tests try: the same ones each time, or others.
 
 `PRISM_TESTS=thorough scripts/test` is for whoever has changed what they try. Without it a test that passes
 today passes tomorrow, on however slow a machine.
@@ -10,17 +10,10 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-IS_THOROUGH = os.environ.get("PRISM_TESTS") == "thorough"
-
 
 def load_profile() -> None:
     """For all tests; what they set themselves goes on top of it."""
     slow = [HealthCheck.too_slow]
     settings.register_profile("thorough", deadline=None, suppress_health_check=slow, print_blob=True)
     settings.register_profile("usual", settings.get_profile("thorough"), derandomize=True, database=None)
-    settings.load_profile("thorough" if IS_THOROUGH else "usual")
-
-
-def examples(usual: int, thorough: int) -> int:
-    """`max_examples` of a test."""
-    return thorough if IS_THOROUGH else usual
+    settings.load_profile("thorough" if os.environ.get("PRISM_TESTS") == "thorough" else "usual")
