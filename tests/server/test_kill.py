@@ -190,7 +190,8 @@ async def test_everything_dies_with_the_agent(client: httpx.AsyncClient) -> None
         assert len(held) >= 3, "the pool and packed weights"
         server.process.kill()
         await eventually(lambda: not server.leftovers(), "no process is left")
-        assert not held & memory_files(psutil.pids()), "memory is held"
+        # one that ends has no command line any more some time before it closes its files
+        await eventually(lambda: not held & memory_files(psutil.pids()), "the memory is given back")
         assert all(answer.is_broken for answer in await ends(calls))
         for port in (server.port, server.admin_port):
             socket.create_server(("127.0.0.1", port)).close()
