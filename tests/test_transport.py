@@ -22,12 +22,13 @@ from prism.transport import (
     socket_address,
     wait_disconnected,
 )
+from tests.support.waiting import PATIENCE
 
 HELLO = Hello(role=Role.WORKER, name="w0", incarnation=3)
 
 
 def wait_for(socket: "zmq.Socket[bytes]") -> list[Envelope]:
-    assert socket.poll(10_000)
+    assert socket.poll(PATIENCE * 1000)
     return list(receive(socket))
 
 
@@ -100,6 +101,6 @@ async def test_asyncio_sockets(tmp_path: Path) -> None:
     assert not asend(router, Stop(grace=2), "g9.1")
     assert not gone.done()
     router.close(linger=0)
-    await asyncio.wait_for(gone, 10)
+    await asyncio.wait_for(gone, PATIENCE)
     dealer.close(linger=0)
     context.term()

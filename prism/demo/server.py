@@ -75,7 +75,10 @@ class DemoServer:
         """Return once requests can be served and the worker has reported. Raises `DemoError`."""
         assert self._process is not None
         try:
-            async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(trust_env=False) as client:
+            async with (
+                asyncio.timeout(START_SECONDS),
+                httpx.AsyncClient(trust_env=False, timeout=1) as client,
+            ):
                 while not await self._is_healthy(client):
                     if self._process.returncode is not None:
                         raise DemoError(f"the server ended with status {self._process.returncode}")

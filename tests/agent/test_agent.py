@@ -19,6 +19,7 @@ from prism.demo.catalog import demo_model_path
 from prism.errors import CheckpointError
 from prism.messages import Hello, ProcessEnded, ProcessUp, Ready, Role, WeightsHeld
 from prism.types import Bytes, ModelId
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -65,8 +66,8 @@ class Listening:
 
 
 @pytest.fixture
-async def listening(tmp_path: Path) -> AsyncIterator[Listening]:
-    listening = Listening(tmp_path)
+async def listening(short_path: Path) -> AsyncIterator[Listening]:
+    listening = Listening(short_path)
     yield listening
     listening.close()
 
@@ -81,7 +82,7 @@ def up(role: Role, name: str, incarnation: int = 1) -> ProcessUp:
 
 
 async def hears(process: zmq.asyncio.Socket) -> object:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         return (await anext(transport.areceive(process))).message
 
 
@@ -159,12 +160,12 @@ class RecordingStore:
 
 
 async def test_models_are_packed_ahead_when_all_workers_have_their_memory(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    short_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     models = [{"name": name, "path": "."} for name in ("first", "bad", "last")]
     models.append({"name": "preloaded", "path": ".", "preload": True})
     config = Config.model_validate({"models": models, "devices": [{}, {}]})
-    listening = Listening(tmp_path, config)
+    listening = Listening(short_path, config)
     store = RecordingStore()
     listening.agent._store = store  # type: ignore[assignment]
     for i in range(2):
@@ -182,21 +183,21 @@ async def test_models_are_packed_ahead_when_all_workers_have_their_memory(
     listening.close()
 
 
-async def test_packing_ahead_can_be_switched_off(tmp_path: Path) -> None:
+async def test_packing_ahead_can_be_switched_off(short_path: Path) -> None:
     config = Config.model_validate(
         {"models": [{"name": "m", "path": "."}], "host_memory": {"pack_ahead": False}}
     )
-    listening = Listening(tmp_path, config)
+    listening = Listening(short_path, config)
     listening.process("worker-0")
     listening.agent._child_ready("worker-0.1", ready(Role.WORKER, "worker-0"))
     assert not listening.agent._tasks
     listening.close()
 
 
-async def test_workers_are_told_what_is_held(tmp_path: Path) -> None:
+async def test_workers_are_told_what_is_held(short_path: Path) -> None:
     """Those that are there when it is packed, and those that come later."""
     config = Config.model_validate({"models": [{"name": "first", "path": "."}]})
-    listening = Listening(tmp_path, config)
+    listening = Listening(short_path, config)
     listening.agent._store = RecordingStore()  # type: ignore[assignment]
     held = WeightsHeld(model="first", total_bytes=7)
     for incarnation in (1, 2):

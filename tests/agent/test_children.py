@@ -13,6 +13,7 @@ import pytest
 from prism.agent import backoff
 from prism.agent.children import Child, ChildSpec, describe
 from prism.messages import Role
+from tests.support.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -42,7 +43,7 @@ class Script(Child):
         self.is_hopeless = True
 
     async def until(self, num_ends: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while len(self.ends) < num_ends:
                 self.wake.clear()
                 await self.wake.wait()
@@ -55,14 +56,12 @@ def _no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def running(child: Child) -> int:
     """Its process id, once it runs."""
-    async with asyncio.timeout(20):
-        while child.pid is None:
-            await asyncio.sleep(0.001)
-    return child.pid
+    pid: int = await eventually(lambda: child.pid, "it runs", pause=0.001)
+    return pid
 
 
 async def ends(task: asyncio.Task[None]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         await task
 
 
@@ -123,7 +122,7 @@ async def test_one_that_is_just_being_started_is_ended_too() -> None:
     await asyncio.sleep(0)  # it is being started
     assert child.incarnation == 1 and child.pid is None
     child.stop()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         await child.ended()
     await ends(supervisor)
     assert child.ends == [1]

@@ -19,50 +19,50 @@ def leave_behind(parent: Path) -> Path:
     return path
 
 
-def test_it_is_private_and_goes_with_its_server(tmp_path: Path) -> None:
-    run_dir = RunDir(tmp_path)
-    assert run_dir.path.parent == tmp_path and run_dir.path.name.startswith("prism-")
+def test_it_is_private_and_goes_with_its_server(short_path: Path) -> None:
+    run_dir = RunDir(short_path)
+    assert run_dir.path.parent == short_path and run_dir.path.name.startswith("prism-")
     for path in (run_dir.path, run_dir.metrics):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
     assert stat.S_IMODE((run_dir.path / "lock").stat().st_mode) == 0o600
     run_dir.config.touch()
     run_dir.close()
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_path.iterdir()) == []
 
 
-def test_only_what_a_dead_server_left_is_removed(tmp_path: Path) -> None:
-    stale = leave_behind(tmp_path)
-    foreign = tmp_path / "prism-notes"
+def test_only_what_a_dead_server_left_is_removed(short_path: Path) -> None:
+    stale = leave_behind(short_path)
+    foreign = short_path / "prism-notes"
     foreign.mkdir()
-    living = RunDir(tmp_path)
+    living = RunDir(short_path)
     assert not stale.exists()
-    other = RunDir(tmp_path)
+    other = RunDir(short_path)
     assert living.path.exists() and foreign.exists()
     living.close()
     other.close()
 
 
-def test_the_environment_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_the_environment_says_where(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path))
     run_dir = RunDir()
-    assert run_dir.path.parent == tmp_path
+    assert run_dir.path.parent == short_path
     run_dir.close()
 
 
-def test_a_directory_is_never_seen_without_its_lock(tmp_path: Path) -> None:
+def test_a_directory_is_never_seen_without_its_lock(short_path: Path) -> None:
     """Two servers that started at once: one took the other's new directory for stale and removed it."""
     is_over = threading.Event()
 
     def clean() -> None:
         while not is_over.is_set():
-            remove_stale(tmp_path)
+            remove_stale(short_path)
 
     threads = [threading.Thread(target=clean) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
         for _ in range(200):
-            run_dir = RunDir(tmp_path)
+            run_dir = RunDir(short_path)
             assert (run_dir.path / "lock").exists()
             run_dir.close()
     finally:
@@ -71,9 +71,9 @@ def test_a_directory_is_never_seen_without_its_lock(tmp_path: Path) -> None:
             thread.join()
 
 
-def test_an_impossible_place_is_a_clear_error(tmp_path: Path) -> None:
+def test_an_impossible_place_is_a_clear_error(short_path: Path) -> None:
     """A long path, or one that is not there, ended the server with a traceback."""
     with pytest.raises(ConfigError, match="too long for sockets"):
-        RunDir(tmp_path / ("x" * 80))
+        RunDir(short_path / ("x" * 80))
     with pytest.raises(ConfigError, match="No such file"):
-        RunDir(tmp_path / "no")
+        RunDir(short_path / "no")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,13 +18,21 @@ def test_forms_agree(form: cpu_linear.Form, rows: int) -> None:
     torch.testing.assert_close(out, plain(x, weight), rtol=0.02, atol=0.02)
 
 
-def test_the_fastest_form_is_chosen() -> None:
-    def slow(x: Tensor, weight: Tensor) -> Tensor:
-        time.sleep(0.002)
-        return plain(x, weight)
+def test_the_fastest_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(cpu_linear.time, "perf_counter", lambda: now)
 
-    assert fastest((slow, plain), 4) is plain
-    assert fastest((plain, slow), 4) is plain
+    def taking(seconds: float) -> cpu_linear.Form:
+        def form(x: Tensor, weight: Tensor) -> Tensor:
+            nonlocal now
+            now += seconds
+            return x
+
+        return form
+
+    slow, quick = taking(2.0), taking(1.0)
+    assert fastest((slow, quick), 4) is quick
+    assert fastest((quick, slow), 4) is quick
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])

@@ -15,6 +15,7 @@ from prism.bench.wire import Style, encode_all
 from prism.bench.workload import Planned
 from prism.errors import ConfigError
 from tests.bench.fake_server import FakeServer, Kind
+from tests.support.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +41,7 @@ def requests(planned: list[Planned], kinds: list[Kind]) -> list[bytes]:
     ]
 
 
-async def replay(url: str, kinds: list[Kind], timeout: float = 20.0, **options: int) -> list[Record]:
+async def replay(url: str, kinds: list[Kind], timeout: float = PATIENCE, **options: int) -> list[Record]:
     planned = plans(target(url), len(kinds))
     return (await Replay(planned, requests(planned, kinds), timeout=timeout, **options).run()).records
 
@@ -97,11 +98,9 @@ async def test_nonsense(kind: Kind, reason: str) -> None:
 
 async def test_who_waits_for_too_long_gives_up() -> None:
     async with FakeServer() as server:
-        records = await replay(server.url, [Kind.HOLD, Kind.NORMAL], timeout=0.3)
-        async with asyncio.timeout(10):
-            while server.num_open:  # the server learns of it
-                await asyncio.sleep(0.001)
-    assert [record.outcome for record in records] == [TimedOut(0.3), Finished()]
+        records = await replay(server.url, [Kind.HOLD, Kind.NORMAL], timeout=1.0)
+        await eventually(lambda: not server.num_open, "the server learns of it")
+    assert [record.outcome for record in records] == [TimedOut(1.0), Finished()]
     assert len(records[0].times) == 1
 
 
@@ -123,7 +122,7 @@ async def test_every_request_ends_once_whatever_happens() -> None:
     async with FakeServer() as server:
         planned = plans(target(server.url), len(kinds), gap=0.001)
         run = Replay(
-            planned, requests(planned, kinds), timeout=1.0, on_end=lambda r: heard.update([r.request.index])
+            planned, requests(planned, kinds), timeout=4.0, on_end=lambda r: heard.update([r.request.index])
         )
         records = (await run.run()).records
     assert [record.request for record in records] == planned
@@ -141,10 +140,11 @@ async def test_every_request_ends_once_whatever_happens() -> None:
 async def test_requests_leave_at_their_times_though_nothing_comes_back() -> None:
     async with FakeServer() as server:
         planned = plans(target(server.url), 20, gap=0.01)
-        run = asyncio.create_task(Replay(planned, requests(planned, [Kind.HOLD] * 20), timeout=20).run())
-        while len(server.bodies) < 20:  # none of them has ended
-            assert not run.done()
-            await asyncio.sleep(0.001)
+        run = asyncio.create_task(
+            Replay(planned, requests(planned, [Kind.HOLD] * 20), timeout=PATIENCE).run()
+        )
+        await eventually(lambda: len(server.bodies) == 20, "all of them leave")
+        assert not run.done()
         server.release.set()
         records = (await run).records
     for record in records:
@@ -157,10 +157,11 @@ async def test_who_interrupts_gets_an_end_for_every_request() -> None:
     async with FakeServer() as server:
         planned = plans(target(server.url), 30, gap=0.01)
         planned += [Planned(30, 3600.0, target(server.url), 5, 3)]
-        replay = Replay(planned, requests(planned, [Kind.NORMAL, Kind.HOLD] * 15 + [Kind.NORMAL]), timeout=20)
+        ended: list[Record] = []
+        kinds = [Kind.NORMAL, Kind.HOLD] * 15 + [Kind.NORMAL]
+        replay = Replay(planned, requests(planned, kinds), timeout=PATIENCE, on_end=ended.append)
         run = asyncio.create_task(replay.run())
-        while len(server.bodies) < 10:
-            await asyncio.sleep(0.001)
+        await eventually(lambda: len(ended) >= 4 and len(server.bodies) >= 10, "some end", pause=0.001)
         replay.stop()
         records, duration = await run
     assert [record.request for record in records] == planned
@@ -185,5 +186,5 @@ async def test_a_chats_first_piece_is_no_token() -> None:
         planned = plans(at, 1)
         body = b'{"messages": [], "max_completion_tokens": 3}'
         head = b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(body)
-        (record,) = (await Replay(planned, [head + body], timeout=20).run()).records
+        (record,) = (await Replay(planned, [head + body], timeout=PATIENCE).run()).records
     assert (record.input_tokens, record.output_tokens, len(record.times)) == (7, 3, 3)

@@ -38,6 +38,7 @@ from prism.transport import areceive, asend, bind_router, connect_dealer, socket
 from prism.types import MiB, ModelId, ModelState, WorkerId
 from tests.controller.reports import model_report, report
 from tests.gateway.processes import Peer
+from tests.support.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -80,10 +81,8 @@ class World:
         config = SchedulingConfig()
         return Planner(config, catalog, state, links, routes_changed, self.clock.now, self.metrics)
 
-    async def until(self, condition: object) -> None:
-        async with asyncio.timeout(10):
-            while not condition():  # type: ignore[operator]
-                await asyncio.sleep(0.001)
+    async def until(self, condition: Callable[[], object]) -> None:
+        await eventually(condition, "it is so", pause=0.001)
 
     async def worker(self, incarnation: int = 1, name: str = "worker-0") -> Peer:
         """A worker that is up, and to which the controller has connected."""
@@ -261,7 +260,7 @@ async def test_a_worker_that_never_answers(world: World, monkeypatch: pytest.Mon
 async def test_stop(world: World) -> None:
     await world.until(lambda: world.agent.sender)
     world.agent.say(Stop(grace=1))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await world.is_stopped.wait()
 
 

@@ -83,7 +83,7 @@ class HostBlocksMachine(RuleBasedStateMachine):
 
 
 TestHostBlocks = HostBlocksMachine.TestCase
-TestHostBlocks.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestHostBlocks.settings = settings(max_examples=80, stateful_step_count=40)
 
 A, B = ModelId("a"), ModelId("b")
 

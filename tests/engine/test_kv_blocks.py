@@ -116,7 +116,7 @@ class KvSpaceMachine(RuleBasedStateMachine):
 
 
 TestKvSpace = KvSpaceMachine.TestCase
-TestKvSpace.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestKvSpace.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_least_recently_used_is_dropped_first() -> None:
@@ -164,12 +164,12 @@ def test_gigabytes_leave_a_cache_at_once() -> None:
             kv.publish(block, b"%d.%d" % (number, index))
     for table in tables:
         kv.release(table)
-    begin = time.perf_counter()
+    begin = time.process_time()
     gathered = kv.gather(300)
     for slab in gathered.slabs:
         kv.remove_slab(slab)
     assert len(gathered.slabs) == 300 and not gathered.moves
-    assert time.perf_counter() - begin < 0.3  # 3 ms on an idle machine
+    assert time.process_time() - begin < 0.5  # it is 3 ms
     kv.check()
 
 

@@ -30,6 +30,7 @@ from prism.messages import (
 )
 from prism.metrics import Metrics
 from prism.types import FinishReason, Incarnation, WorkerId
+from tests.support.waiting import eventually
 
 MODEL = "org/tiny"
 CONTEXT = 512
@@ -194,13 +195,9 @@ async def running(
     gateway.close()
 
 
-async def until(condition: Callable[[], Any], turns: int = 20_000) -> None:
-    """Let the loop turn until the condition holds. Threads may be at work, so turns are not free."""
-    for _ in range(turns):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("it never came true")
+async def until(condition: Callable[[], Any]) -> None:
+    """Let the loop turn until the condition holds. Threads may be at work, so turns say nothing of time."""
+    await eventually(condition, "it is so", pause=0)
 
 
 def events(body: str) -> list[Any]:

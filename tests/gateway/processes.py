@@ -25,6 +25,7 @@ from prism.messages import (
 )
 from prism.transport import areceive, asend, bind_router, socket_address
 from tests.gateway.fakes import Script, routes
+from tests.support.waiting import eventually
 
 
 class Peer:
@@ -125,9 +126,7 @@ class Cluster:
 
     async def wait(self, condition: Callable[[], object]) -> None:
         """For what takes real time: sockets."""
-        async with asyncio.timeout(20):
-            while not condition():
-                await asyncio.sleep(0.001)
+        await eventually(condition, "it is so", pause=0.001)
 
 
 @asynccontextmanager

@@ -65,7 +65,7 @@ def _check_param(param: str | None, body: dict[str, Any]) -> None:
         assert first in {*body, "model", "messages", "prompt", "max_tokens", "max_completion_tokens"}, param
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(BODIES)
 def test_any_fields(model_dir: Path, bodies: list[dict[str, Any]]) -> None:
     asyncio.run(_post_all(make_config(model_dir), bodies))

@@ -18,6 +18,7 @@ from prism.gateway import heads
 from prism.messages import Demand, Ready
 from tests.gateway.fakes import MODEL, Script
 from tests.gateway.processes import Peer, cluster
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +54,10 @@ async def test_the_official_client(config: Config, tmp_path: Path) -> None:
 
 
 async def test_health_tells_when_requests_can_be_served(config: Config, tmp_path: Path) -> None:
-    async with cluster(config, tmp_path) as prism, httpx.AsyncClient() as client:
+    async with (
+        cluster(config, tmp_path) as prism,
+        httpx.AsyncClient(trust_env=False, verify=False, timeout=PATIENCE) as client,
+    ):
         url = f"http://127.0.0.1:{prism.port}/health"
         assert (await client.get(url)).status_code == 503
         controller = prism.start_controller()
@@ -73,7 +77,7 @@ async def answer_to(port: int, *pieces: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answer = b""
     with suppress(ConnectionError):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             writer.write(b"".join(pieces))
             while piece := await reader.read(65536):
                 answer += piece
@@ -86,7 +90,7 @@ async def test_a_head_that_never_ends(
     begun: bytes, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection stayed for ever."""
-    monkeypatch.setattr(heads, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(heads, "HEAD_SECONDS", 0.3)
     async with cluster(config, tmp_path) as prism:
         answer = await answer_to(prism.port, begun)
         assert answer.endswith(b"The head of the request did not arrive.")
@@ -152,7 +156,7 @@ async def test_an_idle_request_without_stream_is_cancelled_too(config: Config, t
     async with cluster(config, tmp_path) as prism:
         prism.start_controller()
         worker = prism.start_worker(Script(starts=False))
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=PATIENCE) as client:
             body = {"model": MODEL, "prompt": "x"}
             url = f"http://127.0.0.1:{prism.port}/v1/completions"
             call = asyncio.create_task(client.post(url, json=body))

@@ -271,7 +271,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(EVENTS, max_size=60))
 def test_every_request_ends_exactly_once(events: list[tuple[Any, ...]]) -> None:
     chaos = Chaos()
@@ -287,7 +287,7 @@ def test_every_request_ends_exactly_once(events: list[tuple[Any, ...]]) -> None:
     assert all(len(sink.endings) == 1 for sink in chaos.sinks.values())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(EVENTS, max_size=60))
 def test_fail_all_ends_everything(events: list[tuple[Any, ...]]) -> None:
     chaos = Chaos()

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.server.clients import PATIENCE
-from tests.server.harness import RUNNING, Server
+from tests.server.harness import PLAIN, RUNNING, Server
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def anyio_backend() -> str:
 async def client() -> AsyncIterator[httpx.AsyncClient]:
     """Without limits: a test may have any number of streams."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(limits=limits, timeout=PATIENCE, trust_env=False) as client:
+    async with httpx.AsyncClient(limits=limits, timeout=PATIENCE, **PLAIN) as client:
         yield client
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,42 +19,28 @@ from typing import Any
 import httpx
 import psutil
 
+from prism.agent.backoff import LONGEST_DELAY
 from prism.demo.catalog import demo_model_path
+from tests.support.waiting import PATIENCE, wait_until
 
 DEMO = {name: demo_model_path(name) for name in ("adder", "speller", "radio")}
+PLAIN: Any = {"trust_env": False, "verify": False}
+"""For clients: reading certificates, which nobody needs here, took 20 ms of each look at a server."""
 RUNNING: list[Server] = []
 """Servers that have not been closed: when a test fails, their logs are shown."""
 
 
-async def eventually(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
-    """The first true value of `condition`, or of the coroutine that it returns."""
-    end = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if inspect.isawaitable(value):
-            value = await value
-        if value:
-            return value
-        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
-        await asyncio.sleep(0.02)
-
-
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
-    """The same, outside of a coroutine."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
-        time.sleep(0.02)
-    return value
-
-
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that nobody listens on.
+
+    They are below those that the kernel gives to clients: one of them could have taken a port before the
+    server does.
+    """
+    ports: set[int] = set()
+    while len(ports) < count:
+        with suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))) as free:
+            ports.add(free.getsockname()[1])
+    return list(ports)
 
 
 class Server:
@@ -65,10 +48,13 @@ class Server:
 
     Leaving it stops the server and checks that it ended with status 0, left no process and no run
     directory, and logged no traceback. `sections` are those of the configuration; `model`
-    is for all models.
+    is for all models. `longest_delay` bounds the wait for a process that is started again.
     """
 
-    def __init__(self, models: dict[str, Path] = DEMO, **sections: Any) -> None:
+    def __init__(
+        self, models: dict[str, Path] = DEMO, *, longest_delay: float = LONGEST_DELAY, **sections: Any
+    ) -> None:
+        self._longest_delay = longest_delay
         self.home = Path(tempfile.mkdtemp(prefix="prism-test-"))  # short: it holds unix sockets
         self.port, self.admin_port = free_ports(2)
         self.url, self.admin = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
@@ -106,11 +92,12 @@ class Server:
     def start(self) -> None:
         """Start it and wait until it serves."""
         self.spawn()
-        wait_for(self.is_ready, f"the server serves\n{self.log}", 60)
+        wait_until(self.is_ready, f"the server serves\n{self.log}")
 
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start it."""
-        launcher = "from prism.cli.main import main; main()"
+        delay = f"from prism.agent import backoff; backoff.LONGEST_DELAY = {self._longest_delay}"
+        launcher = f"{delay}; from prism.cli.main import main; main()"
         command = [sys.executable, "-c", launcher, "serve", self.home / "prism.yaml"]
         environment = os.environ | {"XDG_RUNTIME_DIR": str(self.home)}
         with (self.home / "log").open("ab") as log:
@@ -124,18 +111,19 @@ class Server:
         assert self.process is not None and self.process.poll() is None, self.log
         self.children()
         try:
-            health = httpx.get(f"{self.url}/health", trust_env=False, timeout=5)
-            state = httpx.get(f"{self.admin}/admin/models", trust_env=False, timeout=5)
+            with httpx.Client(**PLAIN, timeout=5) as client:  # who does not answer is asked again
+                health = client.get(f"{self.url}/health")
+                state = client.get(f"{self.admin}/admin/models")
         except httpx.HTTPError:
             return False
         return health.status_code == 200 and bool(state.json()["devices"])
 
-    def stop(self, seconds: float = 15) -> None:
-        """SIGTERM; it must end well and in good time. Nothing happens to one that has ended."""
+    def stop(self) -> None:
+        """SIGTERM; it must end well. Nothing happens to one that has ended."""
         assert self.process is not None
         self.children()
         self.process.terminate()
-        assert self.process.wait(seconds) == 0, self.log
+        assert self.process.wait(PATIENCE) == 0, self.log
 
     def kill(self, name: str) -> int:
         """Kill -9 the process of this name (`worker-0`, `controller`, `gateway-0`, ...), and tell its pid."""
@@ -187,7 +175,7 @@ class Server:
 
     async def models(self) -> dict[str, dict[str, Any]]:
         """What `prism ps` shows of each model; a model whose worker is away is missing."""
-        async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+        async with httpx.AsyncClient(**PLAIN, timeout=PATIENCE) as client:
             answer = (await client.get(f"{self.admin}/admin/models")).raise_for_status().json()
         return {entry["model"]: entry["report"] for entry in answer["models"] if entry["report"]}
 
@@ -198,7 +186,7 @@ class Server:
 
     async def metrics(self) -> dict[str, float]:
         """All samples of /metrics by name and labels, summed over processes, models and the like: by name."""
-        async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+        async with httpx.AsyncClient(**PLAIN, timeout=PATIENCE) as client:
             text = (await client.get(f"{self.url}/metrics")).raise_for_status().text
         samples = [line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#")]
         return {name: float(value) for name, value in samples}

@@ -41,6 +41,7 @@ from prism.worker.loop import Worker
 from prism.worker.main import Process, Sockets, ThreadJobs
 from prism.worker.open_device import cpu_device
 from tests.gateway.processes import Peer
+from tests.support.waiting import PATIENCE, eventually
 
 NAME = "worker-0"
 
@@ -97,7 +98,7 @@ class WorkerThread:
     def stop(self) -> None:
         """End the thread, then give all memory back; fails if any is missing, or if the worker had failed."""
         self._process.stop()
-        self._thread.join(20)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         if self._error is not None:
             raise self._error
@@ -187,9 +188,8 @@ async def in_process(config: Config, run_dir: Path) -> AsyncIterator[InProcess]:
     port = listener.getsockname()[1]
     serving = asyncio.create_task(serve(run_dir, "gateway-0", 1, config, listener))
     try:
-        async with asyncio.timeout(30):
-            while agent.gateway is None or not any(isinstance(each, Ready) for each in agent.heard):
-                await asyncio.sleep(0.001)
+        is_ready = lambda: agent.gateway and any(isinstance(each, Ready) for each in agent.heard)  # noqa: E731
+        await eventually(is_ready, "the gateway serves", pause=0.001)
         up = {"role": Role.CONTROLLER, "name": "controller", "incarnation": 1}
         agent.tell(ProcessUp(**up, address=controller.address))
         yield InProcess(config, run_dir, agent, port)

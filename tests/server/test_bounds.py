@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from tests.server.clients import TEXT, Answer, Call, ends, golden_calls
-from tests.server.harness import Server, eventually
+from tests.server.harness import Server
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
@@ -66,10 +67,10 @@ async def test_a_request_that_kills_workers_ends_with_500(client: httpx.AsyncCli
     beside, text = golden_calls("adder", 1)[0]
     beside.start(client, server.url)
     for _ in range(3):
-        await eventually(lambda: runs(server, "radio"), "it runs", 60)
+        await eventually(lambda: runs(server, "radio"), "it runs")
         assert poison.answer.status is None
         pid = server.kill("worker-0")
-        await eventually(lambda pid=pid: server.pid("worker-0") not in (pid, None), "the next one starts", 60)
+        await eventually(lambda pid=pid: server.pid("worker-0") not in (pid, None), "the next one starts")
     answer = await poison.end()
     assert answer.status == 500 and answer.error is not None
     assert answer.error["type"] == "server_error" and answer.error["code"] == "engine_failure"

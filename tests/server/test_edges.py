@@ -14,7 +14,8 @@ import pytest
 
 from prism.demo.catalog import golden_answers
 from tests.server.clients import CHAT, PATIENCE, TEXT, Call, ends, golden_call, golden_calls
-from tests.server.harness import DEMO, Server, eventually
+from tests.server.harness import DEMO, PLAIN, Server
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
@@ -78,7 +79,7 @@ async def test_metrics_tell_what_goes_on(client: httpx.AsyncClient, server: Serv
         samples.update(await server.metrics())
         return of("num_requests_running") == 3
 
-    await eventually(running, "three run", 3)
+    await eventually(running, "three run")
     assert 0 < of("kv_cache_usage_perc") <= 1
     assert sum(value for name, value in samples.items() if name.startswith("prism:slabs{")) == 32
     slabs = {
@@ -104,7 +105,7 @@ async def test_metrics_tell_what_goes_on(client: httpx.AsyncClient, server: Serv
         samples.update(await server.metrics())
         return of("num_requests_running") == of("num_requests_waiting") == 0
 
-    await eventually(idle, "hanging up ends them", 3)
+    await eventually(idle, "hanging up ends them")
     assert of("request_failure_total", code="cancelled") >= 3
 
 
@@ -148,7 +149,7 @@ async def test_two_gateways_serve_and_die_behind_one_port(server: Server) -> Non
     Who accepts is left to the kernel: of 30 clients at once one gateway took all, now and then.
     """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(limits=limits, timeout=PATIENCE, trust_env=False) as client:
+    async with httpx.AsyncClient(limits=limits, timeout=PATIENCE, **PLAIN) as client:
         for name in GATEWAYS:
             calls = await streams_on_both(client, server)
             server.kill(name)

@@ -13,13 +13,15 @@ import psutil
 import pytest
 
 from prism.demo.catalog import golden_answers
-from tests.server.clients import CHAT, golden_call
-from tests.server.harness import DEMO, Server, eventually
+from prism.gateway.heads import HEAD_SECONDS
+from tests.server.clients import CHAT, PATIENCE, golden_call
+from tests.server.harness import DEMO, PLAIN, Server
 from tests.server.malformed import Bad, all_kinds
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
-MAX_WAIT = 5
+MAX_WAIT = 10
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +93,15 @@ async def _is_idle(server: Server) -> bool:
     return await server.num_requests() == 0
 
 
-async def raw(server: Server, data: bytes, seconds: float = 2 * MAX_WAIT) -> tuple[int, bytes]:
-    """Status and body of what is answered to these bytes, on a connection that is then left open."""
+async def raw(server: Server, data: bytes) -> tuple[int, bytes]:
+    """Status and body of what is answered to these bytes, on a connection that is then left open.
+
+    That comes before the gateway gives up on the head of a request.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     try:
         writer.write(data)
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(HEAD_SECONDS - 5):
             head = await reader.readuntil(b"\r\n\r\n")
             (length,) = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
             return int(head.split()[1]), await reader.readexactly(int(length.split(b":")[1]))
@@ -157,7 +162,7 @@ async def test_a_body_of_50_mb_is_not_read(
 
     def upload() -> httpx.Response:
         body = (piece for _ in range(500)) if is_chunked else piece * 500
-        return httpx.post(server.url + CHAT, content=body, trust_env=False)
+        return httpx.post(server.url + CHAT, content=body, timeout=PATIENCE, **PLAIN)
 
     pid = server.pid("gateway-0")
     assert pid is not None

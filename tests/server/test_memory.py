@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from prism.demo.catalog import GoldenAnswer, golden_answers
 from tests.server.clients import Call, ends, golden_call
-from tests.server.harness import DEMO, Server, eventually
+from tests.server.harness import DEMO, Server
 from tests.server.load import RADIO_END
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
@@ -146,7 +147,7 @@ async def test_a_broken_checkpoint_harms_nobody_and_is_read_again_once_repaired(
     assert report["state"] == "failed" and report["error"] in error["message"]
     shutil.copyfile(weights_of(DEMO["speller"]), file)
     golden = golden_answers("speller")[0]
-    await eventually(lambda: _answers(golden, client, server), "a request loads it", 10)
+    await eventually(lambda: _answers(golden, client, server), "a request loads it")
     assert (await server.models())[BROKEN]["state"] == "active"
 
 

@@ -10,9 +10,10 @@ import httpx
 import pytest
 
 from tests.server import load
-from tests.server.clients import Answer, Call, ends, golden_calls
-from tests.server.harness import Server, eventually
+from tests.server.clients import PATIENCE, Call, ends, golden_calls
+from tests.server.harness import PLAIN, Server
 from tests.server.test_kill import assert_alike, num_events
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
@@ -22,13 +23,13 @@ DEVICE = {"memory": "64MiB", "slab": "2MiB", "threads": 1}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Two devices; nothing moves by itself, and a source has a second to finish."""
-    scheduling = {"placement_interval": 0, "drain_timeout": "2s"}
+    scheduling = {"placement_interval": 0, "drain_timeout": "1s"}
     with Server(devices=[DEVICE, DEVICE], scheduling=scheduling) as server:
         yield server
 
 
 async def entries(server: Server) -> dict[str, dict[str, Any]]:
-    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+    async with httpx.AsyncClient(**PLAIN, timeout=PATIENCE) as client:
         answer = (await client.get(f"{server.admin}/admin/models")).raise_for_status().json()
     return {entry["model"]: entry for entry in answer["models"]}
 
@@ -44,12 +45,8 @@ async def move(client: httpx.AsyncClient, server: Server, model: str, device: in
     assert answer.status_code == 200, answer.text
 
 
-async def alone(client: httpx.AsyncClient, server: Server) -> list[Answer]:
-    return await ends([call.start(client, server.url) for call in load.calls()])
-
-
 async def both_up(server: Server) -> bool:
-    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+    async with httpx.AsyncClient(**PLAIN, timeout=PATIENCE) as client:
         answer = (await client.get(f"{server.admin}/admin/models")).json()
     return len(answer["devices"]) == 2
 
@@ -59,12 +56,12 @@ async def test_models_move_under_load_and_every_stream_is_right(
 ) -> None:
     """Twenty long streams; two models move while more requests come.
 
-    What a source has not finished in two seconds goes on at the target with its tokens.
+    What a source has not finished in a second goes on at the target with its tokens.
     """
-    await eventually(lambda: both_up(server), "both workers are up", 60)
-    expected = await alone(client, server)
+    await eventually(lambda: both_up(server), "both workers are up")
+    expected = await load.undisturbed(client, server)
     calls = [call.start(client, server.url) for call in load.calls()]
-    await eventually(lambda: num_events(calls) > 100, "the streams are under way", 60)
+    await eventually(lambda: num_events(calls) > 100, "the streams are under way")
     homes = {model: entry["worker"] for model, entry in (await entries(server)).items()}
     late: list[tuple[Call, str]] = []
     for model in ("radio", "speller"):
@@ -88,16 +85,16 @@ async def test_models_move_under_load_and_every_stream_is_right(
 async def test_a_source_that_dies_in_a_migration_loses_nothing(
     client: httpx.AsyncClient, server: Server
 ) -> None:
-    expected = await alone(client, server)
+    expected = await load.undisturbed(client, server)
     calls = [call.start(client, server.url) for call in load.calls()]
-    await eventually(lambda: num_events(calls) > 100, "the streams are under way", 60)
+    await eventually(lambda: num_events(calls) > 100, "the streams are under way")
     source = (await entries(server))["radio"]["worker"]
     await move(client, server, "radio", 1 - int(source[-1]))
     server.kill(source)
     assert_alike(await ends(calls), expected)
     there = f"worker-{1 - int(source[-1])}"
     await eventually(lambda: is_alone_at(server, "radio", there), f"radio is on {there} alone")
-    await eventually(lambda: both_up(server), "both workers are up", 60)
+    await eventually(lambda: both_up(server), "both workers are up")
 
 
 async def test_a_controller_that_dies_in_a_migration_leaves_one_home(
@@ -105,11 +102,11 @@ async def test_a_controller_that_dies_in_a_migration_leaves_one_home(
 ) -> None:
     """The next one finds the model active on two devices, or on one, and keeps what is so."""
     calls = [call.start(client, server.url) for call in load.calls()[:6]]
-    await eventually(lambda: num_events(calls) > 50, "the streams are under way", 60)
+    await eventually(lambda: num_events(calls) > 50, "the streams are under way")
     source = (await entries(server))["radio"]["worker"]
     await move(client, server, "radio", 1 - int(source[-1]))
     pid = server.kill("controller")
-    await eventually(lambda: server.pid("controller") not in (None, pid), "another one starts", 60)
+    await eventually(lambda: server.pid("controller") not in (None, pid), "another one starts")
     for answer in await ends(calls):
         assert answer.is_done and answer.error is None
     for call, text in golden_calls("radio", 3):
@@ -120,7 +117,7 @@ async def test_two_busy_models_come_apart_by_themselves(client: httpx.AsyncClien
     """They were put on one device by hand; the other one is free."""
     scheduling = {"placement_interval": "1s", "demand_window": "10s", "migration_cooldown": "1s"}
     with Server(devices=[DEVICE, DEVICE], scheduling=scheduling) as server:
-        await eventually(lambda: both_up(server), "both workers are up", 60)
+        await eventually(lambda: both_up(server), "both workers are up")
         are_done = asyncio.Event()
 
         async def keep_asking(model: str) -> None:
@@ -138,5 +135,5 @@ async def test_two_busy_models_come_apart_by_themselves(client: httpx.AsyncClien
             assert not await are_apart()
             for model in ("radio", "speller") * 6:
                 group.create_task(keep_asking(model))
-            await eventually(are_apart, "one of them moves", 60)
+            await eventually(are_apart, "one of them moves")
             are_done.set()

@@ -18,7 +18,7 @@ WAITS = st.sampled_from([0.02, 0.1, 0.5, 2.0])
 
 
 @given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12), WAITS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_jumping_equals_stepping(
     mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int, wait: float
 ) -> None:
@@ -34,7 +34,7 @@ def _story(job: Any) -> tuple[Any, ...]:
 
 
 @given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12), WAITS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_request_ends_once(
     mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int, wait: float
 ) -> None:

@@ -26,7 +26,7 @@ def test_it_is_what_it_says() -> None:
     assert checksum(CHUNK[:800], FACTORS) == sum(int(w) * (2 * i + 1) for i, w in enumerate(words)) % 2**64
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, CHUNK_BYTES - 1), st.integers(1, 255))
 def test_any_changed_byte_is_noticed(place: int, change: int) -> None:
     whole = checksum(CHUNK, FACTORS)
@@ -69,7 +69,7 @@ def torch_sums(data: NDArray[np.uint8], ends: list[int]) -> list[int]:
     return [value % 2**64 for value in sums.tolist()]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sets(st.integers(1, 3 * CHUNK_BYTES // 8), max_size=6))
 def test_pieces_add_up_wherever_they_are_cut(cuts: set[int]) -> None:
     """Slabs may be smaller than a checksum's chunk."""

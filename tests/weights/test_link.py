@@ -17,6 +17,7 @@ from prism.weights.client import PackedWeights, pack_here
 from prism.weights.copiers import Copy, HostCopier, Piece, Wait
 from prism.weights.link import Candidate, ThreadLink, Traffic, choose
 from prism.weights.transfers import NEVER, Places, Transfer
+from tests.support.waiting import PATIENCE, wait_until
 from tests.weights.support import dummy_source
 
 SLAB = Bytes(2 * MiB)
@@ -204,17 +205,16 @@ def test_closing_ends_what_is_on_its_way(packed: PackedWeights) -> None:
         def copy(self, piece: Piece) -> Wait:
             wait = fly(self, piece)
             is_copying.set()
-            may_go_on.wait()
+            assert may_go_on.wait(PATIENCE)
             return wait
 
     copier.begin = lambda total: SlowCopy(copier)  # type: ignore[method-assign]
     link, transfer = ThreadLink(copier), copier.transfer(1)
     link.start(transfer)
-    is_copying.wait()
+    assert is_copying.wait(PATIENCE)
     closing = threading.Thread(target=link.close)
     closing.start()
-    while not link._is_closing:
-        pass
+    wait_until(lambda: link._is_closing, "it is being closed")
     may_go_on.set()
     closing.join()
     assert transfer.has_ended.is_set() and not transfer.has_arrived and not copier.flying

@@ -19,6 +19,7 @@ from prism.weights.registrations import (
     RegistrationThread,
     choose,
 )
+from tests.support.waiting import wait_until
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
 CHUNK = REGISTER_BYTES
@@ -300,14 +301,11 @@ def test_the_thread_wakes_for_news_and_recalls_and_ends(world: World, pipe: tupl
     registrations._borrow = borrow_with_a_lease
     thread = RegistrationThread(registrations)
     announced(registrations, a=1)
-    while not registrations.registered_bytes(A):
-        os.sched_yield()
+    wait_until(lambda: registrations.registered_bytes(A), "a is registered")
     world.loan_of(A).was_recalled = True
     os.write(writer, b"x")
-    while world.loans:
-        os.sched_yield()
+    wait_until(lambda: not world.loans, "it is given back")
     announced(registrations, b=1)
-    while not registrations.registered_bytes(B):
-        os.sched_yield()
+    wait_until(lambda: registrations.registered_bytes(B), "b is registered")
     thread.close()
     assert not world.registered and not world.loans

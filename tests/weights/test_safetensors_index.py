@@ -172,7 +172,7 @@ def test_what_is_missing_is_named(problem: str, prepare: Callable[[Path], None],
         read_checkpoint(tmp_path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=200)
 @given(st.data())
 def test_no_damage_escapes_as_another_error(tmp_path: Path, data: st.DataObject) -> None:
     """A damaged header is refused or, where the damage does not matter, read within the file."""

@@ -26,6 +26,7 @@ from prism.weights.protocol import Fetch, PackJob, WeightSource, file_bytes
 from prism.weights.registrations import Registrations, RegistrationThread
 from prism.weights.store import HostStore
 from tests.support import checkpoints
+from tests.support.waiting import PATIENCE, eventually
 from tests.weights.support import checkpoint_source, dummy_source, write_config
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
@@ -36,7 +37,7 @@ def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
     @wraps(test)
     def run(*arguments: object, **keywords: object) -> None:
-        asyncio.run(asyncio.wait_for(test(*arguments, **keywords), 60))  # type: ignore[arg-type]
+        asyncio.run(asyncio.wait_for(test(*arguments, **keywords), PATIENCE))  # type: ignore[arg-type]
 
     return run
 
@@ -133,7 +134,7 @@ async def test_nonsense_on_the_socket_ends_its_connection_alone(
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
             client.connect(str(tmp_path / "store"))
             client.send(b"nonsense")
-            client.settimeout(10)
+            client.settimeout(PATIENCE)
             assert await asyncio.to_thread(client.recv, 100) == b""
         (await fetched(tmp_path, A)).close()
 
@@ -145,7 +146,7 @@ async def test_nobody_can_cut_the_file_under_a_reader(tmp_path: Path, sources: l
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
             client.connect(str(tmp_path / "store"))
             client.send(msgspec.json.encode(Fetch(model=A)))
-            client.settimeout(10)
+            client.settimeout(PATIENCE)
             _, (fd,), _, _ = await asyncio.to_thread(socket.recv_fds, client, 4096, 1)
             assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
             with pytest.raises(PermissionError):
@@ -319,8 +320,9 @@ async def test_registered_weights_make_room_for_others(tmp_path: Path, sources: 
         thread = RegistrationThread(registrations)
         for model in (A, B):
             registrations.announce(model, await host_store.want(model))
-            while not registrations.registered_bytes(model):
-                await asyncio.sleep(0)
+            await eventually(
+                lambda m=model: registrations.registered_bytes(m), "it is registered", pause=0.001
+            )
         assert host_store.holds(B) and not host_store.holds(A)
         assert len(pinner.registered) == 1
         await asyncio.to_thread(thread.close)

@@ -374,7 +374,8 @@ def test_groups_can_be_read_as_soon_as_they_have_arrived(
 
 def test_a_worker_serves_from_registered_weights(tmp_path: Path) -> None:
     """The whole server on the GPU: packed ahead, registered, loaded, and said so by `prism ps`."""
-    from tests.server.harness import DEMO, Server, wait_for
+    from tests.server.harness import DEMO, PLAIN, Server
+    from tests.support.waiting import wait_until
 
     device = {"kind": "cuda", "memory": "2GiB", "slab": "32MiB"}
     with Server(DEMO, device=device) as server:
@@ -382,9 +383,9 @@ def test_a_worker_serves_from_registered_weights(tmp_path: Path) -> None:
         def registered_bytes() -> int:
             import httpx
 
-            state = httpx.get(f"{server.admin}/admin/models", trust_env=False, timeout=5).json()
+            state = httpx.get(f"{server.admin}/admin/models", timeout=5, **PLAIN).json()
             (report,) = state["devices"]
             assert report["registration_error"] is None
             return int(report["registered_bytes"])
 
-        wait_for(lambda: registered_bytes() > 0, "weights are registered", 60)
+        wait_until(lambda: registered_bytes() > 0, "weights are registered")
