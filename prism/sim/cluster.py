@@ -116,7 +116,7 @@ class Cluster:
             return
         # spawn: whoever shows a progress bar has threads, which a fork would not survive
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            longest = sorted(devices, key=lambda models: -sum(self.demand[m].seconds for m in models))
+            longest = sorted(devices, key=lambda models: -sum(self.demand[m] for m in models))
             futures = {models: pool.submit(self.run_device, models) for models in longest}
             for models in devices:
                 yield futures[models].result()

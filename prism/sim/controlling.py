@@ -21,13 +21,14 @@ from prism.controller.migration import Migration
 from prism.controller.moves import Moves
 from prism.controller.placement import first_homes
 from prism.controller.placer import Placer
-from prism.controller.snapshot import DeviceState, ModelNeed
+from prism.controller.snapshot import DeviceState
 from prism.controller.state import ControllerState
 from prism.controller.views import Catalog
 from prism.sim import commands
 from prism.sim.device import SimDevice
 from prism.sim.gateway import Gateway
 from prism.sim.jobs import Job, Served
+from prism.sim.placing import needs_of
 from prism.sim.ticks import NEVER, PER_SECOND, to_seconds, to_ticks
 from prism.types import ModelId, WorkerId
 
@@ -63,19 +64,6 @@ def kind_of(migration: Migration) -> Kind:
 def worker_of(index: int) -> WorkerId:
     """A device's name."""
     return WorkerId(f"worker-{index}")
-
-
-def needs_of(served: Mapping[ModelId, Served]) -> tuple[ModelNeed, ...]:
-    """What placement knows of the models before anybody has asked for anything."""
-    return tuple(
-        ModelNeed(
-            model,
-            one.costs.shape.weight_bytes,
-            one.costs.shape.kv_bytes_per_token,
-            tpot=one.slo.tpot,
-        )
-        for model, one in sorted(served.items())
-    )
 
 
 class Controlled:

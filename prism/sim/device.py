@@ -177,7 +177,7 @@ class SimDevice:
                     assert_never(decision)
 
     def _time_out(self, job: Job, now: int) -> None:
-        if job.end is None and job.request_id in self.models[job.model].tickets:
+        if job.request_id in self.models[job.model].tickets:
             self.withdraw(job)
             self._end(job, End.TIMED_OUT, now)
 
