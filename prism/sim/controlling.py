@@ -28,7 +28,7 @@ from prism.sim import commands
 from prism.sim.device import SimDevice
 from prism.sim.gateway import Gateway
 from prism.sim.jobs import Job, Served
-from prism.sim.placing import needs_of
+from prism.sim.placing import Demand, needs_of
 from prism.sim.ticks import NEVER, PER_SECOND, to_seconds, to_ticks
 from prism.types import ModelId, WorkerId
 
@@ -74,12 +74,14 @@ class Controlled:
         served: Mapping[ModelId, Served],
         devices: Sequence[SimDevice],
         config: SchedulingConfig,
+        expected: Mapping[ModelId, Demand] | None = None,
     ) -> None:
+        """`expected` are loads that are known before anybody asks; first homes go by them."""
         self._served = served
         self._devices = {worker_of(index): device for index, device in enumerate(devices)}
         memory = ((device.memory.num_slabs * device.slab_bytes, device.slab_bytes) for device in devices)
         states = tuple(DeviceState(w, *m) for w, m in zip(self._devices, memory, strict=True))
-        catalog = Catalog(needs_of(served), states)
+        catalog = Catalog(needs_of(served, expected), states)
         self.state = ControllerState(1, first_homes(catalog.models, states))
         cooldown, drain = config.migration_cooldown, config.drain_timeout
         self._moves = Moves(self.state, self, cooldown=cooldown, drain_seconds=drain)

@@ -176,3 +176,12 @@ def test_a_model_that_fills_a_device_gets_another_home_and_requests_go_to_both()
 def test_two_runs_are_the_same() -> None:
     asked = steady(2.0)
     assert story(*run(BUSY, asked, 2, 10)) == story(*run(BUSY, asked, 2, 10))
+
+
+def test_first_homes_go_by_expected_loads() -> None:
+    controlled = make(BUSY * 2, 2, 40, EAGER)
+    devices = [device for device, _ in controlled.ended()]
+    loads = {ModelId(f"m{i}"): load for i, load in enumerate((0.2, 0.2, 0.9, 0.3))}
+    all_served = {s.model: s for s in (served(i, *shape) for i, shape in enumerate(BUSY * 2))}
+    homes = Controlled(all_served, devices, EAGER, loads).homes()
+    assert sorted(homes) == [("m0", "m1", "m3"), ("m2",)] != sorted(controlled.homes())
