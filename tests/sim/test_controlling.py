@@ -204,7 +204,7 @@ def test_requests_go_by_what_devices_report() -> None:
 def test_what_comes_from_another_device_keeps_its_place() -> None:
     """It goes before younger requests, and its life ends before theirs."""
     controlled = make(BUSY, 1, 40, EAGER, request_timeout=1.0)
-    old, young = jobs_of(controlled, [(0.0, 0, 100, 300), (0.9, 0, 100, 30)], 2)
+    old, young = jobs_of(controlled, [(0.0, 0, 100, 300), (0.9, 0, 100, 200)], 2)
     ((device, _),) = controlled.ended()
     model = device.learn(served(0, *BUSY[0]))
     device.offer(young)
