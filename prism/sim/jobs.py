@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from prism.costs import Costs
 from prism.types import ModelId, RequestId, Slo
@@ -81,3 +82,12 @@ class Job:
         assert self.end is None, f"{self.request_id} ended twice"
         self.end = end
         self.end_time = now
+
+
+class Chunk(NamedTuple):
+    """Part of a prompt in a step."""
+
+    job: Job
+    length: int
+    num_restarts: int
+    """The job's when the step began: another number means that it has lost its place meanwhile."""
