@@ -21,8 +21,8 @@ def test_after_settling_no_model_moves_twice_in_ten_minutes(
 ) -> None:
     """Poisson arrivals for 20 minutes; what happens in the second ten.
 
-    The second has a large model that nobody asks for now and then for a minute: while it counted as idle at once,
-    small ones moved to its device and away again.
+    In the second nobody asks for a large model for a minute now and then: while it counted as idle at
+    once, small ones moved to its device and away again.
     """
     made = Synthetic(models=models, rate=rate, duration=1200.0, prompt=2000, output=40)
     profile = open_profile("h100")
