@@ -100,6 +100,11 @@ class ModelConfig(_Section):
     memory: ModelMemory = ModelMemory()
     device: int | None = Field(default=None, ge=0)
     """Place in `devices` of the one that the model lives on; by default chosen by size."""
+    expected_load: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
+    """Seconds of a device that it will need each second, as far as is known before anybody asks.
+
+    First homes go by it, and in mode static the parts of KV.
+    """
     pinned: bool = False
     """Loaded at start and never evicted under pressure."""
     preload: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -35,3 +36,15 @@ RULES = {
     Mode.TIMESHARE: Rules(by_deadline=False, is_resident=False, has_shares=False, is_exclusive=True),
     Mode.PRISM: Rules(by_deadline=True, is_resident=False, has_shares=False, is_exclusive=False),
 }
+
+
+def kv_shares(spare: int, floors: Sequence[int], loads: Sequence[float | None]) -> list[int]:
+    """Slabs of KV of each model of a device in `static`: its floor, and of the rest a part by its load.
+
+    Loads are those that are expected, in any unit. Parts are even where one is unknown, or all are 0.
+    """
+    rest = spare - sum(floors)
+    known = [load for load in loads if load is not None]
+    if len(known) < len(loads) or not sum(known):
+        known = [1.0] * len(loads)
+    return [floor + int(rest * load / sum(known)) for floor, load in zip(floors, known, strict=True)]

@@ -25,6 +25,13 @@ def simulate(
             help="JSON list of each device's models, which stay; else mode prism moves them by load."
         ),
     ] = None,
+    expected_load: Annotated[
+        bool,
+        typer.Option(
+            "--expected-load",
+            help="Mode prism knows each model's load from the start, as if it were configured.",
+        ),
+    ] = False,
     step: Annotated[
         bool, typer.Option("--step", help="Step one by one: slow, with the same results.")
     ] = False,
@@ -34,7 +41,7 @@ def simulate(
     from prism.cli.simulate import run_simulate, simulation_inputs
 
     inputs = simulation_inputs(given, step)
-    run_simulate(inputs, mode, devices, placement, output, plot, save_trace)
+    run_simulate(inputs, mode, devices, placement, output, plot, save_trace, expected_load)
 
 
 @with_inputs

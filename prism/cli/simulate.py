@@ -92,6 +92,7 @@ def run_simulate(
     output: Path | None,
     plot: Path | None,
     save_trace: Path | None,
+    is_expected: bool = False,
 ) -> None:
     """One mode, on a given placement or under the controller."""
     _check_outputs(output, plot, save_trace)
@@ -102,18 +103,22 @@ def run_simulate(
     cluster = make_cluster(inputs, load, profile, mode)
     with _progress() as progress:
         task = progress.add_task(mode.value, total=len(load.requests))
-        result = _run(cluster, devices, placement, lambda count: progress.advance(task, count))
+        result = _run(cluster, devices, placement, is_expected, lambda count: progress.advance(task, count))
     _write(result, output)
     if plot is not None:
         plot_models(result, plot)
 
 
 def _run(
-    cluster: Cluster, devices: int, placement: Path | None, progress: Callable[[int], None]
+    cluster: Cluster,
+    devices: int,
+    placement: Path | None,
+    is_expected: bool,
+    progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """On a fixed placement, or under the controller where the mode has one."""
     if placement is None and cluster.setup.mode is Mode.PRISM:
-        run = cluster.run_controlled(devices, SchedulingConfig(), progress)
+        run = cluster.run_controlled(devices, SchedulingConfig(), is_expected, progress)
         return report(cluster.load, run.placement, cluster.setup, run.results, run.done)
     if placement is None:
         placed = default_placement(cluster, devices)

@@ -27,7 +27,7 @@ from prism.controller.decisions import Plan
 from prism.controller.homes import Homes
 from prism.controller.pressure import Floats, entry_of, lowest
 from prism.controller.replicas import FULL, fit_replicas
-from prism.controller.snapshot import DeviceState, Home, ModelNeed, PlacementSnapshot
+from prism.controller.snapshot import DeviceState, Home, ModelNeed, PlacementSnapshot, Policy
 from prism.types import ModelId
 
 MOST_DOUBT = 0.35
@@ -49,8 +49,11 @@ def decide(snapshot: PlacementSnapshot, now: float) -> Plan:
 def first_homes(
     models: tuple[ModelNeed, ...], devices: tuple[DeviceState, ...]
 ) -> dict[ModelId, tuple[Home, ...]]:
-    """Homes before anybody has asked for anything; they hold back no move."""
-    homes = decide(PlacementSnapshot(models, devices), 0.0).homes
+    """One for each model before anybody has asked for anything, by the loads that are expected, if any are.
+
+    They hold back no move.
+    """
+    homes = decide(PlacementSnapshot(models, devices, policy=Policy(max_moves=0)), 0.0).homes
     return {model: tuple(Home(home.worker) for home in each) for model, each in homes.items()}
 
 

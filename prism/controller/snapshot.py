@@ -33,7 +33,7 @@ class ModelNeed:
     device: WorkerId | None = None
     """Where the configuration wants it."""
     is_wanted: bool = False
-    """It has unfinished requests, or must be kept loaded."""
+    """It has unfinished requests, is in memory and was used not long ago, or must be kept loaded."""
     resident: frozenset[WorkerId] = frozenset()
     """Where it is in memory, or on its way there."""
 

@@ -7,8 +7,14 @@ from dataclasses import dataclass, replace
 from prism.controller.demand import DemandWindow
 from prism.controller.snapshot import DeviceState, Home, ModelNeed, PlacementSnapshot, Policy
 from prism.controller.state import ControllerState
-from prism.types import ModelId, WorkerId
+from prism.types import ModelId, ModelState, WorkerId
 
+WARM = 3.0
+"""Windows for which a model that is in memory counts as wanted after its last request.
+
+One that is asked for once a minute would reserve memory in one look and none in the next, and its
+neighbours would move to and fro: the weights of a large one decide how much its device has left.
+"""
 LINK_BYTES = 10e9
 """A second, for a model whose load has not been seen yet."""
 
@@ -35,7 +41,9 @@ def snapshot(
 ) -> PlacementSnapshot:
     """Everything, at this moment."""
     return PlacementSnapshot(
-        models=tuple(_need(catalog, state, demand, model, now) for model in catalog.models),
+        models=tuple(
+            _need(catalog, state, demand, model, WARM * policy.horizon, now) for model in catalog.models
+        ),
         devices=tuple(_device(state, device, up) for device in catalog.devices),
         homes={model: _homes(state, model, now) for model in state.homes},
         busy=frozenset(state.migrations),
@@ -61,12 +69,18 @@ def _device(state: ControllerState, device: DeviceState, up: frozenset[WorkerId]
 
 
 def _need(
-    catalog: Catalog, state: ControllerState, demand: DemandWindow, model: ModelNeed, now: float
+    catalog: Catalog,
+    state: ControllerState,
+    demand: DemandWindow,
+    model: ModelNeed,
+    warm: float,
+    now: float,
 ) -> ModelNeed:
     load = demand.load(model.model, now)
     found = [state.report_of(worker, model.model) for worker in state.reports]
     reports = [report for report in found if report is not None]
     is_asked_for = any(report.num_running + report.num_waiting for report in reports)
+    is_warm = any(report.state is ModelState.ACTIVE and report.idle_seconds < warm for report in reports)
     is_pinned = any(report.pinned for report in reports) if reports else model.model in catalog.pinned
     weights = max((report.weights_bytes for report in reports), default=0) or model.weights_bytes
     load_seconds = max((report.load_seconds for report in reports), default=0.0) or weights / LINK_BYTES
@@ -81,6 +95,6 @@ def _need(
         compute=load.compute,
         noise=load.noise,
         move_seconds=load_seconds + recompute,
-        is_wanted=is_asked_for or is_pinned,
+        is_wanted=is_asked_for or is_warm or is_pinned,
         resident=state.resident(model.model),
     )

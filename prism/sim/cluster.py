@@ -88,14 +88,15 @@ class Cluster:
         self,
         num_devices: int,
         config: SchedulingConfig,
+        is_expected: bool = False,
         progress: Callable[[int], None] = lambda _: None,
     ) -> Controlling:
-        """Run all devices under the controller, which begins without knowing what will be asked for."""
+        """Run all devices under the controller, which knows loads from the start or has to measure them."""
         room = self.room
         able = {model: served for model, served in self.load.served.items() if room.holds([model])}
         results, jobs = self._without_place(able, progress)
         devices = [self._device(()) for _ in range(num_devices)]
-        controlled = Controlled(able, devices, config)
+        controlled = Controlled(able, devices, config, self.demand if is_expected else None)
         controlled.run(jobs, progress)
         results += [result_of(*each) for each in controlled.ended()]
         unplaced = tuple(sorted(set(self.load.served) - set(able)))
@@ -116,7 +117,7 @@ class Cluster:
             return
         # spawn: whoever shows a progress bar has threads, which a fork would not survive
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            longest = sorted(devices, key=lambda models: -sum(self.demand[m].seconds for m in models))
+            longest = sorted(devices, key=lambda models: -sum(self.demand[m] for m in models))
             futures = {models: pool.submit(self.run_device, models) for models in longest}
             for models in devices:
                 yield futures[models].result()

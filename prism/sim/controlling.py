@@ -21,13 +21,14 @@ from prism.controller.migration import Migration
 from prism.controller.moves import Moves
 from prism.controller.placement import first_homes
 from prism.controller.placer import Placer
-from prism.controller.snapshot import DeviceState, ModelNeed
+from prism.controller.snapshot import DeviceState
 from prism.controller.state import ControllerState
 from prism.controller.views import Catalog
 from prism.sim import commands
 from prism.sim.device import SimDevice
 from prism.sim.gateway import Gateway
 from prism.sim.jobs import Job, Served
+from prism.sim.placing import Demand, needs_of
 from prism.sim.ticks import NEVER, PER_SECOND, to_seconds, to_ticks
 from prism.types import ModelId, WorkerId
 
@@ -65,19 +66,6 @@ def worker_of(index: int) -> WorkerId:
     return WorkerId(f"worker-{index}")
 
 
-def needs_of(served: Mapping[ModelId, Served]) -> tuple[ModelNeed, ...]:
-    """What placement knows of the models before anybody has asked for anything."""
-    return tuple(
-        ModelNeed(
-            model,
-            one.costs.shape.weight_bytes,
-            one.costs.shape.kv_bytes_per_token,
-            tpot=one.slo.tpot,
-        )
-        for model, one in sorted(served.items())
-    )
-
-
 class Controlled:
     """Devices, a controller and a gateway."""
 
@@ -86,12 +74,14 @@ class Controlled:
         served: Mapping[ModelId, Served],
         devices: Sequence[SimDevice],
         config: SchedulingConfig,
+        expected: Mapping[ModelId, Demand] | None = None,
     ) -> None:
+        """`expected` are loads that are known before anybody asks; first homes go by them."""
         self._served = served
         self._devices = {worker_of(index): device for index, device in enumerate(devices)}
         memory = ((device.memory.num_slabs * device.slab_bytes, device.slab_bytes) for device in devices)
         states = tuple(DeviceState(w, *m) for w, m in zip(self._devices, memory, strict=True))
-        catalog = Catalog(needs_of(served), states)
+        catalog = Catalog(needs_of(served, expected), states)
         self.state = ControllerState(1, first_homes(catalog.models, states))
         cooldown, drain = config.migration_cooldown, config.drain_timeout
         self._moves = Moves(self.state, self, cooldown=cooldown, drain_seconds=drain)

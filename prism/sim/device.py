@@ -154,15 +154,9 @@ class SimDevice:
     def _admit(self, now: int) -> None:
         if not self._waiting:
             return
+        link, rules, limits = self.loader.link, self._rules, self._limits
         snapshot = admission_snapshot(
-            self._waiting,
-            self.models,
-            self.memory,
-            self.loader.link,
-            self._rules,
-            self._limits,
-            now,
-            self._owed_to_late,
+            self._waiting, self.models, self.memory, link, rules, limits, now, self._owed_to_late
         )
         result = admission.decide(snapshot, to_seconds(now))
         self._owed_to_late = result.owed_to_late
@@ -181,7 +175,7 @@ class SimDevice:
                     assert_never(decision)
 
     def _time_out(self, job: Job, now: int) -> None:
-        if job.end is None and job.request_id in self.models[job.model].tickets:
+        if job.request_id in self.models[job.model].tickets:
             self.withdraw(job)
             self._end(job, End.TIMED_OUT, now)
 

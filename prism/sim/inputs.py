@@ -83,7 +83,9 @@ def default_placement(cluster: Cluster, devices: int) -> Placement:
     setup, served = cluster.setup, cluster.load.served
     room = Room(served, setup.num_slabs, setup.limits.slab_bytes, setup.mode)
     if setup.mode is Mode.PRISM:
-        return by_controller(served, devices, room, setup.memory_bytes, setup.limits.slab_bytes)
+        return by_controller(
+            served, cluster.demand, devices, room, setup.memory_bytes, setup.limits.slab_bytes
+        )
     return by_load(cluster.demand, devices, room)
 
 

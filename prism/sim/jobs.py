@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from prism.costs import Costs
 from prism.sim.ticks import to_seconds
@@ -87,3 +88,12 @@ class Job:
 def policy_rank(job: Job) -> Rank:
     """As the shipped policies see it."""
     return (to_seconds(job.arrival), job.request_id, 0)
+
+
+class Chunk(NamedTuple):
+    """Part of a prompt in a step."""
+
+    job: Job
+    length: int
+    num_restarts: int
+    """The job's when the step began: another number means that it has lost its place meanwhile."""

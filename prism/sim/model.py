@@ -8,26 +8,19 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from typing import NamedTuple
+from operator import attrgetter
 
 from prism.engine.kv_layout import KvLayout, layout_of
 from prism.engine.scheduler import Want
 from prism.errors import ConfigError
 from prism.sim.decoding import DecodeGroup
-from prism.sim.jobs import Job, Served, policy_rank
+from prism.sim.jobs import Chunk, Job, Served, policy_rank
 from prism.sim.ticks import StepTicks, to_ticks
 from prism.sim.usage import Usage
 from prism.types import Bytes, ModelId, ModelState, RequestId
 from prism.worker.foresight import GROWTH, IdleTimes, OutputLengths
 
-
-class Chunk(NamedTuple):
-    """Part of a prompt in a step."""
-
-    job: Job
-    length: int
-    num_restarts: int
-    """The job's when the step began: another number means that it has lost its place meanwhile."""
+_rank = attrgetter("rank")
 
 
 class SimModel:
@@ -295,7 +288,3 @@ class SimModel:
         tokens = self.decodes.size + sum(chunk.length for chunk in chunks)
         pairs = sum(c.length * (c.job.computed - c.length / 2) for c in chunks)
         return to_ticks(self.served.costs.steps.step(tokens, pairs, self.decodes.context))
-
-
-def _rank(job: Job) -> tuple[int, RequestId]:
-    return job.rank

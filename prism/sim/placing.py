@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from prism.controller.placement import first_homes
 from prism.controller.snapshot import DeviceState, ModelNeed
-from prism.modes import RULES, Mode
+from prism.modes import RULES, Mode, kv_shares
 from prism.sim.jobs import Served
 from prism.sim.trace import TraceRow
 from prism.types import MiB, ModelId, WorkerId
@@ -32,16 +32,8 @@ class Placement:
         return {model: index for index, models in enumerate(self.devices) for model in models}
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a model's requests ask for."""
-
-    seconds: float
-    """Of a device, for each second of the trace: prompts, and decodes in batches of `BATCH`."""
-    kv_bytes: float
-    """Held on average."""
-
-
+Demand = float
+"""Seconds of a device that a model needs for each second of the trace: prompts, and decodes in batches."""
 BATCH = 8
 
 
@@ -49,14 +41,11 @@ def demands(rows: Sequence[TraceRow], served: Mapping[ModelId, Served]) -> dict[
     """Of each model, over the trace's whole length."""
     span = max(1.0, rows[-1].arrival - rows[0].arrival)
     seconds = dict.fromkeys(served, 0.0)
-    held = dict.fromkeys(served, 0.0)
     for row in rows:
-        one = served[row.model]
-        steps, middle = one.costs.steps, row.prompt + row.output / 2
+        steps, middle = served[row.model].costs.steps, row.prompt + row.output / 2
         decode = row.output * steps.decode(BATCH, BATCH * middle)
         seconds[row.model] += steps.prefill(row.prompt) + decode / BATCH
-        held[row.model] += middle * one.costs.shape.kv_bytes_per_token * decode
-    return {model: Demand(seconds[model] / span, held[model] / span) for model in served}
+    return {model: seconds[model] / span for model in served}
 
 
 class Room:
@@ -79,30 +68,48 @@ def by_load(demand: Mapping[ModelId, Demand], num_devices: int, room: Room) -> P
     devices: list[list[ModelId]] = [[] for _ in range(num_devices)]
     load = [0.0] * num_devices
     unplaced = []
-    for model in sorted(demand, key=lambda m: (-demand[m].seconds, m)):
+    for model in sorted(demand, key=lambda m: (-demand[m], m)):
         able = [i for i in range(num_devices) if room.holds([*devices[i], model])]
         if not able:
             unplaced.append(model)
             continue
         best = min(able, key=lambda i: (load[i], i))
         devices[best].append(model)
-        load[best] += demand[model].seconds
+        load[best] += demand[model]
     return Placement(tuple(tuple(sorted(models)) for models in devices), tuple(sorted(unplaced)))
 
 
-def by_controller(
-    served: Mapping[ModelId, Served], num_devices: int, room: Room, memory_bytes: int, slab_bytes: int
-) -> Placement:
-    """Homes as the controller gives them when it starts."""
-    workers = [WorkerId(f"worker-{index}") for index in range(num_devices)]
-    needs = tuple(
-        ModelNeed(m, s.costs.shape.weight_bytes, s.costs.shape.kv_bytes_per_token)
-        for m, s in sorted(served.items())
+def needs_of(
+    served: Mapping[ModelId, Served], demand: Mapping[ModelId, Demand] | None = None
+) -> tuple[ModelNeed, ...]:
+    """What placement knows of the models when it starts, with the loads that are expected or without."""
+    return tuple(
+        ModelNeed(
+            model,
+            one.costs.shape.weight_bytes,
+            one.costs.shape.kv_bytes_per_token,
+            tpot=one.slo.tpot,
+            compute=demand[model] if demand else 0.0,
+        )
+        for model, one in sorted(served.items())
     )
-    homes = first_homes(needs, tuple(DeviceState(w, memory_bytes, slab_bytes) for w in workers))
+
+
+def by_controller(
+    served: Mapping[ModelId, Served],
+    demand: Mapping[ModelId, Demand],
+    num_devices: int,
+    room: Room,
+    memory_bytes: int,
+    slab_bytes: int,
+) -> Placement:
+    """Homes as the controller gives them when it starts, with each model's expected load."""
+    workers = [WorkerId(f"worker-{index}") for index in range(num_devices)]
+    devices = tuple(DeviceState(worker, memory_bytes, slab_bytes) for worker in workers)
+    homes = first_homes(needs_of(served, demand), devices)
     able = {model for model in homes if room.holds([model])}
-    devices = tuple(tuple(m for m in sorted(able) if homes[m][0].worker == worker) for worker in workers)
-    return Placement(devices, tuple(sorted(set(homes) - able)))
+    lists = tuple(tuple(m for m in sorted(able) if homes[m][0].worker == worker) for worker in workers)
+    return Placement(lists, tuple(sorted(set(homes) - able)))
 
 
 def fixed_shares(
@@ -112,10 +119,8 @@ def fixed_shares(
     num_slabs: int,
     slab_bytes: int,
 ) -> dict[ModelId, int]:
-    """Slabs of KV of each model of a device: the least, and of the rest in proportion to what it holds."""
+    """Slabs of KV of each model of a device, as a worker divides them where loads are configured."""
     least = max(1, LEAST_KV // slab_bytes)
-    rest = num_slabs - sum(-(-served[m].costs.shape.weight_bytes // slab_bytes) + least for m in models)
-    total = sum(demand[m].kv_bytes for m in models)
-    if not total:
-        return {m: least + rest // len(models) for m in models}
-    return {m: least + int(rest * demand[m].kv_bytes / total) for m in models}
+    spare = num_slabs - sum(-(-served[m].costs.shape.weight_bytes // slab_bytes) for m in models)
+    loads = [demand[m] for m in models]
+    return dict(zip(models, kv_shares(spare, [least] * len(models), loads), strict=True))

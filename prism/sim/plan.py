@@ -113,7 +113,7 @@ class Planner:
         yield by_load(cluster.demand, devices, self._room)
         if not RULES[setup.mode].is_resident:
             served, slab = cluster.load.served, setup.limits.slab_bytes
-            yield by_controller(served, devices, self._room, setup.memory_bytes, slab)
+            yield by_controller(served, cluster.demand, devices, self._room, setup.memory_bytes, slab)
 
     def _try(self, placement: Placement) -> Trial:
         missed = self._missed(placement.devices, placement.unplaced)
@@ -142,7 +142,7 @@ class Planner:
             return
         order = sorted(range(len(devices)), key=lambda i: (sum(self._missed((devices[i],))), -i))
         best, worst = order[0], order[-1]
-        load: Mapping[ModelId, float] = {m: d.seconds for m, d in self._cluster.demand.items()}
+        load: Mapping[ModelId, float] = self._cluster.demand
         for model in sorted(devices[worst], key=lambda m: (-load[m], m))[:4]:
             yield from self._exchanged(placement, worst, best, model, None)
             for other in sorted(devices[best], key=lambda m: (load[m], m))[:2]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from prism.sim.jobs import Job
-from prism.sim.model import Chunk, SimModel
+from prism.sim.jobs import Chunk, Job
+from prism.sim.model import SimModel
 from prism.sim.rounds import Rounds
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from prism.modes import Rules
+from prism.sim.jobs import Chunk
 from prism.sim.jumps import may_follow, order_of_rounds
 from prism.sim.memory import Memory
-from prism.sim.model import Chunk, SimModel
+from prism.sim.model import SimModel
 from prism.sim.modes import Limits
 from prism.sim.rounds import Part, Rounds
 from prism.sim.runs import Listener, Run, advance, close, steps_until_change

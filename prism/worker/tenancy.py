@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prism.errors import DeviceTooSmall
+from prism.modes import kv_shares
 from prism.types import ModelId
 from prism.worker import timeshare
 from prism.worker.models import Model
@@ -18,7 +19,7 @@ def settle_residents(worker: Worker, device: int) -> None:
     """Modes static and elastic: the models of this device keep their weights there from the start.
 
     In the order of the configuration, as far as weights and a least of KV fit; the others fail. With fixed
-    shares all that is left is divided evenly, and each has its part as floor and limit.
+    shares all that is left is divided (`kv_shares`), and each has its part as floor and limit.
     """
     room = worker.device.num_slabs
     residents: list[Model] = []
@@ -38,9 +39,10 @@ def settle_residents(worker: Worker, device: int) -> None:
         model.pinned = model.is_wanted = True
         residents.append(model)
     if worker.rules.has_shares and residents:
-        spare = room + sum(max(1, model.kv_floor) for model in residents)
-        for model in residents:
-            model.kv_floor = model.kv_limit = spare // len(residents)
+        floors = [max(1, model.kv_floor) for model in residents]
+        loads = [model.config.expected_load for model in residents]
+        for model, share in zip(residents, kv_shares(room + sum(floors), floors, loads), strict=True):
+            model.kv_floor = model.kv_limit = share
 
 
 class Tenancy:

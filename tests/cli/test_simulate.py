@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prism.cli.main import main
+from prism.sim.cluster import Cluster, Controlling
 
 SMALL = ["--num-models", "6", "--rate", "5", "--duration", "10", "--prompt", "100", "--answer", "20"]
 
@@ -30,6 +32,20 @@ def test_simulate_is_deterministic_and_replays_what_it_saved(tmp_path: Path) -> 
     assert {"ttft_attainment", "tpot_attainment", "goodput"} <= set(result)
     assert list(result)[:2] == ["ttft_attainment", "tpot_attainment"] and result["devices"] == 2
     assert json.loads(replayed.read_text())["requests"] == result["requests"]
+
+
+def test_expected_loads_are_known_if_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = []
+    controlled = Cluster.run_controlled
+
+    def run_controlled(cluster: Cluster, *arguments: Any) -> Controlling:
+        known.append(arguments[2])
+        return controlled(cluster, *arguments)
+
+    monkeypatch.setattr(Cluster, "run_controlled", run_controlled)
+    for more in ([], ["--expected-load"]):
+        assert run("simulate", *SMALL, *more, "--devices", "2", "--output", str(tmp_path / "o.json")) == 0
+    assert known == [False, True]
 
 
 def test_simulate_with_models_and_a_placement(tmp_path: Path) -> None:

@@ -75,6 +75,13 @@ def test_a_model_goes_where_the_configuration_wants_it() -> None:
     assert homes == {ModelId("free"): at(W0), ModelId("fixed"): at(W1)}
 
 
+def test_first_homes_go_by_expected_load_and_give_each_model_one() -> None:
+    loads = {"a": 0.95, "b": 0.5, "c": 0.4}
+    models = tuple(ModelNeed(ModelId(name), 10, compute=load) for name, load in loads.items())
+    homes = first_homes(models, (device(0), device(1)))
+    assert homes == {"a": at(W0), "b": at(W1), "c": at(W1)}
+
+
 def test_one_device_is_everybodys_home() -> None:
     assert first(5, 50, 0, devices=(SMALL,)) == ["0", "0", "0"]
 

@@ -10,7 +10,8 @@ import pytest
 
 from prism.demo.catalog import golden_answers
 from tests.server.clients import Call, ends, golden_call, golden_calls
-from tests.server.harness import Server, eventually
+from tests.server.harness import Server
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 

@@ -14,6 +14,7 @@ from prism.controller import placement
 from prism.controller.decisions import Plan
 from prism.controller.snapshot import Home, PlacementSnapshot
 from prism.modes import RULES, Mode
+from prism.sim import commands
 from prism.sim.controlling import Controlled, Kind, worker_of
 from prism.sim.device import SimDevice
 from prism.sim.jobs import End, Job
@@ -176,3 +177,39 @@ def test_a_model_that_fills_a_device_gets_another_home_and_requests_go_to_both()
 def test_two_runs_are_the_same() -> None:
     asked = steady(2.0)
     assert story(*run(BUSY, asked, 2, 10)) == story(*run(BUSY, asked, 2, 10))
+
+
+def test_first_homes_go_by_expected_loads() -> None:
+    controlled = make(BUSY * 2, 2, 40, EAGER)
+    devices = [device for device, _ in controlled.ended()]
+    loads = {ModelId(f"m{i}"): load for i, load in enumerate((0.2, 0.2, 0.9, 0.3))}
+    all_served = {s.model: s for s in (served(i, *shape) for i, shape in enumerate(BUSY * 2))}
+    homes = Controlled(all_served, devices, EAGER, loads).homes()
+    assert sorted(homes) == [("m0", "m1", "m3"), ("m2",)] != sorted(controlled.homes())
+
+
+def test_requests_go_by_what_devices_report() -> None:
+    """What was sent long ago and has ended does not count."""
+    controlled = make(BUSY, 2, 40, EAGER.model_copy(update={"placement_interval": 0.0}))
+    homes = controlled.state.homes
+    homes[ModelId("m0")] = tuple(Home(worker_of(i), 0.0) for i in range(2))
+    homes[ModelId("m1")] = (Home(worker_of(0), 0.0),)
+    controlled.routes_changed()
+    asked = [(i / 200, 1, 10, 2) for i in range(200)] + [(3 + i / 50, 0, 10, 2) for i in range(100)]
+    controlled.run(jobs_of(controlled, asked, 2))
+    counts = [sum(job.model == "m0" for job in jobs) for _, jobs in controlled.ended()]
+    assert min(counts) > 30, counts
+
+
+def test_what_comes_from_another_device_keeps_its_place() -> None:
+    """It goes before younger requests, and its life ends before theirs."""
+    controlled = make(BUSY, 1, 40, EAGER, request_timeout=1.0)
+    old, young = jobs_of(controlled, [(0.0, 0, 100, 300), (0.9, 0, 100, 200)], 2)
+    ((device, _),) = controlled.ended()
+    model = device.learn(served(0, *BUSY[0]))
+    device.offer(young)
+    device.run_until(to_ticks(0.95))
+    commands.take_over(device, old, to_ticks(0.95))
+    assert model.oldest() is old
+    device.run_until(NEVER)
+    assert old.end is End.TIMED_OUT and old.end_time == to_ticks(1.0) and young.end is End.SERVED

@@ -136,4 +136,4 @@ def test_placements_hold_what_they_are_given() -> None:
     assert sum(shares.values()) + weights <= slabs and min(shares.values()) >= 16
     moving = Room(load.served, slabs, SLAB, Mode.PRISM)
     assert not by_load(demand, 4, moving).unplaced
-    assert sorted(by_controller(load.served, 4, moving, slabs * SLAB, SLAB).home()) == KEYS
+    assert sorted(by_controller(load.served, demand, 4, moving, slabs * SLAB, SLAB).home()) == KEYS

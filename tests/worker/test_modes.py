@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from prism.messages import Activate
+from prism.modes import kv_shares
 from prism.types import ModelState
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.local_worker import LocalWorker
@@ -58,6 +59,16 @@ def test_static_shares_are_fixed(start: Any) -> None:
     local.run()
     assert all(m.kv is not None and m.kv.num_slabs <= 3 and not m.num_evictions for m in models)
     assert all(right(local, str(i), FAMILIES[i % 3], prompt) for i, prompt in enumerate(prompts(12, 400)))
+
+
+def test_static_shares_go_by_expected_load_where_it_is_known(paths: dict[str, Path]) -> None:
+    """As the simulator's do, by the same function; they were even in the server alone."""
+    loads = dict(zip(FAMILIES, (0.75, 0.25, 0.0), strict=True))
+    options = {name: {"expected_load": load} for name, load in loads.items()}
+    local = LocalWorker(paths, 14, model_options=options, scheduling={"mode": "static"})
+    shares = [model.kv_limit for model in local.worker.models.values()]
+    local.close()
+    assert shares == kv_shares(11, [1, 1, 1], list(loads.values())) == [7, 3, 1]
 
 
 def test_elastic_moves_kv_and_no_weights(start: Any) -> None:
