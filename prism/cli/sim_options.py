@@ -35,11 +35,20 @@ RateScale = Annotated[
 Profile = Annotated[
     str, typer.Option(help="Costs of steps and loads: a file of `prism profile`, h100 or h200 (shipped).")
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="A server's configuration: its limits, its scheduling and what its first device is like hold."
+    ),
+]
 Memory = Annotated[
     str | None,
     typer.Option(help="Of a device, for weights and KV: 72GiB, say; by default 92 % of all."),
 ]
-Lanes = Annotated[int, typer.Option(min=1, max=8, help="Steps of so many models at a time on a device.")]
+Lanes = Annotated[
+    int | None,
+    typer.Option(min=1, max=8, help="Steps of so many models at a time on a device; 2 by default."),
+]
 SloScale = Annotated[
     float, typer.Option(min=1e-3, help="Objectives are each model's P95 alone on a device times this.")
 ]
@@ -77,8 +86,9 @@ def _inputs(
     models: Models = None,
     rate_scale: RateScale = 1.0,
     profile: Profile = "h100",
+    config: Config = None,
     memory: Memory = None,
-    lanes: Lanes = 2,
+    lanes: Lanes = None,
     slo_scale: SloScale = 5.0,
     seed: Seed = 0,
     num_models: NumModels = 8,

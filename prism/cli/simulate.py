@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from prism.config import SchedulingConfig, parse_size
+from prism.config import parse_size
 from prism.errors import ConfigError
 from prism.modes import Mode
 from prism.outputs import check_output
@@ -63,6 +63,7 @@ def simulation_inputs(options: Mapping[str, Any], is_stepping: bool = False) -> 
         synthetic=synthetic,
         models=options["models"],
         profile=options["profile"],
+        config=options["config"],
         memory=_size(options["memory"]),
         lanes=options["lanes"],
         rate_scale=options["rate_scale"],
@@ -118,7 +119,7 @@ def _run(
 ) -> dict[str, Any]:
     """On a fixed placement, or under the controller where the mode has one."""
     if placement is None and cluster.setup.mode is Mode.PRISM:
-        run = cluster.run_controlled(devices, SchedulingConfig(), is_expected, progress)
+        run = cluster.run_controlled(devices, is_expected, progress)
         return report(cluster.load, run.placement, cluster.setup, run.results, run.done)
     if placement is None:
         placed = default_placement(cluster, devices)
@@ -184,6 +185,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "tpot_attainment": chosen.tpot,
         "placement": [list(models) for models in chosen.placement.devices],
         "unplaced": list(chosen.placement.unplaced),
+        "is_controlled": chosen.is_controlled,
         "tried": [
             {"devices": n, "ttft_attainment": trial.ttft, "tpot_attainment": trial.tpot}
             for n, trial in sorted(plan.trials.items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -38,6 +38,8 @@ class Setup:
     memory_bytes: int
     """Of a device, for weights and KV."""
     limits: Limits
+    scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
+    """Of the controller."""
 
     @property
     def num_slabs(self) -> int:
@@ -87,7 +89,6 @@ class Cluster:
     def run_controlled(
         self,
         num_devices: int,
-        config: SchedulingConfig,
         is_expected: bool = False,
         progress: Callable[[int], None] = lambda _: None,
     ) -> Controlling:
@@ -96,7 +97,7 @@ class Cluster:
         able = {model: served for model, served in self.load.served.items() if room.holds([model])}
         results, jobs = self._without_place(able, progress)
         devices = [self._device(()) for _ in range(num_devices)]
-        controlled = Controlled(able, devices, config, self.demand if is_expected else None)
+        controlled = Controlled(able, devices, self.setup.scheduling, self.demand if is_expected else None)
         controlled.run(jobs, progress)
         results += [result_of(*each) for each in controlled.ended()]
         unplaced = tuple(sorted(set(self.load.served) - set(able)))

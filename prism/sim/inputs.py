@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
 import msgspec
 
+from prism.config import SchedulingConfig
+from prism.configfile import load_config
 from prism.errors import ConfigError
 from prism.modes import Mode
 from prism.profile import Profile, parse_profile, read_profile
 from prism.sim.cluster import Cluster, Setup
 from prism.sim.generate import Synthetic, generate
-from prism.sim.modes import Limits
+from prism.sim.modes import Limits, limits_of
 from prism.sim.placing import Placement, Room, by_controller, by_load, demands
 from prism.sim.trace import TraceRow, compress, read_trace
 from prism.sim.workload import ModelEntry, Workload, read_models, workload
@@ -33,8 +35,9 @@ class Inputs:
     synthetic: Synthetic
     models: Path | None
     profile: str
+    config: Path | None
     memory: int | None
-    lanes: int
+    lanes: int | None
     rate_scale: float
     slo_scale: float
     seed: int
@@ -70,11 +73,18 @@ def read_workload(inputs: Inputs, profile: Profile) -> Workload:
 
 def make_cluster(inputs: Inputs, load: Workload, profile: Profile, mode: Mode) -> Cluster:
     """Everything but the placement."""
-    limits = Limits(num_lanes=inputs.lanes, is_stepping=inputs.is_stepping)
-    memory = inputs.memory or int(MEMORY_SHARE * profile.device.memory_bytes)
+    limits, memory = Limits(is_stepping=inputs.is_stepping), int(MEMORY_SHARE * profile.device.memory_bytes)
+    scheduling = SchedulingConfig()
+    if inputs.config is not None:
+        config = load_config(inputs.config)
+        limits, memory = limits_of(config, is_stepping=inputs.is_stepping), config.devices[0].memory
+        scheduling = config.scheduling
+    if inputs.lanes is not None:
+        limits = replace(limits, num_lanes=inputs.lanes)
+    memory = inputs.memory or memory
     if memory < 2 * limits.slab_bytes:
         raise ConfigError([f"--memory must hold two slabs of {limits.slab_bytes} bytes"])
-    setup = Setup(mode, profile, Bytes(memory), limits)
+    setup = Setup(mode, profile, Bytes(memory), limits, scheduling)
     return Cluster(load, setup, demands(load.requests, load.served))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prism.config import Config
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -24,3 +26,20 @@ class Limits:
     """Seconds that a model may take requests in `timeshare` while others wait."""
     is_stepping: bool = False
     """Step one by one instead of many at once; the results are the same."""
+
+
+def limits_of(config: Config, *, is_stepping: bool) -> Limits:
+    """Those of a server's configuration; all simulated devices are like the first of its devices."""
+    device, limits, scheduling = config.devices[0], config.limits, config.scheduling
+    return Limits(
+        slab_bytes=device.slab,
+        num_lanes=device.lanes if device.kind == "cuda" else 1,
+        max_batch_tokens=device.max_batch_tokens,
+        max_batch_size=device.max_batch_size,
+        max_wait=limits.max_wait,
+        request_timeout=limits.request_timeout,
+        min_residency=limits.min_residency,
+        idle_threshold=scheduling.idle_threshold,
+        quantum=scheduling.quantum,
+        is_stepping=is_stepping,
+    )

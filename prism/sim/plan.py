@@ -3,15 +3,16 @@
 For a number of devices several placements are tried: by load, as the controller gives them, then the better
 one changed step by step. A step moves a model from the device that misses most requests to the one that is
 best off, or changes places with one there. Devices have nothing to do with one another, so a step runs
-only the two that it changes; what a device does with a set of models is kept.
+only the two that it changes; what a device does with a set of models is kept. Where the mode has a controller
+that moves models, it is tried too, with the models' loads known from the start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from prism.modes import RULES
+from prism.modes import RULES, Mode
 from prism.sim.cluster import Cluster
 from prism.sim.placing import Placement, Room, by_controller, by_load
 from prism.sim.report import is_tpot_met, is_ttft_met
@@ -37,8 +38,11 @@ class Trial:
     """What a placement reaches."""
 
     placement: Placement
+    """Where the models are; under the controller, where they are in the end."""
     ttft: float
     tpot: float
+    is_controlled: bool = False
+    """The controller moved the models meanwhile."""
 
     def meets(self, target: Target) -> bool:
         """Both objectives' shares."""
@@ -95,7 +99,17 @@ class Planner:
         return Plan(trials, high)
 
     def best(self, devices: int) -> Trial:
-        """The best placement that is found."""
+        """The best placement that is found, or the controller where that is better."""
+        best = self._best_fixed(devices)
+        if self._cluster.setup.mode is not Mode.PRISM or devices == 1:
+            return best
+        return max(best, self._controlled(devices), key=_score)
+
+    def _controlled(self, devices: int) -> Trial:
+        run = self._cluster.run_controlled(devices, is_expected=True)
+        return Trial(run.placement, *self._met(self._misses(run.results)), is_controlled=True)
+
+    def _best_fixed(self, devices: int) -> Trial:
         best = max((self._try(p) for p in self._starts(devices)), key=_score)
         changes, tries = self._changes(best.placement), 0
         while tries < TRIES and 0 < best.lacks(self._target) <= WITHIN:
@@ -116,23 +130,28 @@ class Planner:
             yield by_controller(served, cluster.demand, devices, self._room, setup.memory_bytes, slab)
 
     def _try(self, placement: Placement) -> Trial:
-        missed = self._missed(placement.devices, placement.unplaced)
+        return Trial(placement, *self._met(self._missed(placement.devices, placement.unplaced)))
+
+    def _met(self, missed: tuple[int, int]) -> tuple[float, float]:
         total = len(self._cluster.load.requests)
-        return Trial(placement, 1 - missed[0] / total, 1 - missed[1] / total)
+        return 1 - missed[0] / total, 1 - missed[1] / total
 
     def _missed(
         self, devices: tuple[tuple[ModelId, ...], ...], unplaced: tuple[ModelId, ...] = ()
     ) -> tuple[int, int]:
         """Requests that miss their first token's objective, and the others'."""
         lost = sum(row.model in unplaced for row in self._cluster.load.requests) if unplaced else 0
-        first, rest = lost, lost
-        served = self._cluster.load.served
         for models in devices:
             if models not in self._results:
                 self._results[models] = self._cluster.run_device(models)
-            for outcome in self._results[models].outcomes:
-                first += not is_ttft_met(outcome, served[outcome.model])
-                rest += not is_tpot_met(outcome, served[outcome.model])
+        first, rest = self._misses([self._results[models] for models in devices])
+        return lost + first, lost + rest
+
+    def _misses(self, results: Iterable[DeviceResult]) -> tuple[int, int]:
+        served = self._cluster.load.served
+        outcomes = [outcome for result in results for outcome in result.outcomes]
+        first = sum(not is_ttft_met(outcome, served[outcome.model]) for outcome in outcomes)
+        rest = sum(not is_tpot_met(outcome, served[outcome.model]) for outcome in outcomes)
         return first, rest
 
     def _changes(self, placement: Placement) -> Iterator[Placement]:

@@ -39,7 +39,7 @@ def test_expected_loads_are_known_if_wanted(tmp_path: Path, monkeypatch: pytest.
     controlled = Cluster.run_controlled
 
     def run_controlled(cluster: Cluster, *arguments: Any) -> Controlling:
-        known.append(arguments[2])
+        known.append(arguments[1])
         return controlled(cluster, *arguments)
 
     monkeypatch.setattr(Cluster, "run_controlled", run_controlled)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from prism.config import Config
 from prism.errors import ConfigError
 from prism.modes import Mode
 from prism.sim.generate import Synthetic, generate
-from prism.sim.inputs import SHIPPED, open_profile
+from prism.sim.inputs import SHIPPED, Inputs, make_cluster, open_profile, read_workload
+from prism.sim.modes import Limits, limits_of
 from prism.sim.placing import Room, by_controller, by_load, demands, fixed_shares
 from prism.sim.shapes import ARCHITECTURES, PUBLISHED_MIX, published_mix
 from prism.sim.trace import TraceRow, compress, read_trace, write_trace
@@ -114,6 +117,31 @@ def test_objectives_and_clipping() -> None:
     assert one.slo.ttft == pytest.approx(5 * alone)
     with pytest.raises(ConfigError, match="k00 of the trace"):
         workload(long, profile, 5.0, {})
+
+
+def test_limits_are_those_of_the_server(tmp_path: Path) -> None:
+    """Defaults are the configuration's own, and a configuration file changes them."""
+    (tmp_path / "config.json").write_text("{}")
+    minimal = {"models": [{"name": "a", "path": str(tmp_path)}]}
+    defaults = Config.model_validate(minimal | {"devices": [{"kind": "cuda"}]})
+    assert limits_of(defaults, is_stepping=False) == Limits()
+    path = tmp_path / "prism.yaml"
+    given = {
+        "devices": [{"memory": "1GiB", "slab": "2MiB", "lanes": 4, "max_batch_size": 8}],
+        "limits": {"max_wait": "3s"},
+        "scheduling": {"idle_threshold": "45s", "migration_cooldown": "7s"},
+    }
+    path.write_text(json.dumps(minimal | given))
+    inputs = Inputs(None, Synthetic(models=2, duration=9.0), None, "h100", path, None, None, 1.0, 5.0, 1)
+    profile = open_profile("h100")
+    setup = make_cluster(inputs, read_workload(inputs, profile), profile, Mode.PRISM).setup
+    limits = setup.limits
+    assert (limits.slab_bytes, limits.num_lanes, limits.max_batch_size) == (2 * MiB, 1, 8)
+    assert (limits.max_wait, limits.idle_threshold) == (3.0, 45.0)
+    assert setup.memory_bytes == 1024 * MiB and setup.scheduling.migration_cooldown == 7.0
+    more = replace(inputs, lanes=3, memory=64 * MiB)
+    setup = make_cluster(more, read_workload(more, profile), profile, Mode.PRISM).setup
+    assert setup.limits.num_lanes == 3 and setup.memory_bytes == 64 * MiB
 
 
 def test_percentile() -> None:

@@ -15,7 +15,7 @@ from prism.sim.report import report
 
 def cluster(mode: Mode, **changes: object) -> Cluster:
     made = Synthetic(models=8, rate=6.0, duration=20.0, prompt=200, output=40)
-    inputs = Inputs(None, made, None, "h100", None, 2, 1.0, 8.0, 1)
+    inputs = Inputs(None, made, None, "h100", None, None, None, 1.0, 8.0, 1)
     profile = open_profile("h100")
     return make_cluster(inputs, read_workload(inputs, profile), profile, mode)
 
@@ -30,6 +30,16 @@ def test_the_plan_meets_the_target_and_one_device_less_does_not() -> None:
     again = report(made.load, placement, made.setup, made.run(placement))
     assert again["ttft_attainment"] == plan.trials[plan.num_devices].ttft
     assert again["tpot_attainment"] == plan.trials[plan.num_devices].tpot
+
+
+def test_the_controller_is_tried_where_it_moves_models() -> None:
+    """Placements that stay were all that was tried, and models that move are better off."""
+    made = cluster(Mode.PRISM)
+    trial = Planner(made, Target(1.0, 1.0)).best(2)
+    run = made.run_controlled(2, is_expected=True)
+    result = report(made.load, run.placement, made.setup, run.results, run.done)
+    assert trial.ttft + trial.tpot >= result["ttft_attainment"] + result["tpot_attainment"]
+    assert Planner(made, Target(1.0, 1.0)).best(1).is_controlled is False
 
 
 def test_too_few_devices() -> None:
