@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+CONTEXT = 8192
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "hidden_size": 4096,
@@ -28,6 +30,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "cpu-30m": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 16000,
+        "tie_word_embeddings": True,
+    },
+    "cpu-110m": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
         "tie_word_embeddings": True,
     },
     "llama-3.2-1b": {
@@ -52,7 +72,7 @@ def write_shape(name: str, folder: Path) -> Path:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": CONTEXT,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
     }

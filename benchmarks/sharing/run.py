@@ -1,10 +1,10 @@
-"""Eight models under memory that cannot hold them all, in each mode: measured, then predicted by the
-simulator.
+"""Models under memory that cannot hold them all, in each mode: measured, and predicted by the simulator.
 
-Usage: scripts/bench sharing [--memory 30GiB] [--rate 6] [--duration 30] [--output results.json] [--rehearse]
-Two 8B and six 1B shapes with random weights. The same made trace goes to a server in each mode through `prism
-bench`; objectives are each model's P95 alone (`prism bench --baseline`) times a scale. With --profile the
-same trace goes through `prism simulate`.
+Usage: scripts/bench sharing [--setup h200|cpu] [--rate 6] [--duration 60] [--output results.json]
+Setups: `h200`, two 8B and six 1B shapes on 30 GiB; `cpu`, two models of 110 million and two of 30 million
+parameters on 448 MiB and one thread. Weights are random. `prism profile` measures the device (or --profile
+gives an earlier file). A made trace goes to a server in each mode through `prism bench`, whose objectives
+are each model's P95 alone times a scale, and through `prism simulate` with the same configuration.
 """
 
 from __future__ import annotations
@@ -18,57 +18,77 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
-from shapes import write_shape
+from shapes import CONTEXT, write_shape
 
 PORT, ADMIN = 8370, 8371
-SHAPES = {"8b": "llama-3-8b", "1b": "llama-3.2-1b"}
-ORDER = ("1b", "8b", "1b", "1b", "8b", "1b", "1b", "1b")
-"""By popularity."""
 PRISM = [sys.executable, "-c", "from prism.cli.main import main; main()"]
+FIGURES = ("ttft_attainment", "tpot_attainment", "attainment")
 
 
-def models(is_rehearsal: bool) -> dict[str, str]:
-    """Served names, as the generator calls them, with their shapes."""
-    shape = (lambda _: "rehearsal") if is_rehearsal else SHAPES.__getitem__
-    return {f"m{i:02}": shape(size) for i, size in enumerate(ORDER)}
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Shapes by popularity, and what they share."""
+
+    shapes: tuple[str, ...]
+    device: dict[str, Any]
+    trace: dict[str, float]
+    """Options of `prism simulate` that make it."""
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Served names, as the generator calls them, with their shapes."""
+        return {f"m{i:02}": shape for i, shape in enumerate(self.shapes)}
 
 
-def write_config(folder: Path, options: argparse.Namespace, mode: str) -> Path:
+BIG, SMALL = "llama-3-8b", "llama-3.2-1b"
+SETUPS = {
+    "h200": Setup(
+        (SMALL, BIG, SMALL, SMALL, BIG, SMALL, SMALL, SMALL),
+        {"kind": "cuda", "memory": "30GiB"},
+        {"rate": 6.0, "alpha": 2.1, "cv": 2.0, "on": 8.0, "off": 8.0, "prompt": 300.0, "answer": 120.0},
+    ),
+    "cpu": Setup(
+        ("cpu-30m", "cpu-110m", "cpu-110m", "cpu-30m"),
+        {"kind": "cpu", "memory": "448MiB", "slab": "2MiB", "threads": 1},
+        {"rate": 0.8, "alpha": 3.0, "cv": 2.0, "on": 8.0, "off": 8.0, "prompt": 60.0, "answer": 20.0},
+    ),
+}
+
+
+def write_config(folder: Path, setup: Setup, mode: str, profile: Path | None) -> Path:
     """A server's configuration."""
-    shapes = models(options.rehearse)
-    for shape in set(shapes.values()):
+    for shape in set(setup.shapes):
         write_shape(shape, folder)
     settings: dict[str, Any] = {
         "models": [
             {"name": name, "path": str(folder / shape), "load_format": "dummy"}
-            for name, shape in shapes.items()
+            for name, shape in setup.models.items()
         ],
-        "devices": [{"kind": "cpu" if options.rehearse else "cuda", "memory": options.memory}],
+        "devices": [setup.device],
         "server": {"port": PORT, "admin_port": ADMIN},
-        "host_memory": {"budget": "60GiB"},
-        "scheduling": {"mode": mode},
+        "host_memory": {"budget": "60GiB" if setup.device["kind"] == "cuda" else "2GiB"},
+        "scheduling": {"mode": mode, "profile": None if profile is None else str(profile.resolve())},
     }
-    if options.profile is not None:
-        settings["scheduling"]["profile"] = str(options.profile.resolve())
     path = folder / f"{mode}.yaml"
     path.write_text(json.dumps(settings))
     return path
 
 
 @contextmanager
-def server(config: Path, log: Path) -> Iterator[None]:
+def server(config: Path, log: Path, num_models: int) -> Iterator[None]:
     """Up, with all weights packed."""
     process = subprocess.Popen([*PRISM, "serve", str(config)], stderr=log.open("ab"))
     try:
         end = time.monotonic() + 150
         while time.monotonic() < end and process.poll() is None:
-            if log.read_text().count(" is packed") >= len(ORDER) and _is_healthy():
+            if log.read_text().count(" is packed") >= num_models and _is_healthy():
                 break
             time.sleep(0.1)
         else:
@@ -87,73 +107,119 @@ def _is_healthy() -> bool:
         return False
 
 
+def prism(*arguments: str) -> None:
+    """A command whose results are in files."""
+    subprocess.run([*PRISM, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
 def bench(folder: Path, *arguments: str) -> None:
     """`prism bench` with the trace."""
-    command = [*PRISM, "bench", "--models", str(folder / "models.json"), "--dataset-name", "trace"]
-    command += ["--dataset-path", str(folder / "trace.csv"), "--base-url", f"http://127.0.0.1:{PORT}"]
-    subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
+    traffic = ["--models", str(folder / "models.json"), "--dataset-name", "trace"]
+    traffic += ["--dataset-path", str(folder / "trace.csv"), "--base-url", f"http://127.0.0.1:{PORT}"]
+    prism("bench", *traffic, *arguments)
 
 
-def make_trace(folder: Path, options: argparse.Namespace) -> None:
+def make_trace(folder: Path, setup: Setup, options: argparse.Namespace) -> None:
     """The requests of all modes, and who answers them."""
-    command = [*PRISM, "simulate", "--devices", "1", "--num-models", str(len(ORDER))]
-    command += ["--rate", str(options.rate), "--duration", str(options.duration), "--alpha", "2.1"]
-    command += ["--cv", "2", "--on", "8", "--off", "8", "--seed", str(options.seed)]
-    command += ["--save-trace", str(folder / "trace.csv"), "--output", str(folder / "made.json")]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    served = {name: {"model": name} for name in models(options.rehearse)}
-    (folder / "models.json").write_text(json.dumps(served))
+    trace = setup.trace | ({} if options.rate is None else {"rate": options.rate})
+    made = [f"--{name}={value}" for name, value in trace.items()]
+    made += [f"--num-models={len(setup.shapes)}", f"--duration={options.duration}", f"--seed={options.seed}"]
+    saved = ["--save-trace", str(folder / "trace.csv"), "--output", str(folder / "made.json")]
+    prism("simulate", "--devices", "1", *made, *saved)
+    (folder / "models.json").write_text(json.dumps({name: {"model": name} for name in setup.models}))
 
 
-def predicted(folder: Path, options: argparse.Namespace, mode: str, alone: dict[str, Any]) -> dict[str, Any]:
-    """What the simulator says of the same trace, with the measured objectives."""
-    entries = {}
-    for name, shape in models(options.rehearse).items():
-        slo = alone["models"][name]
-        scale = options.slo_scale / 1e3
-        entries[name] = {"shape": shape, "ttft": slo["ttft_ms"] * scale, "tpot": slo["tpot_ms"] * scale}
+def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
+    """What `prism bench` says of a server; the first one measures the models alone, too."""
+    mode, log = config.stem, config.with_suffix(".log")
+    with server(config, log, len(setup.shapes)):
+        if not alone.exists():
+            bench(folder, "--baseline", str(alone), "--baseline-requests", "8")
+        saved = ["--save-result", "--result-dir", str(folder), "--result-filename", f"{mode}.json"]
+        bench(folder, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
+    result: dict[str, Any] = json.loads((folder / f"{mode}.json").read_text())
+    return result
+
+
+def predicted(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
+    """What the simulator says of the same trace, with the same objectives."""
+    slos = json.loads(alone.read_text())["models"]
+    entries = {
+        name: {
+            "shape": name,
+            "context": CONTEXT,
+            "ttft": slos[name]["ttft_ms"] * scale / 1e3,
+            "tpot": slos[name]["tpot_ms"] * scale / 1e3,
+        }
+        for name in setup.models
+    }
     (folder / "shapes.json").write_text(json.dumps(entries))
-    command = [*PRISM, "simulate", "--trace", str(folder / "trace.csv"), "--devices", "1", "--mode", mode]
-    command += ["--models", str(folder / "shapes.json"), "--profile", str(options.profile)]
-    command += ["--memory", options.memory, "--output", str(folder / "predicted.json")]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    result = json.loads((folder / "predicted.json").read_text())
-    return {key: result[key] for key in ("ttft_attainment", "tpot_attainment", "goodput")}
+    given = ["--trace", str(folder / "trace.csv"), "--models", str(folder / "shapes.json")]
+    given += ["--profile", str(folder / "profile.json"), "--config", str(config)]
+    output = folder / "predicted.json"
+    prism("simulate", *given, "--devices", "1", "--mode", config.stem, "--output", str(output))
+    result: dict[str, Any] = json.loads(output.read_text())
+    return result
+
+
+def compared(real: dict[str, Any], simulated: dict[str, Any]) -> dict[str, Any]:
+    """Attainments of both, and by how many points they differ: of all, and by model, weighted by requests."""
+    weights = {name: model["requests"] for name, model in simulated["models"].items()}
+    result: dict[str, Any] = {}
+    for figure in FIGURES:
+        pairs = {
+            name: (_figure(real["models"][name], figure), simulated["models"][name][figure])
+            for name in weights
+        }
+        apart = sum(weights[name] * abs(a - b) for name, (a, b) in pairs.items()) / sum(weights.values())
+        total = _figure(real, figure), simulated[figure]
+        result[figure] = {
+            "measured": total[0],
+            "predicted": total[1],
+            "points": 100 * (total[1] - total[0]),
+            "points_by_model": 100 * apart,
+            "models": pairs,
+        }
+    return result
+
+
+def _figure(result: dict[str, Any], name: str) -> float:
+    short = {"ttft_attainment": "ttft", "tpot_attainment": "tpot", "attainment": "both"}[name]
+    return float(result["attainment"][short])
 
 
 def main() -> None:
-    """Prints one line a mode."""
+    """Prints one line a mode and figure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--memory", default="30GiB")
-    parser.add_argument("--rate", type=float, default=6.0)
-    parser.add_argument("--duration", type=float, default=30.0)
+    parser.add_argument("--setup", choices=SETUPS, default="h200")
+    parser.add_argument("--rate", type=float, help="requests a second")
+    parser.add_argument("--duration", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--slo-scale", type=float, default=5.0)
     parser.add_argument("--modes", default="prism,elastic,static,timeshare")
-    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--profile", type=Path, help="of an earlier `prism profile`")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU: tests this script")
     options = parser.parse_args()
+    setup = SETUPS[options.setup]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_trace(folder, options)
+        make_trace(folder, setup, options)
+        profile, alone = folder / "profile.json", folder / "alone.json"
+        if options.profile is None:
+            prism("profile", str(write_config(folder, setup, "prism", None)), "--output", str(profile))
+        else:
+            profile.write_bytes(options.profile.read_bytes())
         result: dict[str, Any] = {"command": sys.argv[1:], "modes": {}}
-        alone = folder / "alone.json"
         for mode in options.modes.split(","):
-            log = folder / f"{mode}.log"
-            with server(write_config(folder, options, mode), log):
-                if not alone.exists():
-                    bench(folder, "--baseline", str(alone), "--baseline-requests", "6")
-                    result["alone"] = json.loads(alone.read_text())
-                saved = ["--save-result", "--result-dir", name, "--result-filename", f"{mode}.json"]
-                scale = ["--slo-from", str(alone), "--slo-scale", str(options.slo_scale)]
-                bench(folder, *scale, *saved)
-            found = json.loads((folder / f"{mode}.json").read_text())
-            found["log"] = [x for x in log.read_text().splitlines() if "evicted" in x or "active" in x][-6:]
-            result["modes"][mode] = {"measured": found}
-            if options.profile is not None:
-                result["modes"][mode]["predicted"] = predicted(folder, options, mode, result["alone"])
-            print(mode, json.dumps({k: v for k, v in found.items() if "attain" in k or "goodput" in k}))
+            config = write_config(folder, setup, mode, profile)
+            real = measured(folder, config, setup, options.slo_scale, alone)
+            simulated = predicted(folder, config, setup, options.slo_scale, alone)
+            figures = compared(real, simulated)
+            result["modes"][mode] = {"compared": figures, "measured": real, "predicted": simulated}
+            for figure, values in figures.items():
+                print(mode, figure, *(f"{k} {v:.3f}" for k, v in values.items() if k != "models"), flush=True)
+        result["alone"] = json.loads(alone.read_text())
+        result["profile"] = json.loads(profile.read_text())
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
 
