@@ -2,9 +2,9 @@
 
 Usage: scripts/bench sharing [--setup h200|cpu] [--rate 6] [--duration 60] [--output results.json]
 Setups: `h200`, two 8B and six 1B shapes on 30 GiB; `cpu`, two models of 110 million and two of 30 million
-parameters on 448 MiB and one thread. Weights are random. `prism profile` measures the device (or --profile
-gives an earlier file). A made trace goes to a server in each mode through `prism bench`, whose objectives
-are each model's P95 alone times a scale, and through `prism simulate` with the same configuration.
+parameters on 448 MiB and one thread. Weights are random. `prism profile` measures the device. A made trace
+goes to a server in each mode through `prism bench`, whose objectives are each model's P95 alone times a
+scale, and through `prism simulate` with the same configuration.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,19 +62,27 @@ SETUPS = {
 }
 
 
-def write_config(folder: Path, setup: Setup, mode: str, profile: Path | None) -> Path:
-    """A server's configuration."""
+def write_config(
+    folder: Path, setup: Setup, mode: str, names: Iterable[str], loads: dict[str, float]
+) -> Path:
+    """A server's configuration with the models in this order, and their loads as far as they are known."""
     for shape in set(setup.shapes):
         write_shape(shape, folder)
+    profile = folder / "profile.json"
     settings: dict[str, Any] = {
         "models": [
-            {"name": name, "path": str(folder / shape), "load_format": "dummy"}
-            for name, shape in setup.models.items()
+            {
+                "name": name,
+                "path": str(folder / setup.models[name]),
+                "load_format": "dummy",
+                "expected_load": loads.get(name),
+            }
+            for name in names
         ],
         "devices": [setup.device],
         "server": {"port": PORT, "admin_port": ADMIN},
         "host_memory": {"budget": "60GiB" if setup.device["kind"] == "cuda" else "2GiB"},
-        "scheduling": {"mode": mode, "profile": None if profile is None else str(profile.resolve())},
+        "scheduling": {"mode": mode, "profile": str(profile) if profile.exists() else None},
     }
     path = folder / f"{mode}.yaml"
     path.write_text(json.dumps(settings))
@@ -132,6 +140,7 @@ def make_trace(folder: Path, setup: Setup, options: argparse.Namespace) -> None:
 def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
     """What `prism bench` says of a server; the first one measures the models alone, too."""
     mode, log = config.stem, config.with_suffix(".log")
+    log.unlink(missing_ok=True)
     with server(config, log, len(setup.shapes)):
         if not alone.exists():
             bench(folder, "--baseline", str(alone), "--baseline-requests", "8")
@@ -148,8 +157,8 @@ def predicted(folder: Path, config: Path, setup: Setup, scale: float, alone: Pat
         name: {
             "shape": name,
             "context": CONTEXT,
-            "ttft": slos[name]["ttft_ms"] * scale / 1e3,
-            "tpot": slos[name]["tpot_ms"] * scale / 1e3,
+            "ttft": slos[name]["ttft"] * scale,
+            "tpot": slos[name]["tpot"] * scale,
         }
         for name in setup.models
     }
@@ -188,6 +197,31 @@ def _figure(result: dict[str, Any], name: str) -> float:
     return float(result["attainment"][short])
 
 
+def loads_of(folder: Path) -> dict[str, float]:
+    """Seconds of the device that each model's requests take in the trace, by the profile."""
+    costs = json.loads((folder / "profile.json").read_text())["models"]
+    rows = [line.split(",") for line in (folder / "trace.csv").read_text().splitlines()[1:]]
+    loads: dict[str, float] = {}
+    for _, name, prompt, output in rows:
+        knots = costs[name]["knots"]
+        seconds = int(output) * knots[0][1] + int(prompt) * knots[-1][1] / knots[-1][0]
+        loads[name] = loads.get(name, 0.0) + seconds
+    return loads
+
+
+def run_mode(folder: Path, setup: Setup, mode: str, scale: float) -> dict[str, Any]:
+    """Both, with the models that are more in demand first: who does not fit any more is refused by both."""
+    loads = loads_of(folder)
+    names = sorted(setup.models, key=lambda name: (-loads.get(name, 0.0), name))
+    config, alone = write_config(folder, setup, mode, names, loads), folder / "alone.json"
+    real = measured(folder, config, setup, scale, alone)
+    simulated = predicted(folder, config, setup, scale, alone)
+    figures = compared(real, simulated)
+    for figure, values in figures.items():
+        print(mode, figure, *(f"{k} {v:.3f}" for k, v in values.items() if k != "models"), flush=True)
+    return {"compared": figures, "measured": real, "predicted": simulated}
+
+
 def main() -> None:
     """Prints one line a mode and figure."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -197,28 +231,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--slo-scale", type=float, default=5.0)
     parser.add_argument("--modes", default="prism,elastic,static,timeshare")
-    parser.add_argument("--profile", type=Path, help="of an earlier `prism profile`")
+    parser.add_argument("--folder", type=Path, help="for all files; a profile and latencies alone are reused")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     setup = SETUPS[options.setup]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = (options.folder or Path(name)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         make_trace(folder, setup, options)
-        profile, alone = folder / "profile.json", folder / "alone.json"
-        if options.profile is None:
-            prism("profile", str(write_config(folder, setup, "prism", None)), "--output", str(profile))
-        else:
-            profile.write_bytes(options.profile.read_bytes())
-        result: dict[str, Any] = {"command": sys.argv[1:], "modes": {}}
-        for mode in options.modes.split(","):
-            config = write_config(folder, setup, mode, profile)
-            real = measured(folder, config, setup, options.slo_scale, alone)
-            simulated = predicted(folder, config, setup, options.slo_scale, alone)
-            figures = compared(real, simulated)
-            result["modes"][mode] = {"compared": figures, "measured": real, "predicted": simulated}
-            for figure, values in figures.items():
-                print(mode, figure, *(f"{k} {v:.3f}" for k, v in values.items() if k != "models"), flush=True)
-        result["alone"] = json.loads(alone.read_text())
+        profile = folder / "profile.json"
+        if not profile.exists():
+            config = write_config(folder, setup, "prism", setup.models, {})
+            prism("profile", str(config), "--output", str(profile))
+        result: dict[str, Any] = {"command": sys.argv[1:]}
+        result["modes"] = {m: run_mode(folder, setup, m, options.slo_scale) for m in options.modes.split(",")}
+        result["alone"] = json.loads((folder / "alone.json").read_text())
         result["profile"] = json.loads(profile.read_text())
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

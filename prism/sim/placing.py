@@ -54,13 +54,18 @@ class Room:
     def __init__(self, served: Mapping[ModelId, Served], num_slabs: int, slab_bytes: int, mode: Mode) -> None:
         self._slabs = {m: -(-s.costs.shape.weight_bytes // slab_bytes) for m, s in served.items()}
         self._num_slabs = num_slabs
-        self._least = max(1, LEAST_KV // slab_bytes)
+        self._least = least_kv(num_slabs, slab_bytes)
         self._is_resident = RULES[mode].is_resident
 
     def holds(self, models: Sequence[ModelId]) -> bool:
         """All of them fit, at a time if they keep their weights, else one by one."""
         needs = [self._slabs[model] + self._least for model in models]
         return (sum(needs) if self._is_resident else max(needs, default=0)) <= self._num_slabs
+
+
+def least_kv(num_slabs: int, slab_bytes: int) -> int:
+    """Slabs of KV without which no model is put on a device: 512 MiB, on a small one a 64th of its memory."""
+    return max(1, min(LEAST_KV // slab_bytes, num_slabs // 64))
 
 
 def by_load(demand: Mapping[ModelId, Demand], num_devices: int, room: Room) -> Placement:
@@ -120,7 +125,7 @@ def fixed_shares(
     slab_bytes: int,
 ) -> dict[ModelId, int]:
     """Slabs of KV of each model of a device, as a worker divides them where loads are configured."""
-    least = max(1, LEAST_KV // slab_bytes)
+    least = least_kv(num_slabs, slab_bytes)
     spare = num_slabs - sum(-(-served[m].costs.shape.weight_bytes // slab_bytes) for m in models)
     loads = [demand[m] for m in models]
     return dict(zip(models, kv_shares(spare, [least] * len(models), loads), strict=True))
