@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from prism.types import MiB
+
 
 class Mode(StrEnum):
     """A way to share devices."""
@@ -36,6 +38,14 @@ RULES = {
     Mode.TIMESHARE: Rules(by_deadline=False, is_resident=False, has_shares=False, is_exclusive=True),
     Mode.PRISM: Rules(by_deadline=True, is_resident=False, has_shares=False, is_exclusive=False),
 }
+
+
+LEAST_KV = 512 * MiB
+
+
+def least_kv(num_slabs: int, slab_bytes: int) -> int:
+    """Slabs of KV without which no model stays on a device: 512 MiB, on a small one a 64th of its memory."""
+    return max(1, min(LEAST_KV // slab_bytes, num_slabs // 64))
 
 
 def kv_shares(spare: int, floors: Sequence[int], loads: Sequence[float | None]) -> list[int]:

@@ -11,13 +11,10 @@ from dataclasses import dataclass
 
 from prism.controller.placement import first_homes
 from prism.controller.snapshot import DeviceState, ModelNeed
-from prism.modes import RULES, Mode, kv_shares
+from prism.modes import RULES, Mode, kv_shares, least_kv
 from prism.sim.jobs import Served
 from prism.sim.trace import TraceRow
-from prism.types import MiB, ModelId, WorkerId
-
-LEAST_KV = 512 * MiB
-"""Of each model that keeps its weights on a device."""
+from prism.types import ModelId, WorkerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +58,6 @@ class Room:
         """All of them fit, at a time if they keep their weights, else one by one."""
         needs = [self._slabs[model] + self._least for model in models]
         return (sum(needs) if self._is_resident else max(needs, default=0)) <= self._num_slabs
-
-
-def least_kv(num_slabs: int, slab_bytes: int) -> int:
-    """Slabs of KV without which no model is put on a device: 512 MiB, on a small one a 64th of its memory."""
-    return max(1, min(LEAST_KV // slab_bytes, num_slabs // 64))
 
 
 def by_load(demand: Mapping[ModelId, Demand], num_devices: int, room: Room) -> Placement:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prism.errors import DeviceTooSmall
-from prism.modes import kv_shares
+from prism.modes import kv_shares, least_kv
 from prism.types import ModelId
 from prism.worker import timeshare
 from prism.worker.models import Model
@@ -22,6 +22,7 @@ def settle_residents(worker: Worker, device: int) -> None:
     shares all that is left is divided (`kv_shares`), and each has its part as floor and limit.
     """
     room = worker.device.num_slabs
+    least = least_kv(room, worker.device.slab_bytes)
     residents: list[Model] = []
     for model in worker.models.values():
         if model.config.device not in (None, device):
@@ -29,7 +30,7 @@ def settle_residents(worker: Worker, device: int) -> None:
         worker.learn(model)
         if model.profile is None:
             continue
-        needed = model.profile.weight_slabs + max(1, model.kv_floor)
+        needed = model.profile.weight_slabs + max(least, model.kv_floor)
         if needed > room:
             model.is_barred = True
             text = f"all models stay on the device in this mode; {needed} slabs are needed, {room} are left"
@@ -39,7 +40,7 @@ def settle_residents(worker: Worker, device: int) -> None:
         model.pinned = model.is_wanted = True
         residents.append(model)
     if worker.rules.has_shares and residents:
-        floors = [max(1, model.kv_floor) for model in residents]
+        floors = [max(least, model.kv_floor) for model in residents]
         loads = [model.config.expected_load for model in residents]
         for model, share in zip(residents, kv_shares(room + sum(floors), floors, loads), strict=True):
             model.kv_floor = model.kv_limit = share

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from prism.messages import Activate
-from prism.modes import kv_shares
-from prism.types import ModelState
+from prism.modes import kv_shares, least_kv
+from prism.types import MiB, ModelState
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.local_worker import LocalWorker
 
@@ -45,6 +45,11 @@ def active(local: LocalWorker) -> set[str]:
 def right(local: LocalWorker, request_id: str, name: str, prompt: list[int]) -> bool:
     expected = reference(make_model(name, seed=FAMILIES.index(name)), prompt, 16)
     return local.outbox.tokens.get((request_id, 0)) == expected
+
+
+def test_the_least_kv_of_a_model_that_stays() -> None:
+    """A worker took models in with one slab each, and could serve short requests only."""
+    assert [least_kv(n, size * MiB) for n, size in ((2304, 32), (224, 2), (12, 2))] == [16, 3, 1]
 
 
 def test_static_shares_are_fixed(start: Any) -> None:
