@@ -38,7 +38,7 @@ class Offer:
     """Seconds."""
     num_sequences: int = 0
     is_missed: bool = False
-    """It is asked back at once: more of it than is missing is of no use to anybody."""
+    """It is asked back at once: who takes it moves the need, and more of it than is missing is of no use."""
 
 
 def offers_of(other: Holding, need: Need, snapshot: MemorySnapshot, now: float) -> list[Offer]:
@@ -78,14 +78,14 @@ def _sequences(other: Holding, need: Need) -> Iterator[Offer]:
         count += 1
         gained = min(spare, blocks // other.blocks_per_slab)
         if gained >= step:
-            yield Offer(Part.SEQUENCES, gained, harm, count)
+            yield Offer(Part.SEQUENCES, gained, harm, count, is_missed=True)
             spare -= gained
             blocks -= gained * other.blocks_per_slab
             harm, count = 0.0, 0
         if spare <= 0:
             return
     if count and (gained := min(spare, blocks // other.blocks_per_slab)) > 0:
-        yield Offer(Part.SEQUENCES, gained, harm, count)
+        yield Offer(Part.SEQUENCES, gained, harm, count, is_missed=True)
 
 
 def _younger(holding: Holding, need: Need) -> Iterator[Running]:
@@ -130,7 +130,7 @@ def own_offers(own: Holding, need: Need) -> list[Offer]:
         harm += harm_of(sequence)
         count += 1
         if (gained := _worth(blocks, own, need) - slabs) > 0:
-            offers.append(Offer(Part.SEQUENCES, gained, harm, count))
+            offers.append(Offer(Part.SEQUENCES, gained, harm, count, is_missed=True))
             slabs += gained
             harm, count = 0.0, 0
     return offers

@@ -109,7 +109,7 @@ def _is_at_limit(own: Holding) -> bool:
 def _cheapest(
     offers: Mapping[ModelId, Sequence[Offer]], missing: int, expected: float
 ) -> dict[ModelId, list[Offer]]:
-    """Greedily by harm per slab; then without what turned out not to be necessary.
+    """Greedily by harm per slab, first what nobody asks back at once; then without what was not necessary.
 
     An offer of more slabs than are missing counts with those that are expected to be asked for soon beside
     them: a whole model is not dropped for one block, unless blocks are wanted all the time.
@@ -117,10 +117,10 @@ def _cheapest(
     taken: dict[ModelId, list[Offer]] = {}
     left = missing
     while left > 0:
-        _, model, count = min(
-            (price, model, count)
+        _, _, model, count = min(
+            (is_missed, price, model, count)
             for model, each in offers.items()
-            for price, count in _prices(each[len(taken.get(model, ())) :], left, expected)
+            for is_missed, price, count in _prices(each[len(taken.get(model, ())) :], left, expected)
         )
         mine = taken.setdefault(model, [])
         added = offers[model][len(mine) : len(mine) + count]
@@ -129,15 +129,17 @@ def _cheapest(
     return _without_spare(taken, -left)
 
 
-def _prices(offers: Sequence[Offer], missing: int, expected: float) -> Iterator[tuple[float, int]]:
-    """Harm per slab of the first 1, 2, ... offers together: a dear one may lead to cheap ones."""
+def _prices(offers: Sequence[Offer], missing: int, expected: float) -> Iterator[tuple[bool, float, int]]:
+    """Whether the first 1, 2, ... offers together are missed, and harm per slab: a dear one may lead to cheap
+    ones.
+    """
     harm, slabs = 0.0, 0
     for count, offer in enumerate(offers, start=1):
         harm += offer.harm
         slabs += offer.slabs
         if slabs:
             useful = missing if offer.is_missed else max(1.0, missing + expected)
-            yield harm / min(slabs, useful), count
+            yield offer.is_missed, harm / min(slabs, useful), count
 
 
 def _without_spare(taken: dict[ModelId, list[Offer]], spare: int) -> dict[ModelId, list[Offer]]:
