@@ -83,6 +83,10 @@ class Rounds(Generic[M]):
         """Number of the member's last step among the first `steps`; it has one."""
         return (self.steps_of(index, steps) - 1) * len(self.parts) + index
 
+    def end_of_member(self, index: int, count: int) -> int:
+        """When the member's first `count` steps have run; one at least."""
+        return self.end_of((count - 1) * len(self.parts) + index + 1)
+
     def ticks_of(self, index: int, steps: int) -> int:
         """How long the member's own steps among the first `steps` take."""
         part, count = self.parts[index], self.steps_of(index, steps)

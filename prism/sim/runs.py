@@ -9,6 +9,7 @@ from typing import Protocol
 from prism.sim.jobs import Chunk, Job
 from prism.sim.model import SimModel
 from prism.sim.rounds import Rounds
+from prism.worker.foresight import BANKED
 
 
 @dataclass(slots=True)
@@ -63,8 +64,27 @@ def advance(run: Run, now: int) -> None:
             model.usage.decoded_tokens += ends * model.decodes.size
             ticks = rounds.ticks_of(index, ended) - rounds.ticks_of(index, rounds.done)
             model.usage.add_ticks(ticks, run.width)
+            _bank(model, rounds, index, rounds.steps_of(index, rounds.done), ends)
             model.last_end = model.last_used = rounds.end_of(rounds.last_of(index, ended) + 1)
     rounds.done, rounds.begun = ended, begun
+
+
+def _bank(model: SimModel, rounds: Rounds[SimModel], index: int, before: int, count: int) -> None:
+    """Count what `count` more steps have put the streams ahead of their objective, `BANKED` tokens at most.
+
+    One step after the other it is `ahead = min(ahead + tpot - (end - end before), most)`. With `gain(j)`,
+    what the first `j` steps gain without that bound, all of them come to
+    `gain(count) + min(ahead, most - max gain)`. Steps get longer, so gains rise to a peak and then fall.
+    """
+
+    def gain(steps: int) -> int:
+        return steps * model.tpot - (rounds.end_of_member(index, before + steps) - model.last_end)
+
+    low, high = 1, count
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if gain(middle + 1) >= gain(middle) else (low, middle)
+    model.ahead = gain(count) + min(model.ahead, BANKED * model.tpot - gain(low))
 
 
 def steps_until_change(order: Sequence[SimModel]) -> int:
@@ -97,6 +117,8 @@ def _close_prompts(model: SimModel, run: Run, listener: Listener, now: int) -> N
     if run.has_decodes:
         model.decodes.run(1)
         model.usage.decoded_tokens += model.decodes.size
+        model.ahead = min(model.ahead + model.tpot - (now - model.last_end), BANKED * model.tpot)
+    has_streams = model.decodes.size > 0
     model.last_end = model.last_used = now
     model.usage.add_ticks(run.rounds.end - run.rounds.start, 1)
     for chunk in run.chunks:
@@ -109,6 +131,8 @@ def _close_prompts(model: SimModel, run: Run, listener: Listener, now: int) -> N
         model.usage.decoded_tokens += 1
         listener.drawn(job, now)
         if job.produced < job.output:
+            model.ahead = min(model.ahead, model.tpot) if has_streams else model.tpot
+            has_streams = True
             model.decodes.join(job)
         else:
             listener.completed(job, now)

@@ -130,7 +130,8 @@ def runnable(model: SimModel, rules: Rules) -> Runnable:
     """A model that could take a turn. Without deadlines all are due at once, so they take turns."""
     decodes = model.decodes.size
     due = model.last_end + model.tpot if decodes else NEVER
-    decode_deadline = to_seconds(due) if decodes and rules.by_deadline else float("inf")
+    by_deadline = decodes and rules.by_deadline
+    decode_deadline = to_seconds(model.last_end + model.ahead) if by_deadline else float("inf")
     tokens = start = 0
     steps = model.served.costs.steps
     if model.prompts or model.waiting:

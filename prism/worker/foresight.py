@@ -21,6 +21,8 @@ WEIGHT = 2.0
 """Of what is believed beforehand, in gaps."""
 FORGETTING = 0.95
 """What a gap still weighs when another one has been seen."""
+BANKED = 8
+"""Tokens that a stream may be ahead of its objective."""
 LEAST_GAP = 1 / 64
 NUM_BUCKETS = 24
 """Each twice as long as the one before; the last one begins after a day and a half."""

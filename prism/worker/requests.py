@@ -9,10 +9,8 @@ import msgspec
 
 from prism.messages import ResumedChoice, Submit
 from prism.types import GatewayId, ModelId, RequestId
+from prism.worker.foresight import BANKED
 from prism.worker.snapshot import WaitingRequest
-
-BANKED = 8
-"""Tokens that a stream may be ahead of its objective."""
 
 
 @dataclass(slots=True, eq=False)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prism.sim.rounds import Part, Rounds
+from prism.sim.runs import _bank
+from prism.worker.foresight import BANKED
 
 parts = st.lists(st.tuples(st.integers(1, 10**10), st.integers(0, 10**6)), min_size=1, max_size=4)
 
@@ -53,3 +57,28 @@ def test_members_take_turns() -> None:
     run = rounds([(10, 0), (20, 0), (30, 0)], 0, 7)
     assert [run.steps_of(i, 7) for i in range(3)] == [3, 2, 2]
     assert [run.last_of(i, 7) for i in range(3)] == [6, 4, 5]
+
+
+@given(
+    first=st.integers(1, 200),
+    growth=st.integers(0, 20),
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    ahead=st.integers(-2000, 800),
+    idle=st.integers(0, 500),
+)
+def test_what_streams_are_ahead_is_the_same_at_once_and_step_by_step(
+    first: int, growth: int, counts: list[int], ahead: int, idle: int
+) -> None:
+    """Of a member of rounds of two, however the steps are put together."""
+    at_once, one_by_one = (SimpleNamespace(tpot=100, ahead=ahead, last_end=1000 - idle) for _ in range(2))
+    both: Rounds[object] = Rounds([Part(at_once, first, growth), Part(None, 30, 1)], 1000, 2 * sum(counts))
+    before = 0
+    for count in counts:
+        _bank(at_once, both, 0, before, count)  # type: ignore[arg-type]
+        before += count
+        at_once.last_end = both.end_of_member(0, before)
+    for step in range(1, before + 1):
+        end = both.end_of_member(0, step)
+        one_by_one.ahead = min(one_by_one.ahead + 100 - (end - one_by_one.last_end), BANKED * 100)
+        one_by_one.last_end = end
+    assert (at_once.ahead, at_once.last_end) == (one_by_one.ahead, one_by_one.last_end)

@@ -1,0 +1,104 @@
+"""Attainment of the four modes over load and over devices, simulated on a trace.
+
+Usage: scripts/bench traces --trace trace.csv [--devices 2] [--scales 0.5,1,2] [--most 8] [--output DIR]
+Each mode has the best placement that `prism plan` finds for it; mode prism also the controller that moves
+models. Columns of a trace: arrival_s, model_key, prompt_tokens, output_tokens. Writes NAME.json and NAME.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from prism.modes import Mode
+from prism.sim.generate import Synthetic
+from prism.sim.inputs import Inputs, make_cluster, open_profile, read_workload
+from prism.sim.plan import Planner, Target, Trial
+from prism.sim.plots import plot_attainment
+
+
+def planner(options: argparse.Namespace, mode: Mode, scale: float, target: float) -> Planner:
+    """For one mode at one load."""
+    inputs = Inputs(
+        trace=options.trace,
+        synthetic=Synthetic(),
+        models=None,
+        profile=options.profile,
+        config=None,
+        memory=None,
+        lanes=None,
+        rate_scale=scale,
+        slo_scale=options.slo_scale,
+        seed=0,
+    )
+    profile = open_profile(options.profile)
+    cluster = make_cluster(inputs, read_workload(inputs, profile), profile, mode)
+    return Planner(cluster, Target(target, target))
+
+
+def values(trial: Trial) -> dict[str, Any]:
+    """A trial as JSON."""
+    return {"ttft": trial.ttft, "tpot": trial.tpot, "is_controlled": trial.is_controlled}
+
+
+def over_load(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """At `--devices` devices."""
+    result: dict[str, dict[str, Any]] = {}
+    for scale in map(float, options.scales.split(",")):
+        for mode in Mode:
+            begin = time.monotonic()
+            trial = planner(options, mode, scale, options.target).best(options.devices)
+            result.setdefault(mode.value, {})[f"{scale:g}"] = values(trial)
+            seconds = time.monotonic() - begin
+            print(
+                f"load x {scale:<5g} {mode:9} TTFT {trial.ttft:.3f} TPOT {trial.tpot:.3f} {seconds:.0f} s",
+                flush=True,
+            )
+    return result
+
+
+def over_devices(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """At the trace's own load."""
+    result: dict[str, dict[str, Any]] = {}
+    for mode in Mode:
+        plan = planner(options, mode, 1.0, options.target).search(options.most)
+        tried = {str(n): values(trial) for n, trial in sorted(plan.trials.items())}
+        result[mode.value] = {"fewest": plan.num_devices, "tried": tried}
+        print(
+            f"devices for {options.target:.0%}: {mode:9} {plan.num_devices or f'> {options.most}'}",
+            flush=True,
+        )
+    return result
+
+
+def main() -> None:
+    """Prints one line a point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trace", type=Path, required=True)
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--scales", default="0.25,0.5,1,2,4")
+    parser.add_argument("--most", type=int, default=8)
+    parser.add_argument("--target", type=float, default=0.99)
+    parser.add_argument("--slo-scale", type=float, default=5.0)
+    parser.add_argument("--profile", default="h100")
+    parser.add_argument("--output", type=Path, help="folder")
+    options = parser.parse_args()
+    loads = over_load(options)
+    devices = over_devices(options) if options.most else {}
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        target = options.output / f"{options.trace.stem}.json"
+        shown = {key: str(value) for key, value in vars(options).items() if key not in ("trace", "output")}
+        target.write_text(json.dumps({"options": shown, "load": loads, "devices": devices}, indent=1) + "\n")
+        curves = {
+            mode: [(float(scale), point["ttft"], point["tpot"]) for scale, point in points.items()]
+            for mode, points in loads.items()
+        }
+        plot_attainment(curves, "times the trace's load", target.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
