@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 
-from prism.config import SchedulingConfig
 from prism.modes import Mode
 from prism.sim.controlling import Kind
 from prism.sim.generate import Synthetic
@@ -26,9 +25,9 @@ def test_after_settling_no_model_moves_twice_in_ten_minutes(
     """
     made = Synthetic(models=models, rate=rate, duration=1200.0, prompt=2000, output=40)
     profile = open_profile("h100")
-    inputs = Inputs(None, made, None, "h100", None, 2, 1.0, 5.0, seed)
+    inputs = Inputs(None, made, None, "h100", None, None, 2, 1.0, 5.0, seed)
     cluster = make_cluster(inputs, read_workload(inputs, profile), profile, Mode.PRISM)
-    done = [each for each in cluster.run_controlled(devices, SchedulingConfig()).done if each.at >= 600]
+    done = [each for each in cluster.run_controlled(devices).done if each.at >= 600]
     moved = Counter(each.model for each in done if each.kind in (Kind.MIGRATION, Kind.MERGE))
     assert max(moved.values(), default=0) <= 1, done
     assert len(done) <= 3, done
