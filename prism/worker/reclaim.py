@@ -67,6 +67,7 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDec
     5. If all offers together do not: weights take nothing, since a part of them is of no use; KV takes what
        there is, since each block lets a sequence go on.
     6. While older requests wait for slabs, KV gets none of others: its model's own offers are left to it.
+    7. Evictions come last: they wait for queued steps, which may end what others were to give up.
     """
     own = next((h for h in snapshot.holdings if h.model == need.model), None)
     if own is not None and not need.for_weights and _is_at_limit(own):  # 1
@@ -83,11 +84,12 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDec
         return ()
     taken = _cheapest(offers, min(missing, most), snapshot.expected_demand)  # 4
     holdings = {h.model: h for h in snapshot.holdings}
-    return tuple(
+    decisions = [
         decision
         for model, part in taken.items()
         for decision in _decisions(holdings[model], part, need, missing)
-    )
+    ]
+    return tuple(sorted(decisions, key=lambda decision: isinstance(decision, EvictModel)))  # 7
 
 
 def _offers(
@@ -117,10 +119,10 @@ def _cheapest(
     taken: dict[ModelId, list[Offer]] = {}
     left = missing
     while left > 0:
-        _, model, count = min(
-            (price, model, count)
+        _, _, model, count = min(
+            (price, has_weights, model, count)
             for model, each in offers.items()
-            for price, count in _prices(each[len(taken.get(model, ())) :], left, expected)
+            for price, has_weights, count in _prices(each[len(taken.get(model, ())) :], left, expected)
         )
         mine = taken.setdefault(model, [])
         added = offers[model][len(mine) : len(mine) + count]
@@ -129,24 +131,27 @@ def _cheapest(
     return _without_spare(taken, -left)
 
 
-def _prices(offers: Sequence[Offer], missing: int, expected: float) -> Iterator[tuple[float, int]]:
-    """Harm per slab of the first 1, 2, ... offers together: a dear one may lead to cheap ones."""
+def _prices(offers: Sequence[Offer], missing: int, expected: float) -> Iterator[tuple[float, bool, int]]:
+    """Harm per slab of the first 1, 2, ... offers together: a dear one may lead to cheap ones.
+
+    At equal prices those without weights come first: whatever is believed, there may be less to lose.
+    """
     harm, slabs = 0.0, 0
     for count, offer in enumerate(offers, start=1):
         harm += offer.harm
         slabs += offer.slabs
         if slabs:
             useful = missing if offer.is_missed else max(1.0, missing + expected)
-            yield harm / min(slabs, useful), count
+            yield harm / min(slabs, useful), offer.part is Part.WEIGHTS, count
 
 
 def _without_spare(taken: dict[ModelId, list[Offer]], spare: int) -> dict[ModelId, list[Offer]]:
-    """Give back last offers that do more harm than they are needed for, the most harmful first."""
+    """Give back last offers without which the others suffice, the most harmful first."""
     while spare > 0:
         last = [(each[-1].harm, model) for model, each in taken.items() if each and each[-1].slabs <= spare]
-        if not last or (worst := max(last))[0] <= 0.0:
+        if not last:
             break
-        spare -= taken[worst[1]].pop().slabs
+        spare -= taken[max(last)[1]].pop().slabs
     return {model: each for model, each in taken.items() if each}
 
 

@@ -274,6 +274,22 @@ def test_the_rules_hold_for_all(b: Holding, c: Holding, slabs: int, arrival: int
     assert not weights or not decisions or gain >= slabs, "in vain"
 
 
+def test_evictions_come_last() -> None:
+    """They wait for queued steps, which may end the young sequences that others were to give up."""
+    young = holding(C, running=(running(1.0), running(60.0, 10, 0.1)))
+    decisions = ask(idle(B), young, wanted=need(6, for_weights=True))
+    assert decisions == (Preempt(C, 1), TakeSlabs(C, 1), EvictModel(B))
+
+
+def test_of_what_does_no_harm_empty_slabs_go_first() -> None:
+    """A model past the idle threshold left though others had empty slabs, if its name came first."""
+    past, empty = idle(B, return_chance=0.0), holding(C, empty_slabs=1, gatherable_slabs=1)
+    assert ask(past, empty) == (TakeSlabs(C, 1),)
+    assert ask(past, empty, wanted=need(5)) == (EvictModel(B),), (
+        "and are no reason to take more than is missing"
+    )
+
+
 def test_limits_of_a_need_are_checked_against_what_there_is() -> None:
     assert ask(wanted=need(1)) == ()
     with pytest.raises(AssertionError):
