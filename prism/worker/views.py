@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from prism.engine.engine import Engine
 from prism.engine.kv_layout import KvLayout
 from prism.modes import Rules
-from prism.types import ModelId, ModelState
+from prism.types import ModelId, ModelState, Rank
 from prism.worker.cost_book import CostBook
 from prism.worker.foresight import GROWTH
 from prism.worker.lanes import Lane
@@ -171,10 +171,16 @@ def _load(worker: Worker, model: Model) -> ModelLoad:
         num_slabs=0 if kv is None else obtainable_slabs(worker, model),
         blocks_per_slab=1 if kv is None else kv.layout.blocks_per_slab,
         num_blocks_to_come=_blocks_to_come(worker, model),
-        is_stuck=engine is not None and model.stalled_until > 0 and not engine.scheduler.running,
+        stuck=_stuck(model),
         is_arriving=model.is_arriving and model.is_open,
         ready_in=ready_in(worker, model),
     )
+
+
+def _stuck(model: Model) -> Rank | None:
+    if model.engine is None or not model.stalled_until or model.engine.scheduler.running:
+        return None
+    return min((sequence.rank for sequence in model.engine.scheduler.waiting), default=None)
 
 
 def ready_in(worker: Worker, model: Model) -> float:
