@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from prism.engine.scheduler import Want
-from prism.memory.slabs import KvOwner
 from prism.messages import Activate
 from prism.types import ModelId, Rank, RequestId
 from prism.worker import reclaim
@@ -124,7 +123,9 @@ def test_an_old_sequence_is_not_held_up_by_a_young_one_that_runs_before_it(tmp_p
     local.close()
 
 
-def test_nobody_is_asked_for_more_than_a_limit_lets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_asked_for_more_than_a_limit_lets_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All that a sequence lacked was taken from others, and what passed its model's limit went unused."""
     local, mine, _ = two_models(tmp_path)
     assert mine.kv is not None
@@ -168,7 +169,7 @@ def test_what_one_model_is_refused_does_not_put_off_another() -> None:
 
 
 def test_nothing_is_kept_for_a_model_that_nobody_waits_for_any_more(tmp_path: Path) -> None:
-    """It had found no room before its only request was cancelled; models to be loaded by command waited too."""
+    """It had found no room before its only request was cancelled; what a command loads waited for it."""
     names = ("llama", "qwen3", "mistral")
     paths = {name: save(make_model(name, seed=i), tmp_path / name) for i, name in enumerate(names)}
     floor = {"memory": {"floor": 4 * SLAB}}
