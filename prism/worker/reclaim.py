@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prism.types import ModelId
-from prism.worker.offers import Offer, Part, offers_of, own_offers
+from prism.worker.offers import Offer, Part, offers_of, own_offers, younger
 from prism.worker.snapshot import Holding, MemorySnapshot, Need
 
 
@@ -60,7 +60,7 @@ ReclaimDecision = TakeSlabs | DropOwnCache | Preempt | EvictModel | CancelLoad
 def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDecision, ...]:
     """What to take for `need`; nothing if the slabs are on their way, or nobody can or must give.
 
-    1. Beyond its KV limit a model only recycles its own cache.
+    1. Beyond its KV limit a model only takes from itself: its cache, then its younger sequences.
     2. Slabs that are retiring are awaited.
     3. Loads that nobody waits for any more are called off.
     4. The cheapest offers that suffice together.
@@ -71,8 +71,7 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDec
     """
     own = next((h for h in snapshot.holdings if h.model == need.model), None)
     if own is not None and not need.for_weights and _is_at_limit(own):  # 1
-        blocks = min(own.num_cached_blocks, need.blocks)
-        return (DropOwnCache(own.model, blocks),) if blocks else ()
+        return _recycled(own, need)
     missing = need.slabs - snapshot.num_retiring + (need.reserved if need.for_weights else 0)
     if need.slabs + need.reserved <= snapshot.num_retiring:  # 2
         return ()
@@ -106,6 +105,18 @@ def _offers(
 
 def _is_at_limit(own: Holding) -> bool:
     return own.kv_limit is not None and own.kv_slabs >= own.kv_limit
+
+
+def _recycled(own: Holding, need: Need) -> tuple[ReclaimDecision, ...]:
+    if blocks := min(own.num_cached_blocks, need.blocks):
+        return (DropOwnCache(own.model, blocks),)
+    count = 0
+    for sequence in younger(own, need):
+        if blocks >= need.blocks:
+            break
+        blocks += sequence.num_blocks
+        count += 1
+    return (Preempt(own.model, count),) if count else ()
 
 
 def _cheapest(

@@ -205,6 +205,14 @@ def test_at_its_limit_a_model_recycles_its_own_cache() -> None:
     assert ask(holding(A, kv_limit=3), rich) == ()
 
 
+def test_at_its_limit_an_old_sequence_takes_from_its_models_young_ones() -> None:
+    """It waited until they had ended."""
+    crowd = (running(1.0, 5), *(running(60.0 + i, 5) for i in range(4)))
+    assert ask(holding(A, kv_limit=3, running=crowd)) == (Preempt(A, 2),)
+    assert ask(holding(A, kv_limit=3, running=crowd), wanted=need(blocks=99)) == (Preempt(A, 4),)
+    assert ask(holding(A, kv_limit=3, running=crowd[:1])) == ()
+
+
 def test_weights_take_nothing_in_vain() -> None:
     """Everything younger was preempted for a model that did not fit all the same, at each attempt."""
     younger = holding(B, running=(running(60.0),))
