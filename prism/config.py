@@ -248,19 +248,22 @@ class Config(_Section):
         return devices
 
     @model_validator(mode="after")
-    def _possible_homes(self) -> Config:
+    def _consistent(self) -> Config:
         problems = []
+        mode, rules = self.scheduling.mode, RULES[self.scheduling.mode]
         for index, model in enumerate(self.models):
             if model.device is not None and model.device >= len(self.devices):
                 problems.append(f"models[{index}].device: there are {len(self.devices)} devices")
                 continue
             homes = self.devices if model.device is None else (self.devices[model.device],)
-            if model.device is None and len(self.devices) > 1 and RULES[self.scheduling.mode].is_resident:
-                mode = self.scheduling.mode
+            if model.device is None and len(self.devices) > 1 and rules.is_resident:
                 problems.append(f"models[{index}].device: mode {mode} keeps it there, so it must be named")
-            if model.pinned and RULES[self.scheduling.mode].is_exclusive:
-                mode = self.scheduling.mode
+            if model.pinned and rules.is_exclusive:
                 problems.append(f"models[{index}].pinned: mode {mode} keeps no model on a device")
+            if model.memory.limit is not None and rules.has_shares:
+                problems.append(
+                    f"models[{index}].memory.limit: mode {mode} gives each model a part of its own"
+                )
             if model.memory.floor > max(device.memory for device in homes):
                 problems.append(f"models[{index}].memory.floor: is more than the memory of its device")
         if problems:

@@ -271,3 +271,11 @@ def test_timeshare_pins_nothing(folder: Path) -> None:
     """It was accepted and had no effect."""
     text = "models: [{name: a, path: a, pinned: true}]\nscheduling: {mode: timeshare}"
     assert problems(text, folder) == ["models[0].pinned: mode timeshare keeps no model on a device"]
+
+
+def test_static_shares_are_the_limits(folder: Path) -> None:
+    """A limit was accepted and passed: the share took its place."""
+    text = "models: [{name: a, path: a, memory: {limit: 1GiB}}]\nscheduling: {mode: static}"
+    assert problems(text, folder) == [
+        "models[0].memory.limit: mode static gives each model a part of its own"
+    ]

@@ -38,7 +38,8 @@ Profile = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="A server's configuration: its limits, its scheduling and what its first device is like hold."
+        help="A server's configuration: its limits, its scheduling and what its first device is like hold, "
+        "but not its models, mode and profile."
     ),
 ]
 Memory = Annotated[

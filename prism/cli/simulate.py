@@ -96,6 +96,10 @@ def run_simulate(
     is_expected: bool = False,
 ) -> None:
     """One mode, on a given placement or under the controller."""
+    if is_expected and (mode is not Mode.PRISM or placement is not None):
+        raise ConfigError(
+            ["--expected-load is for mode prism without --placement: nothing else moves by load"]
+        )
     _check_outputs(output, plot, save_trace)
     profile = open_profile(inputs.profile)
     load = read_workload(inputs, profile)

@@ -29,7 +29,7 @@ from prism.sim.device import SimDevice
 from prism.sim.gateway import Gateway
 from prism.sim.jobs import Job, Served
 from prism.sim.placing import Demand, needs_of
-from prism.sim.ticks import NEVER, PER_SECOND, to_seconds, to_ticks
+from prism.sim.ticks import NEVER, PER_SECOND, first_at, to_seconds
 from prism.types import ModelId, WorkerId
 
 REPORT_TICKS = PER_SECOND // 2
@@ -134,7 +134,7 @@ class Controlled:
         return [(self._devices[worker], each) for worker, each in jobs.items()]
 
     def _next_look(self) -> int:
-        due = to_ticks(self._placer.due) if isfinite(self._placer.due) else NEVER
+        due = first_at(self._placer.due) if isfinite(self._placer.due) else NEVER
         return min(due, self._now + REPORT_TICKS) if self._concerned() else due
 
     def _concerned(self) -> list[WorkerId]:

@@ -14,7 +14,7 @@ from prism.sim.link import Link
 from prism.sim.memory import Memory, rank_of
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
-from prism.sim.ticks import NEVER, to_seconds, to_ticks
+from prism.sim.ticks import NEVER, first_after, to_seconds
 from prism.types import ModelId, ModelState
 from prism.worker import timeshare
 
@@ -111,8 +111,8 @@ class Loader:
             self.wake_at = self._end_of_residency(now)
 
     def _end_of_residency(self, now: int) -> int:
-        least = to_ticks(self._limits.min_residency)
-        ends = (m.active_since + least for m in self._models.values() if m.is_active)
+        least = self._limits.min_residency
+        ends = (first_after(m.active_since, least) for m in self._models.values() if m.is_active)
         return min((end for end in ends if end > now), default=NEVER)
 
     def stalled(self, now: int) -> None:
@@ -134,7 +134,7 @@ class Loader:
             self._current = self._models[choice.model]
             self._since = now
             self.want(self._current, now)
-        end = self._since + to_ticks(self._limits.quantum)
+        end = first_after(self._since, self._limits.quantum)
         if end > now:
             self.wake_at = end
 

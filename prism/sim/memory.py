@@ -61,10 +61,12 @@ class Memory:
     def ensure_kv(self, model: SimModel, wants: Sequence[Want], now: int) -> None:
         """Free blocks for what a model's sequences want, as far as memory and their ranks allow."""
         num_blocks = 0
+        refused: Rank | None = None
         for want in wants:
             num_blocks += want.num_blocks
-            if not self._raise(model, num_blocks, want.rank, now):
-                return
+            may_ask = refused is None or want.rank < refused
+            if may_ask and not self._raise(model, num_blocks, want.rank, now):
+                refused = want.rank
 
     def _raise(self, model: SimModel, num_blocks: int, rank: Rank, now: int) -> bool:
         per_slab = model.layout.blocks_per_slab
@@ -116,7 +118,11 @@ class Memory:
 
     def _reserved(self, model: SimModel) -> int:
         """Slabs for which older requests of models without weights are waiting."""
-        waiting = [m for m in self._models.values() if m.state is ModelState.FETCHING and m is not model]
+        waiting = [
+            m
+            for m in self._models.values()
+            if m.state is ModelState.FETCHING and m is not model and (m.tickets or m.is_wanted)
+        ]
         if not waiting:
             return 0
         rank = (rank_of(model), model.name)

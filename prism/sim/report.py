@@ -12,6 +12,7 @@ from prism.sim.controlling import Done, Kind
 from prism.sim.jobs import End, Served
 from prism.sim.placing import Placement
 from prism.sim.results import DeviceResult, ModelCounts, Outcome
+from prism.sim.ticks import to_seconds
 from prism.sim.workload import Workload, percentile
 from prism.types import ModelId
 
@@ -38,7 +39,7 @@ def report(
     by_model: dict[ModelId, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_model[outcome.model].append(outcome)
-    span = max(outcome.ended for outcome in outcomes)
+    span = max(to_seconds(1), *(outcome.ended for outcome in outcomes))  # all may end where they begin
     counts = _counts(results)
     devices = len(placement.devices)
     homes = placement.home()

@@ -19,6 +19,22 @@ def to_seconds(ticks: int) -> float:
     return ticks / PER_SECOND
 
 
+def first_at(seconds: float) -> int:
+    """The first tick that is no earlier to policies: the nearest one may be, by a rounding."""
+    tick = to_ticks(seconds)
+    while to_seconds(tick) < seconds:
+        tick += 1
+    return tick
+
+
+def first_after(start: int, seconds: float) -> int:
+    """The first tick at which policies find that so many seconds have passed since `start`."""
+    tick = start + to_ticks(seconds)
+    while to_seconds(tick) - to_seconds(start) < seconds:
+        tick += 1
+    return tick
+
+
 class StepTicks:
     """Times of a model's decode steps, rounded once for each size of batch and for a token of context."""
 

@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from prism.modes import Rules
-from prism.sim.jobs import Job
+from prism.sim.jobs import Job, policy_rank
 from prism.sim.link import Link
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
 from prism.sim.ticks import NEVER, to_seconds, to_ticks
-from prism.types import ModelId, ModelState
+from prism.types import ModelId, ModelState, Rank
 from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, Runnable, WaitingRequest
 
 FAR = 1e6
@@ -97,9 +97,15 @@ def _load(model: SimModel, memory: Memory, link: Link, limits: Limits, now: int)
         num_slabs=memory.obtainable(model) if model.is_active else 0,
         blocks_per_slab=model.layout.blocks_per_slab,
         num_blocks_to_come=model.blocks_to_come(),
-        is_stuck=model.is_stalled and not model.decodes.size and not model.prompts,
+        stuck=_stuck(model),
         ready_in=_ready_in(model, link, now),
     )
+
+
+def _stuck(model: SimModel) -> Rank | None:
+    if not model.is_stalled or model.decodes.size or model.prompts or not model.waiting:
+        return None
+    return policy_rank(model.waiting[0])
 
 
 def _ready_in(model: SimModel, link: Link, now: int) -> float:

@@ -57,8 +57,8 @@ def decide(snapshot: AdmissionSnapshot, now: float) -> Admission:
     5. Requests of models that are not active wait for them, or until a load has come so far that the first
        step can follow it.
     6. Batch size and memory bound what enters; a request that does not fit holds back those behind it in its
-       model, so that small ones cannot starve a large one. An idle model always takes one, and so does one
-       that is stuck: memory may be there for an older request that is not for those it has.
+       model, so that small ones cannot starve a large one. An idle model always takes one, and one that is
+       stuck one that is older than all it has: memory may be there for that and not for them.
     7. Prompts enter as long as those in the engines take less than the horizon.
     """
     expired = tuple(Expire(r.request_id) for r in snapshot.waiting if r.expires <= now)  # 1
@@ -169,7 +169,8 @@ def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Pl
     }  # 5
     places = {name: load.max_sequences - load.num_sequences for name, load in open_models.items()}
     memory = Memory(snapshot.models.values())
-    idle = {name for name, load in open_models.items() if not load.num_sequences or load.is_stuck}
+    idle = {name for name, load in open_models.items() if not load.num_sequences}
+    stuck = {name: load.stuck for name, load in open_models.items() if load.stuck is not None}
     work = snapshot.busy
     for place in service:
         request = place[0]
@@ -177,15 +178,19 @@ def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Pl
         if model not in open_models:
             continue
         fits = request.num_sequences <= places[model] and memory.fits(model, request.num_blocks)  # 6
-        if model in idle or (fits and work < snapshot.horizon):  # 7
+        is_older = model in stuck and (request.arrival, request.request_id, 0) < stuck[model]
+        if model in idle or is_older or (fits and work < snapshot.horizon):  # 7
             idle.discard(model)
+            stuck.pop(model, None)
             places[model] -= request.num_sequences
             memory.take(model, request.num_blocks)
             work += request.seconds
             yield place
+        elif model in stuck:
+            places[model] = 0  # for all but an older one
         else:
             del open_models[model]
-        if not open_models or (work >= snapshot.horizon and not idle):
+        if not open_models or (work >= snapshot.horizon and not idle and not stuck):
             return
 
 

@@ -91,9 +91,12 @@ class UseTimes:
     def __init__(self) -> None:
         self._levels: list[list[tuple[int, float]]] = [[]]
         """(serial number, time); each level is older than the one before, its readings twice as far apart."""
+        self._last = (0, 0.0)
+        """The latest reading, kept or not."""
 
     def saw(self, serial: int, now: float) -> None:
         """Serial numbers up to this one have been given out by now."""
+        self._last = (serial, now)
         newest = self._levels[0]
         if newest and now - newest[-1][1] < LEAST_STEP:
             return
@@ -108,7 +111,7 @@ class UseTimes:
 
     def age(self, serial: int, now: float) -> float:
         """Seconds since this number was given out, or up to a few per cent less; 0 if that was just now."""
-        later = now
+        later = self._last[1] if serial <= self._last[0] else now
         for readings in self._levels:
             if readings and readings[0][0] < serial:
                 place = bisect_left(readings, (serial, 0.0))

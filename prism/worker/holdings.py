@@ -41,6 +41,10 @@ class Holdings:
         """Of the model's oldest request; commands and preloads come behind all requests."""
         return self._oldest(model) or LAST_RANK
 
+    def is_asked_for(self, model: Model) -> bool:
+        """By a request, a command or the configuration."""
+        return model.is_wanted or bool(self._requests.of_model(model.name))
+
     def _oldest(self, model: Model) -> Rank | None:
         tickets = self._requests.of_model(model.name)
         return min(((t.submit.arrival, t.request_id, 0) for t in tickets), default=None)
@@ -51,7 +55,7 @@ class Holdings:
         for model in self._models.values():
             if model.load is not None and model.load.is_cancelled:
                 coming += len(model.weight_slabs) + (0 if model.kv is None else model.kv.num_slabs)
-            elif model.load is not None and not model.is_wanted and not self._requests.of_model(model.name):
+            elif model.load is not None and not self.is_asked_for(model):
                 unwanted.append(model.name)
         return MemorySnapshot(
             num_retiring=self._pool.num_retiring + coming,

@@ -72,7 +72,7 @@ def _sequences(other: Holding, need: Need) -> Iterator[Offer]:
     step = max(1, need.slabs // PARTS)
     blocks = other.num_free_blocks + other.num_cached_blocks - other.gatherable_slabs * other.blocks_per_slab
     harm, count = 0.0, 0
-    for sequence in _younger(other, need):
+    for sequence in younger(other, need):
         blocks += sequence.num_blocks
         harm += harm_of(sequence)
         count += 1
@@ -88,7 +88,8 @@ def _sequences(other: Holding, need: Need) -> Iterator[Offer]:
         yield Offer(Part.SEQUENCES, gained, harm, count, is_missed=True)
 
 
-def _younger(holding: Holding, need: Need) -> Iterator[Running]:
+def younger(holding: Holding, need: Need) -> Iterator[Running]:
+    """Sequences that give way to a need, the youngest first."""
     for sequence in reversed(holding.running):
         if sequence.rank <= need.rank:
             return
@@ -123,7 +124,7 @@ def own_offers(own: Holding, need: Need) -> list[Offer]:
     if slabs:
         offers.append(Offer(Part.CACHE, slabs, blocks * own.block_seconds * own.reuse_chance))
     harm, count = 0.0, 0
-    for sequence in _younger(own, need):
+    for sequence in younger(own, need):
         if slabs >= need.slabs:
             break
         blocks += sequence.num_blocks

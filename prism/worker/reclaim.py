@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prism.types import ModelId
-from prism.worker.offers import Offer, Part, offers_of, own_offers
+from prism.worker.offers import Offer, Part, offers_of, own_offers, younger
 from prism.worker.snapshot import Holding, MemorySnapshot, Need
 
 
@@ -60,18 +61,18 @@ ReclaimDecision = TakeSlabs | DropOwnCache | Preempt | EvictModel | CancelLoad
 def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDecision, ...]:
     """What to take for `need`; nothing if the slabs are on their way, or nobody can or must give.
 
-    1. Beyond its KV limit a model only recycles its own cache.
+    1. Beyond its KV limit a model only takes from itself: its cache, then its younger sequences.
     2. Slabs that are retiring are awaited.
     3. Loads that nobody waits for any more are called off.
     4. The cheapest offers that suffice together.
     5. If all offers together do not: weights take nothing, since a part of them is of no use; KV takes what
        there is, since each block lets a sequence go on.
     6. While older requests wait for slabs, KV gets none of others: its model's own offers are left to it.
+    7. Evictions come last: they wait for queued steps, which may end what others were to give up.
     """
     own = next((h for h in snapshot.holdings if h.model == need.model), None)
     if own is not None and not need.for_weights and _is_at_limit(own):  # 1
-        blocks = min(own.num_cached_blocks, need.blocks)
-        return (DropOwnCache(own.model, blocks),) if blocks else ()
+        return _recycled(own, need)
     missing = need.slabs - snapshot.num_retiring + (need.reserved if need.for_weights else 0)
     if need.slabs + need.reserved <= snapshot.num_retiring:  # 2
         return ()
@@ -83,11 +84,12 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDec
         return ()
     taken = _cheapest(offers, min(missing, most), snapshot.expected_demand)  # 4
     holdings = {h.model: h for h in snapshot.holdings}
-    return tuple(
+    decisions = [
         decision
         for model, part in taken.items()
         for decision in _decisions(holdings[model], part, need, missing)
-    )
+    ]
+    return tuple(sorted(decisions, key=lambda decision: isinstance(decision, EvictModel)))  # 7
 
 
 def _offers(
@@ -106,6 +108,18 @@ def _is_at_limit(own: Holding) -> bool:
     return own.kv_limit is not None and own.kv_slabs >= own.kv_limit
 
 
+def _recycled(own: Holding, need: Need) -> tuple[ReclaimDecision, ...]:
+    if blocks := min(own.num_cached_blocks, need.blocks):
+        return (DropOwnCache(own.model, blocks),)
+    count = 0
+    for sequence in younger(own, need):
+        if blocks >= need.blocks:
+            break
+        blocks += sequence.num_blocks
+        count += 1
+    return (Preempt(own.model, count),) if count else ()
+
+
 def _cheapest(
     offers: Mapping[ModelId, Sequence[Offer]], missing: int, expected: float
 ) -> dict[ModelId, list[Offer]]:
@@ -117,10 +131,10 @@ def _cheapest(
     taken: dict[ModelId, list[Offer]] = {}
     left = missing
     while left > 0:
-        _, _, model, count = min(
-            (is_missed, price, model, count)
+        _, model, count = min(
+            (price, model, count)
             for model, each in offers.items()
-            for is_missed, price, count in _prices(each[len(taken.get(model, ())) :], left, expected)
+            for price, count in _prices(each[len(taken.get(model, ())) :], left, expected)
         )
         mine = taken.setdefault(model, [])
         added = offers[model][len(mine) : len(mine) + count]
@@ -129,26 +143,34 @@ def _cheapest(
     return _without_spare(taken, -left)
 
 
-def _prices(offers: Sequence[Offer], missing: int, expected: float) -> Iterator[tuple[bool, float, int]]:
-    """Whether the first 1, 2, ... offers together are missed, and harm per slab: a dear one may lead to cheap
-    ones.
-    """
+class _Price(NamedTuple):
+    """What the first offers of a model cost together; less is better, field by field."""
+
+    is_missed: bool
+    harm_per_slab: float
+    has_weights: bool
+    """At equal prices those without weights come first: whatever is believed, there may be less to lose."""
+
+
+def _prices(offers: Sequence[Offer], missing: int, expected: float) -> Iterator[tuple[_Price, int]]:
+    """Of the first 1, 2, ... offers together: a dear one may lead to cheap ones."""
     harm, slabs = 0.0, 0
     for count, offer in enumerate(offers, start=1):
         harm += offer.harm
         slabs += offer.slabs
         if slabs:
             useful = missing if offer.is_missed else max(1.0, missing + expected)
-            yield offer.is_missed, harm / min(slabs, useful), count
+            price = _Price(offer.is_missed, harm / min(slabs, useful), offer.part is Part.WEIGHTS)
+            yield price, count
 
 
 def _without_spare(taken: dict[ModelId, list[Offer]], spare: int) -> dict[ModelId, list[Offer]]:
-    """Give back last offers that do more harm than they are needed for, the most harmful first."""
+    """Give back last offers without which the others suffice, the most harmful first."""
     while spare > 0:
         last = [(each[-1].harm, model) for model, each in taken.items() if each and each[-1].slabs <= spare]
-        if not last or (worst := max(last))[0] <= 0.0:
+        if not last:
             break
-        spare -= taken[worst[1]].pop().slabs
+        spare -= taken[max(last)[1]].pop().slabs
     return {model: each for model, each in taken.items() if each}
 
 

@@ -40,8 +40,8 @@ class Reclaimer:
         self._holdings = holdings
         self._evict = evict
         self._demand = RecentDemand()
-        self._refused: dict[ModelId, Need] = {}
-        self._ask_again = 0.0
+        self._refused: dict[ModelId, tuple[Need, float]] = {}
+        """The last refusal of each model, and when the same need is looked at again."""
         self.rank = holdings.rank
 
     def memory_changed(self) -> None:
@@ -54,17 +54,20 @@ class Reclaimer:
         """Free blocks for what a model's sequences want, as far as memory and their ranks allow.
 
         Each asks with its own rank for itself and those before it: a young one in the company of an old one
-        would take memory from others that are older, and they would take it back.
+        would take memory from others that are older, and they would take it back. Behind one that is refused
+        only older ones ask: those that run come first, and who waits may be older.
         """
         kv = model.kv
         assert kv is not None
         if sum(want.num_blocks for want in wants) <= kv.num_free:
             return
         num_blocks = 0
+        refused: Rank | None = None
         for want in wants:
             num_blocks += want.num_blocks
-            if not self._raise(model, num_blocks, want.rank, now):
-                return
+            may_ask = refused is None or want.rank < refused
+            if may_ask and not self._raise(model, num_blocks, want.rank, now):
+                refused = want.rank
 
     def _raise(self, model: Model, num_blocks: int, rank: Rank, now: float) -> bool:
         """Raise a model's free blocks to `num_blocks`; whether they suffice."""
@@ -75,7 +78,8 @@ class Reclaimer:
             if self._grow(model, missing):
                 continue
             lacking = max(0, -self._spare(model, model.lane.lane_id))
-            need = Need(model.name, missing, rank, for_weights=False, blocks=blocks, reserved=lacking)
+            slabs = max(1, self._within_limit(model, missing))
+            need = Need(model.name, slabs, rank, for_weights=False, blocks=blocks, reserved=lacking)
             if not self._give(model, need, now):
                 return False
         return True
@@ -86,13 +90,17 @@ class Reclaimer:
         assert kv is not None
         assert model.lane is not None
         lane = model.lane.lane_id
-        room = count if model.kv_limit is None else model.kv_limit - kv.num_slabs
-        count = min(count, room, self._spare(model, lane))
+        count = min(self._within_limit(model, count), self._spare(model, lane))
         if count <= 0:
             return False
         for slab in self._pool.take(KvOwner(model.name), count, lane):
             kv.add_slab(slab)
         return True
+
+    def _within_limit(self, model: Model, count: int) -> int:
+        """So many slabs more, or those that the model's limit leaves."""
+        assert model.kv is not None
+        return count if model.kv_limit is None else min(count, model.kv_limit - model.kv.num_slabs)
 
     def _spare(self, model: Model, lane: LaneId) -> int:
         """Slabs that the model may take: none that an older need waits for. Negative if that lacks some."""
@@ -108,7 +116,9 @@ class Reclaimer:
         return sum(
             slabs_to_activate(other)
             for other in self._models.values()
-            if other.is_waiting_for_slabs and (self.rank(other), other.name) < rank
+            if other.is_waiting_for_slabs
+            and self._holdings.is_asked_for(other)
+            and (self.rank(other), other.name) < rank
         )
 
     def ensure_weights(self, model: Model, now: float) -> bool:
@@ -127,14 +137,15 @@ class Reclaimer:
 
     def _give(self, model: Model, need: Need, now: float) -> bool:
         """Have others give what the policy says; whether asking again makes sense at once."""
-        if self._refused.get(model.name) == need and now < self._ask_again:
+        refused = self._refused.get(model.name)
+        if refused is not None and refused[0] == need and now < refused[1]:
             return False
         snapshot = self._holdings.snapshot(self._demand.within_horizon(now), now)
         decisions = reclaim.decide(snapshot, need, now)
         if decisions:
             self._demand.add(need.slabs, now)
         else:
-            self._refused[model.name], self._ask_again = need, now + REFUSED_SECONDS
+            self._refused[model.name] = need, now + REFUSED_SECONDS
         results = [self._carry_out(decision) for decision in decisions]
         return any(results)
 

@@ -44,8 +44,8 @@ class ModelLoad:
     blocks_per_slab: int
     num_blocks_to_come: int = 0
     """That the requests which it has are expected to need yet."""
-    is_stuck: bool = False
-    """None of the requests that it has holds any memory, and there was none for them."""
+    stuck: Rank | None = None
+    """Of its oldest request, if none that it has holds any memory, and there was none for them."""
     is_arriving: bool = False
     """It is being loaded, and its first step can already run behind the copy."""
     ready_in: float = 0.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from prism.engine.engine import Engine
 from prism.engine.kv_layout import KvLayout
 from prism.modes import Rules
-from prism.types import ModelId, ModelState
+from prism.types import ModelId, ModelState, Rank, RequestId
 from prism.worker.cost_book import CostBook
 from prism.worker.foresight import GROWTH
 from prism.worker.lanes import Lane
@@ -89,7 +89,7 @@ def estimate(worker: Worker, model: Model, deadline: float) -> Estimate:
 
 
 def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
-    """Made once for each wait: nothing in it changes meanwhile but how well its costs are known."""
+    """Made once for each wait: nothing in it changes meanwhile but how well costs and outputs are known."""
     submit = ticket.submit
     profile, costs = worker.models[ticket.model].profile, worker.costs.of(ticket.model)
     tokens = len(submit.prompt) + ticket.num_resumed + 1
@@ -123,15 +123,21 @@ def _expected_rest(model: Model, ticket: Ticket) -> float:
 
 
 def _blocks_to_come(worker: Worker, model: Model) -> int:
-    """Blocks that the requests in an engine are expected to need beyond those that they have."""
+    """Blocks that the requests in an engine are expected to need beyond those that they have.
+
+    Later choices that have not started are going to find the prompt that they share with the first.
+    """
     kv, engine = model.kv, model.engine
     if kv is None or engine is None:
         return 0
     layout, expected, blocks = kv.layout, model.output_lengths.expected_rest, 0
+    seen: set[RequestId] = set()
     for sequence in (*engine.scheduler.running, *engine.scheduler.waiting):
         rest = min(expected, sequence.params.max_tokens - sequence.num_output)
-        total = layout.num_blocks(len(sequence.tokens) + max(1, round(GROWTH * rest)))
-        blocks += max(0, total - len(sequence.blocks))
+        is_later = sequence.request_id in seen and not sequence.blocks
+        tokens = sequence.num_output if is_later else len(sequence.tokens)
+        blocks += max(0, layout.num_blocks(tokens + max(1, round(GROWTH * rest))) - len(sequence.blocks))
+        seen.add(sequence.request_id)
     return blocks
 
 
@@ -171,10 +177,16 @@ def _load(worker: Worker, model: Model) -> ModelLoad:
         num_slabs=0 if kv is None else obtainable_slabs(worker, model),
         blocks_per_slab=1 if kv is None else kv.layout.blocks_per_slab,
         num_blocks_to_come=_blocks_to_come(worker, model),
-        is_stuck=engine is not None and model.stalled_until > 0 and not engine.scheduler.running,
+        stuck=_stuck(model),
         is_arriving=model.is_arriving and model.is_open,
         ready_in=ready_in(worker, model),
     )
+
+
+def _stuck(model: Model) -> Rank | None:
+    if model.engine is None or not model.stalled_until or model.engine.scheduler.running:
+        return None
+    return min((sequence.rank for sequence in model.engine.scheduler.waiting), default=None)
 
 
 def ready_in(worker: Worker, model: Model) -> float:

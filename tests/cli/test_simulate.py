@@ -48,6 +48,16 @@ def test_expected_loads_are_known_if_wanted(tmp_path: Path, monkeypatch: pytest.
     assert known == [False, True]
 
 
+def test_a_run_may_end_where_it_begins(tmp_path: Path) -> None:
+    """All of it was refused at 0 s, and the report divided by its length."""
+    trace, output = tmp_path / "t.csv", tmp_path / "o.json"
+    trace.write_text("arrival_s,model_key,prompt_tokens,output_tokens\n0,a,10,5\n")
+    given = ["--trace", str(trace), "--output", str(output), "--memory", "64MiB"]
+    assert run("simulate", "--devices", "1", *given) == 0
+    result = json.loads(output.read_text())
+    assert (result["no_place"], result["goodput"], result["busy_share"]) == (1, 0.0, 0.0)
+
+
 def test_simulate_with_models_and_a_placement(tmp_path: Path) -> None:
     models, placement, output = (tmp_path / f"{name}.json" for name in ("models", "placement", "output"))
     models.write_text(json.dumps({f"m{i:02d}": {"shape": "llama-3.2-1b", "ttft": 0.3} for i in range(6)}))
@@ -94,6 +104,9 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--profile", "/none.json"], "/none.json"),
         (["--memory", "7 apples"], "apples"),
         (["--memory", "lots"], "--memory"),
+        (["--memory", "0"], "--memory must hold two slabs"),
+        (["--mode", "static", "--expected-load"], "--expected-load"),
+        (["--placement", "p.json", "--expected-load"], "--expected-load"),
         (["--models", "/none.json"], "/none.json"),
         (["--duration", "inf"], "--duration must be finite"),
         (["--slo-scale", "inf"], "--slo-scale must be finite"),

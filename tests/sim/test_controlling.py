@@ -179,6 +179,13 @@ def test_two_runs_are_the_same() -> None:
     assert story(*run(BUSY, asked, 2, 10)) == story(*run(BUSY, asked, 2, 10))
 
 
+def test_a_look_is_taken_whatever_its_interval() -> None:
+    """0.2 + 0.1 is more than the nearest tick, 0.3: the look was not due when its time came, for ever."""
+    config = EAGER.model_copy(update={"placement_interval": 0.1})
+    _, asked = run(BUSY, steady(0.6), 2, 10, config)
+    assert all(job.end is End.SERVED for job in asked)
+
+
 def test_first_homes_go_by_expected_loads() -> None:
     controlled = make(BUSY * 2, 2, 40, EAGER)
     devices = [device for device, _ in controlled.ended()]

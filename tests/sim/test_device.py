@@ -114,3 +114,13 @@ def test_too_long_for_its_share() -> None:
     shapes = [(1, 16384, 1e-3, 0.0, 5e-3)]
     (job,) = serve(Mode.STATIC, shapes, [(0.0, 0, 200, 400)], 1, 0)
     assert job.end is End.TOO_LONG
+
+
+def test_a_busy_model_leaves_when_its_time_has_passed_and_not_at_the_next_event() -> None:
+    """`now - active_since` was less than `min_residency` by a rounding, and nobody looked again."""
+    shapes = [(6, 1024, 1e-3, 0.0, 2e-2)] * 2
+    asked = [(3.3, 0, 10, 2), (3.301, 1, 10, 2), (3.302, 0, 10, 390)]
+    for thousandth in range(60, 100):
+        first, second, third = serve(Mode.PRISM, shapes, asked, 1, 0, min_residency=thousandth / 1000)
+        assert first.end is second.end is third.end is End.SERVED
+        assert second.end_time < third.end_time, thousandth

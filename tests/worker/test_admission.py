@@ -100,7 +100,18 @@ def test_a_stuck_model_takes_one() -> None:
     old = waiting("old", num_blocks=50)
     full = {"num_sequences": 8, "num_slabs": 0}
     assert decisions(snapshot(old, **full), 0.0) == ()
-    assert decisions(snapshot(old, **full, is_stuck=True), 0.0) == (Admit(old.request_id),)
+    stuck = {"stuck": (1.0, RequestId("first"), 0)}
+    assert decisions(snapshot(old, **full, **stuck), 0.0) == (Admit(old.request_id),)
+
+
+def test_a_stuck_model_takes_none_that_is_younger() -> None:
+    """Each arrival let another one in: all its queue stood in the engine, where nobody is refused in time."""
+    stuck = {"num_sequences": 8, "num_slabs": 0, "stuck": (1.0, RequestId("first"), 0)}
+    young, old = waiting("young", arrival=2.0, deadline=3.0), waiting("old", arrival=0.5, deadline=4.0)
+    assert decisions(snapshot(young, **stuck), 2.0) == ()
+    assert decisions(snapshot(young, old, **stuck), 2.0) == (Admit(old.request_id),), (
+        "it stands behind the young one"
+    )
 
 
 def test_a_suspect_runs_alone() -> None:

@@ -66,6 +66,17 @@ def test_serial_numbers_tell_ages() -> None:
     assert UseTimes().age(5, now=1.0) == 0.0
 
 
+def test_the_last_uses_before_a_rest_grow_old() -> None:
+    """Those within a second of a reading counted as of just now until the model ran again, hours later."""
+    times = UseTimes()
+    times.saw(0, 1.0)
+    times.saw(5, 1.5)
+    assert times.age(3, now=100.0) == 98.5
+    assert times.age(6, now=100.0) == 0.0
+    times.saw(7, 2.5)
+    assert times.age(6, now=100.0) == 97.5
+
+
 def test_a_long_life_takes_little_memory() -> None:
     times = UseTimes()
     for second in range(100_000):

@@ -211,6 +211,14 @@ def test_at_its_limit_a_model_recycles_its_own_cache() -> None:
     assert ask(holding(A, kv_limit=3), rich) == ()
 
 
+def test_at_its_limit_an_old_sequence_takes_from_its_models_young_ones() -> None:
+    """It waited until they had ended."""
+    crowd = (running(1.0, 5), *(running(60.0 + i, 5) for i in range(4)))
+    assert ask(holding(A, kv_limit=3, running=crowd)) == (Preempt(A, 2),)
+    assert ask(holding(A, kv_limit=3, running=crowd), wanted=need(blocks=99)) == (Preempt(A, 4),)
+    assert ask(holding(A, kv_limit=3, running=crowd[:1])) == ()
+
+
 def test_weights_take_nothing_in_vain() -> None:
     """Everything younger was preempted for a model that did not fit all the same, at each attempt."""
     younger = holding(B, running=(running(60.0),))
@@ -278,6 +286,22 @@ def test_the_rules_hold_for_all(b: Holding, c: Holding, slabs: int, arrival: int
                 assert 0 < decision.slabs <= max(0, one.kv_slabs - one.kv_floor)
                 gain += decision.slabs
     assert not weights or not decisions or gain >= slabs, "in vain"
+
+
+def test_evictions_come_last() -> None:
+    """They wait for queued steps, which may end the young sequences that others were to give up."""
+    young = holding(C, running=(running(1.0), running(60.0, 10, 0.1)))
+    decisions = ask(idle(B), young, wanted=need(6, for_weights=True))
+    assert decisions == (Preempt(C, 1), TakeSlabs(C, 1), EvictModel(B))
+
+
+def test_of_what_does_no_harm_empty_slabs_go_first() -> None:
+    """A model past the idle threshold left though others had empty slabs, if its name came first."""
+    past, empty = idle(B, return_chance=0.0), holding(C, empty_slabs=1, gatherable_slabs=1)
+    assert ask(past, empty) == (TakeSlabs(C, 1),)
+    assert ask(past, empty, wanted=need(5)) == (EvictModel(B),), (
+        "and are no reason to take more than is missing"
+    )
 
 
 def test_limits_of_a_need_are_checked_against_what_there_is() -> None:

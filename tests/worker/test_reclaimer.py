@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from prism.engine.scheduler import Want
+from prism.messages import Activate
+from prism.types import ModelId, Rank, RequestId
+from prism.worker import reclaim
+from prism.worker.models import Model
+from prism.worker.reclaim import ReclaimDecision
+from prism.worker.reclaimer import REFUSED_SECONDS, Reclaimer
+from prism.worker.snapshot import MemorySnapshot, Need
 from tests.support.checkpoints import make_model, prompts, save
 from tests.support.local_worker import SLAB, LocalWorker
 
@@ -76,4 +86,101 @@ def test_nobody_gives_way_to_weights_that_do_not_fit_all_the_same(tmp_path: Path
     assert young.engine is not None and not young.engine.scheduler.num_preemptions and not young.num_evictions
     local.run()
     assert len(local.outbox.finished) == 3
+    local.close()
+
+
+def rank_at(arrival: float) -> Rank:
+    return (arrival, RequestId(""), 0)
+
+
+def two_models(tmp_path: Path) -> tuple[LocalWorker, Model, Model]:
+    """One model with a young request, another with an older one and two slabs; no slab is free."""
+    shape = {"max_position_embeddings": 4096}
+    names = ("llama", "qwen3")
+    paths = {name: save(make_model(name, seed=i, **shape), tmp_path / name) for i, name in enumerate(names)}
+    local = LocalWorker(paths, num_slabs=5, host_kv=0)
+    local.submit("older", "qwen3", [1 + i % 50 for i in range(1600)], max_tokens=500)
+    local.run(until=lambda: ("older", 0) in local.outbox.tokens)
+    local.now += 1.0
+    local.submit("young", "llama", prompts(1, 20)[0], max_tokens=2000)
+    local.run(until=lambda: ("young", 0) in local.outbox.tokens)
+    mine, theirs = local.worker.models.values()
+    assert mine.kv is not None and theirs.kv is not None
+    assert (mine.kv.num_slabs, theirs.kv.num_slabs, local.device.pool.num_free) == (1, 2, 0)
+    return local, mine, theirs
+
+
+def test_an_old_sequence_is_not_held_up_by_a_young_one_that_runs_before_it(tmp_path: Path) -> None:
+    """A young one that ran was refused memory, and the oldest of all, which waited behind it, did not ask."""
+    local, mine, theirs = two_models(tmp_path)
+    assert mine.kv is not None and theirs.engine is not None
+    wants = [Want(rank_at(local.now), mine.kv.num_free + 1), Want(rank_at(0.0), 5)]
+    local.worker.reclaimer.ensure_kv(mine, wants[:1], local.now)
+    assert not theirs.engine.scheduler.num_preemptions, "it is older"
+    local.worker.reclaimer.ensure_kv(mine, wants, local.now)
+    assert mine.kv.num_free >= sum(want.num_blocks for want in wants)
+    assert theirs.engine.scheduler.num_preemptions == 1
+    local.close()
+
+
+def test_nobody_is_asked_for_more_than_a_limit_lets_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a sequence lacked was taken from others, and what passed its model's limit went unused."""
+    local, mine, _ = two_models(tmp_path)
+    assert mine.kv is not None
+    needs: list[Need] = []
+
+    def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDecision, ...]:
+        needs.append(need)
+        return ()
+
+    monkeypatch.setattr(reclaim, "decide", decide)
+    mine.kv_limit = 2
+    wants = [Want(rank_at(0.0), mine.kv.num_free + 3 * mine.kv.layout.blocks_per_slab)]
+    local.worker.reclaimer.ensure_kv(mine, wants, local.now)
+    assert [need.slabs for need in needs] == [1]
+    local.close()
+
+
+def test_what_one_model_is_refused_does_not_put_off_another() -> None:
+    """There was one time for all: a model that was refused again and again kept the others from asking."""
+    asked: list[str] = []
+
+    def snapshot(expected_demand: float, now: float) -> MemorySnapshot:
+        asked.append(f"{now:.2f}")
+        return MemorySnapshot(0, (), (), 2.0)
+
+    holdings: Any = SimpleNamespace(rank=None, snapshot=snapshot)
+    nothing: Any = SimpleNamespace(pool=None)
+    reclaimer = Reclaimer(nothing, {}, holdings, nothing, nothing)
+
+    def ask(name: str, slabs: int, now: float) -> None:
+        model: Any = SimpleNamespace(name=ModelId(name))
+        need = Need(model.name, slabs, rank_at(1.0), for_weights=False)
+        assert not reclaimer._give(model, need, now)
+
+    ask("a", 1, 0.0)
+    ask("a", 1, 0.01)
+    assert asked == ["0.00"]
+    ask("b", 1, 0.04)
+    ask("a", 1, REFUSED_SECONDS)
+    assert asked == ["0.00", "0.04", "0.05"]
+
+
+def test_nothing_is_kept_for_a_model_that_nobody_waits_for_any_more(tmp_path: Path) -> None:
+    """It had found no room before its only request was cancelled; what a command loads waited for it."""
+    names = ("llama", "qwen3", "mistral")
+    paths = {name: save(make_model(name, seed=i), tmp_path / name) for i, name in enumerate(names)}
+    floor = {"memory": {"floor": 4 * SLAB}}
+    local = LocalWorker(paths, num_slabs=6, model_options={"llama": floor})
+    local.submit("running", "qwen3", prompts(1, 50)[0], max_tokens=300)
+    local.run(until=lambda: ("running", 0) in local.outbox.tokens)
+    local.submit("large", "llama", [1, 2], max_tokens=2)
+    local.pump()
+    local.cancel("large")
+    small = local.worker.models["mistral"]
+    local.worker.on_command(Activate(epoch=1, command_id=1, model="mistral"))
+    local.run(until=lambda: small.is_active or ("running", 0) in local.outbox.finished)
+    assert small.is_active
     local.close()
