@@ -81,7 +81,7 @@ def make_cluster(inputs: Inputs, load: Workload, profile: Profile, mode: Mode) -
         scheduling = config.scheduling
     if inputs.lanes is not None:
         limits = replace(limits, num_lanes=inputs.lanes)
-    memory = inputs.memory or memory
+    memory = memory if inputs.memory is None else inputs.memory
     if memory < 2 * limits.slab_bytes:
         raise ConfigError([f"--memory must hold two slabs of {limits.slab_bytes} bytes"])
     setup = Setup(mode, profile, Bytes(memory), limits, scheduling)

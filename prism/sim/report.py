@@ -38,7 +38,7 @@ def report(
     by_model: dict[ModelId, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_model[outcome.model].append(outcome)
-    span = max(outcome.ended for outcome in outcomes)
+    span = max(outcome.ended for outcome in outcomes)  # 0 if all are refused as they come
     counts = _counts(results)
     devices = len(placement.devices)
     homes = placement.home()
@@ -58,7 +58,9 @@ def report(
         "mode": setup.mode.value,
         "devices": devices,
         "device_hours": devices * span / 3600,
-        "busy_share": sum(r.busy for r in results) / (span * devices * setup.limits.num_lanes),
+        "busy_share": sum(r.busy for r in results) / (span * devices * setup.limits.num_lanes)
+        if span
+        else 0.0,
         "activations": sum(c.activations for c in counts.values()),
         **{kind.value: sum(each.kind is kind for each in done) for kind in Kind},
         "evictions": sum(c.evictions for c in counts.values()),
@@ -97,7 +99,7 @@ def _figures(outcomes: Sequence[Outcome], served: Mapping[ModelId, Served], span
         "ttft_attainment": sum(ttft) / total,
         "tpot_attainment": sum(tpot) / total,
         "attainment": both / total,
-        "goodput": both / span,
+        "goodput": both / span if span else 0.0,
         "requests": len(outcomes),
         **{end.value: ends[end] for end in End},
         "clipped": sum(o.is_clipped for o in outcomes),
