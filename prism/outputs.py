@@ -16,3 +16,10 @@ def check_output(path: Path) -> None:
         raise ConfigError([f"{path}: cannot be written: {error}"]) from None
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError([f"{path}: cannot be written"])
+    if path.exists():
+        return
+    try:  # root may write everywhere, as `access` says, but not in /proc
+        path.touch()
+        path.unlink()
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be written: {error}"]) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from prism.types import Tenant, TenantId
 
@@ -17,6 +17,14 @@ class ApiKeyConfig(BaseModel):
 
     key: str = Field(min_length=1, repr=False)
     """A secret: it is shown nowhere."""
+
+    @field_validator("key")
+    @classmethod
+    def _sendable(cls, key: str) -> str:
+        if key != key.strip() or not key.isprintable():
+            raise ValueError("has white space at its ends, or control characters: no header can hold it")
+        return key
+
     tenant: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Shown in logs and metrics. Keys of one name are one tenant; without a name a key is one by itself."""
     weight: float = Field(default=1.0, ge=0.001, le=1000)

@@ -279,3 +279,13 @@ def test_static_shares_are_the_limits(folder: Path) -> None:
     assert problems(text, folder) == [
         "models[0].memory.limit: mode static gives each model a part of its own"
     ]
+
+
+@pytest.mark.parametrize("key", [" key", "key\n", "   ", "k\0y"])
+def test_a_key_that_no_header_can_hold(key: str, folder: Path) -> None:
+    """A secret's file ends with a line feed: nobody who sent the key was let in."""
+    text = "models: [{name: a, path: a}]\nserver: {api_keys: ['${env.KEY}']}\n"
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, folder, {"KEY": key})
+    (problem,) = caught.value.problems
+    assert problem.startswith("server.api_keys[0].key: has white space")

@@ -14,6 +14,6 @@ def test_what_cannot_be_written_is_told_beforehand(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
     check_output(tmp_path / "file")
-    for wrong in (tmp_path, tmp_path / "file" / "r.json"):
+    for wrong in (tmp_path, tmp_path / "file" / "r.json", Path("/proc/r.json")):
         with pytest.raises(ConfigError, match="cannot be written"):
             check_output(wrong)

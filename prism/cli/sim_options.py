@@ -51,7 +51,8 @@ Lanes = Annotated[
     typer.Option(min=1, max=8, help="Steps of so many models at a time on a device; 2 by default."),
 ]
 SloScale = Annotated[
-    float, typer.Option(min=1e-3, help="Objectives are each model's P95 alone on a device times this.")
+    float,
+    typer.Option(min=1e-3, max=1e6, help="Objectives are each model's P95 alone on a device times this."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of a made trace; all else is determined by the inputs.")]
 NumModels = Annotated[int, typer.Option(min=1, help="Models.", rich_help_panel=_MADE)]

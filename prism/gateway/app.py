@@ -136,7 +136,7 @@ class KeyCheck:
         if not self._keys:
             return
         scheme, _, given = http.headers.get("authorization", "").partition(" ")
-        data = given.strip().encode("latin-1")
+        data = given.encode("latin-1").strip(b" \t")  # as text, the ends of UTF-8 would be white space too
         known = [hmac.compare_digest(data, key) for key in self._keys]
         if scheme.lower() != "bearer" or not any(known):
             raise Unauthorized("no valid API key; send it as Authorization: Bearer <key>")

@@ -11,6 +11,9 @@ from typing import NamedTuple
 from prism.errors import ConfigError
 from prism.types import ModelId
 
+MOST_SECONDS = 1e8
+"""Arrivals count from the beginning of a trace. Who gives dates waits for decades that are empty."""
+MOST_TOKENS = 10**7
 COLUMNS = ("arrival_s", "model_key", "prompt_tokens", "output_tokens")
 
 
@@ -26,7 +29,7 @@ class TraceRow(NamedTuple):
 def read_trace(path: Path) -> list[TraceRow]:
     """The requests of a file in order of arrival. Raises `ConfigError` that names file, line and column."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin files with a mark
             reader = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
@@ -47,6 +50,10 @@ def _row(path: Path, number: int, raw: dict[str, str | None]) -> TraceRow:
         raise ConfigError([f"{path}, line {number}: {error}"]) from None
     if not 0 <= arrival < float("inf") or prompt < 0 or output < 0 or not raw["model_key"]:
         raise ConfigError([f"{path}, line {number}: numbers must not be negative, model_key not empty"])
+    if arrival > MOST_SECONDS:
+        raise ConfigError([f"{path}, line {number}: arrival_s is {arrival:g}; it counts from the beginning"])
+    if max(prompt, output) > MOST_TOKENS:
+        raise ConfigError([f"{path}, line {number}: more than {MOST_TOKENS} tokens"])
     return TraceRow(arrival, ModelId(raw["model_key"]), max(1, prompt), max(1, output))
 
 

@@ -80,6 +80,7 @@ def _evict(worker: Worker, model: Model, command: Evict) -> None:
 def _set_limits(worker: Worker, model: Model, command: SetLimits) -> None:
     model.kv_floor = slabs_up(command.kv_floor_bytes, worker.device.slab_bytes)
     model.kv_limit = limit_slabs(command.kv_limit_bytes, worker.device.slab_bytes)
+    model.retry_at = 0.0  # it may have failed by what it was to have until now
     worker.reclaimer.trim(model)
     worker.capacities_changed()
     worker.memory_changed()

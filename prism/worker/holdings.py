@@ -72,7 +72,7 @@ class Holdings:
         idle = max(0.0, now - model.last_used)
         return Holding(
             model=model.name,
-            is_active=model.is_active,
+            is_active=model.is_settled,
             is_pinned=model.pinned,
             kv_slabs=kv.num_slabs,
             kv_floor=model.kv_floor,

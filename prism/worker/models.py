@@ -144,6 +144,15 @@ class Model:
         return self.state is ModelState.ACTIVE
 
     @property
+    def is_settled(self) -> bool:
+        """Active, and no step of it is half launched: its blocks may move, and its slabs leave behind it.
+
+        The rest of a first step, launched as weights arrived, may be launched when the load has ended; the
+        lane does not count it before.
+        """
+        return self.is_active and (self.early is None or self.early.is_launched)
+
+    @property
     def is_arriving(self) -> bool:
         """It is being loaded and can be given its first step."""
         if self.load is None or self.load.is_cancelled:

@@ -216,8 +216,8 @@ class Reclaimer:
         2. Empty slabs: all but one of a busy model, and what compaction frees of an idle one.
         """
         kv = model.kv
-        if kv is None or model.engine is None or not model.is_active:
-            return  # a step of a loading model may be half launched
+        if kv is None or model.engine is None or not model.is_settled:
+            return
         while model.kv_limit is not None and kv.num_slabs > model.kv_limit:  # 1
             if not self._release_slabs(model, kv.num_slabs - model.kv_limit):
                 break

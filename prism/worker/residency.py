@@ -94,12 +94,14 @@ class Residency:
                 profile = read_profile(model.config, self._device.slab_bytes)
                 self._device.backend.check(profile.spec)
                 model.profile = profile
-            if (wanted := slabs_to_activate(model)) > self._device.num_slabs:
-                raise DeviceTooSmall(
-                    f"weights and the least KV take {wanted} slabs; the device has {self._device.num_slabs}"
-                )
+            self._check_size(model)
         except PrismError as error:
             self.fail(model, error)
+
+    def _check_size(self, model: Model) -> None:
+        wanted, num_slabs = slabs_to_activate(model), self._device.num_slabs
+        if wanted > num_slabs:
+            raise DeviceTooSmall(f"weights and the least KV take {wanted} slabs; the device has {num_slabs}")
 
     def want(self, model: Model) -> None:
         """Somebody needs the model: start bringing it in, unless that is under way or has just failed."""
@@ -117,9 +119,17 @@ class Residency:
     def try_load(self, model: Model, reclaimer: Reclaimer, now: float) -> None:
         """Start the load if there is room for the model, or ask others for room.
 
-        A model that was evicted a moment ago waits until its arena is empty.
+        A model that was evicted a moment ago waits until its arena is empty. One whose floor has been raised
+        meanwhile may never find room, and whoever is younger would wait behind it.
         """
-        if not model.is_waiting_for_slabs or model.arena_slabs or not reclaimer.ensure_weights(model, now):
+        if not model.is_waiting_for_slabs:
+            return
+        try:
+            self._check_size(model)
+        except DeviceTooSmall as error:
+            self.fail(model, error)
+            return
+        if model.arena_slabs or not reclaimer.ensure_weights(model, now):
             return
         profile = model.profile
         assert profile is not None

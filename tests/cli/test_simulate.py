@@ -109,7 +109,9 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--placement", "p.json", "--expected-load"], "--expected-load"),
         (["--models", "/none.json"], "/none.json"),
         (["--duration", "inf"], "--duration must be finite"),
-        (["--slo-scale", "inf"], "--slo-scale must be finite"),
+        (["--rate-scale", "inf"], "--rate-scale must be finite"),
+        (["--slo-scale", "1e300"], "--slo-scale"),
+        (["--memory", "0"], "--memory"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,3 +128,33 @@ def test_a_placement_has_as_many_devices_as_were_asked_for(
     path.write_text(json.dumps(lists))
     assert run("simulate", *SMALL, "--devices", "1", "--placement", str(path)) == 2
     assert "--devices is 1" in capsys.readouterr().err
+
+
+HEAD = "arrival_s,model_key,prompt_tokens,output_tokens\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ("1e300,m,1,1", "line 2: arrival_s"),
+        ("1764170000,m,1,1", "line 2: arrival_s"),
+        ("0,m,99999999999999999999,1", "line 2: more than"),
+    ],
+)
+def test_impossible_requests_of_a_trace_are_named(
+    row: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dates let the controller look every ten seconds for half a century; larger numbers overflowed."""
+    path = tmp_path / "trace.csv"
+    path.write_text(HEAD + row + "\n")
+    assert run("simulate", "--trace", str(path), "--devices", "1") == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_trace_of_which_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All was refused at time 0, and the report divided by that."""
+    path = tmp_path / "trace.csv"
+    path.write_text("\ufeff" + HEAD + "0,m,1,1\n", encoding="utf-8")  # as spreadsheets write it
+    assert run("simulate", "--trace", str(path), "--devices", "1", "--memory", "64MiB") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["requests"], result["goodput"], result["busy_share"]) == (1, 0, 0)

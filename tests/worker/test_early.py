@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from prism.errors import CheckpointError, NotHeld
+from prism.memory.slabs import KvOwner
 from prism.messages import Activate, CancelChoice, Evict
-from prism.types import Bytes, ModelState
+from prism.types import Bytes, ModelId, ModelState
+from prism.worker import reclaim
 from prism.worker.loading import Load
 from prism.worker.models import Model
+from prism.worker.snapshot import Need
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.late import LateBackend
 from tests.support.local_worker import GATEWAY, InlineLink, LocalWorker
@@ -361,6 +364,32 @@ def test_memory_taken_behind_others_goes_back_behind_them(
     local.run()
     advance(local)
     assert not local.device.pool.num_retiring
+
+
+def test_nobody_takes_memory_from_a_step_whose_rest_is_launched_when_the_load_has_ended(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older request took slabs between the load's end and the step's: blocks were moved or became others'
+    with the KV of some layers still to be written to their old places, and answers were wrong."""
+    local = start()
+    local.submit("r", A, PROMPT, max_tokens=NUM_TOKENS)
+    load = begin_load(local, A)
+    arrived = type(load).groups_arrived.fget
+    monkeypatch.setattr(type(load), "groups_arrived", property(lambda load: min(2, arrived(load))))
+    load_slowly(local, monkeypatch, lambda: None)
+    half = model(local, A)
+    kv, early = half.kv, half.early
+    assert half.is_active and early is not None and not early.is_launched and kv is not None
+    kv.add_slab(local.device.pool.take(KvOwner(half.name), 1)[0])
+    kv.add_slab(local.device.pool.take(KvOwner(half.name), 1)[0])
+    (holding,) = local.worker.holdings.snapshot(0.0, local.now).holdings
+    need = Need(ModelId(B), 1, (0.0, "older", 0), for_weights=False, blocks=1)
+    snapshot = local.worker.holdings.snapshot(0.0, local.now)
+    assert not holding.is_active and not reclaim.decide(snapshot, need, local.now)
+    local.worker.reclaimer.trim(half)
+    assert kv.num_slabs == 3
+    local.run()
+    assert right(local, "r", A)
 
 
 def test_models_on_their_way_at_the_same_time(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:

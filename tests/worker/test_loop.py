@@ -298,6 +298,43 @@ def test_a_model_larger_than_the_device_evicts_nobody(start: Any) -> None:
     assert local.worker.models["qwen3"].is_active
 
 
+def set_floor(local: LocalWorker, model: str, slabs: int) -> None:
+    local.worker.on_command(
+        SetLimits(epoch=1, command_id=1, model=model, kv_floor_bytes=slabs * SLAB, kv_limit_bytes=None)
+    )
+
+
+def test_a_floor_for_which_a_waiting_model_finds_no_device_ends_its_requests(start: Any) -> None:
+    """A started request waited for slabs that do not exist, and everybody younger waited behind it."""
+    local = start("llama", "qwen3", num_slabs=4)
+    local.submit("old", "llama", [1, 2], max_tokens=200)
+    local.run(until=lambda: ("old", 0) in local.outbox.tokens)
+    local.worker.evict(local.worker.models["llama"])
+    local.run(until=lambda: local.worker.models["llama"].state is ModelState.FETCHING)
+    set_floor(local, "llama", 4)
+    local.submit("young", "qwen3", [1], max_tokens=3)
+    local.run(until=lambda: ("young", 0) in local.outbox.finished)
+    assert code(local, "old") == (503, None)
+    assert "the device has 4" in local.outbox.rejected["old"].error.message
+
+
+def test_a_model_that_failed_by_its_floor_is_tried_again_when_that_is_lowered(start: Any) -> None:
+    """Its requests were refused until its next try was due, up to half a minute."""
+    local = start("llama", num_slabs=4)
+    set_floor(local, "llama", 4)
+    for name in ("a", "b", "c"):
+        local.submit(name, "llama", [1], max_tokens=1)
+        local.pump()
+        assert code(local, name) == (503, None)
+        local.now = max(local.now, local.worker.models["llama"].retry_at)
+    local.submit("d", "llama", [1], max_tokens=1)
+    local.pump()
+    set_floor(local, "llama", 0)
+    local.submit("e", "llama", [1], max_tokens=1)
+    local.run()
+    assert ("e", 0) in local.outbox.finished
+
+
 def test_a_stalled_model_is_tried_again_when_others_may_be_evicted(tmp_path: Path) -> None:
     """It waited until the younger request that had taken its cache was done, however long that took."""
     paths = {
