@@ -66,6 +66,7 @@ PURE = [
     "worker/reclaim.py",
     "worker/kv_costs.py",
     "worker/foresight.py",
+    "worker/standstill.py",
     "worker/offers.py",
     "worker/copies.py",
     "controller/snapshot.py",

@@ -52,6 +52,7 @@ from prism.worker.rate import MOST_SECONDS, CompletionRate
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
 from prism.worker.residency import Residency, load_error
+from prism.worker.standstill import STANDSTILL_SECONDS, Standstill
 from prism.worker.stepper import Stepper
 from prism.worker.tenancy import Tenancy, settle_residents
 from prism.worker.views import FAR, admission_snapshot, estimate, kv_capacity_tokens
@@ -110,6 +111,7 @@ class Worker:
         self._outbox = outbox
         self._clock = clock
         self._needs_admission = False
+        self._standstill = Standstill()
         self._rate = CompletionRate()
         self._delivery = Delivery(outbox, incarnation)
         self._patience = max(LEAST_PATIENCE, self.limits.min_residency)
@@ -256,7 +258,44 @@ class Worker:
         self._move_models(now)
         self._admit(now)
         has_more = self._stepper.step(now)
+        if not has_more:
+            self._end_standstill(now)
         return self.device.backend.work_aside(ASIDE_SECONDS, urgent_only=has_more) or has_more
+
+    def _end_standstill(self, now: float) -> None:
+        """If nothing moves although it could, take all that was admitted off the device and begin again."""
+        admitted = [ticket for ticket in self.requests if ticket.is_running]
+        states = tuple(model.state for model in self.models.values())
+        moving = (ModelState.LOADING, ModelState.EVICTING)
+        if not admitted or self.is_device_busy or any(state in moving for state in states):
+            self._standstill.lasts(None, now)
+            return
+        drawn = sum(model.usage.decoded_tokens for model in self.models.values())
+        if not self._standstill.lasts((drawn, states, len(self.requests), len(admitted)), now):
+            return
+        log.error("nothing moves, beginning again: %s", self._outline(now))
+        for model in [m for m in self.models.values() if m.is_active and self.requests.of_model(m.name)]:
+            self.evict(model)
+            for ticket in self.requests.of_model(model.name):
+                if ticket.is_running:  # and no engine knows of it
+                    self._end(ticket)
+                    self._delivery.rejected(ticket, Unavailable("the request was lost; try again"))
+
+    def _outline(self, now: float) -> str:
+        """Who holds and who waits for what."""
+        parts = [f"{self.device.pool.num_free} slabs free, {self.device.pool.num_retiring} retiring"]
+        for model in self.models.values():
+            scheduler = None if model.engine is None else model.engine.scheduler
+            queued = ((), ()) if scheduler is None else (scheduler.running, scheduler.waiting)
+            sequences = [[(s.rank[1][:8], s.num_missing, s.num_pending) for s in each] for each in queued]
+            slabs = 0 if model.kv is None else model.kv.num_slabs
+            stalled = max(0.0, model.stalled_until - now)
+            parts.append(
+                f"{model.name} {model.state}, {slabs} slabs of KV, stalled for {stalled:.1f} s, "
+                f"early {model.early is not None}, runs {sequences[0]}, waits {sequences[1]}, "
+                f"requests {[t.request_id[:8] for t in self.requests.of_model(model.name)]}"
+            )
+        return "; ".join(parts)
 
     @property
     def is_device_busy(self) -> bool:
@@ -268,6 +307,8 @@ class Worker:
         now = self._clock()
         times = [t.expires for t in self.requests if not t.is_started and not t.is_running]
         times += [ticket.submit.latest_end for ticket in self.requests]
+        if any(ticket.is_running for ticket in self.requests):
+            times.append(now + STANDSTILL_SECONDS)
         for model in self.models.values():
             is_asked_for = model.is_wanted or bool(self.requests.of_model(model.name))
             if model.state is ModelState.FAILED and is_asked_for and not model.is_barred:

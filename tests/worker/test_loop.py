@@ -14,6 +14,7 @@ from prism.memory.host import HostDriver
 from prism.messages import Activate, Evict, ResumedChoice, SetLimits
 from prism.types import Bytes, ModelId, ModelState
 from prism.weights.client import PackedWeights
+from prism.worker.standstill import STANDSTILL_SECONDS
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.local_worker import GATEWAY, SLAB, LocalWorker
 
@@ -472,3 +473,32 @@ def test_a_dropped_choice_gives_its_slabs_back(start: Any) -> None:
         local.cancel("r", choice)
     assert kv.num_slabs == 1
     local.run()
+
+
+def test_a_standstill_is_ended_and_told(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever brings it about: here a sequence that waits for a token which no step draws."""
+    local = start("llama")
+    prompt = prompts(1, 20)[0]
+    local.submit("r", "llama", prompt, max_tokens=24)
+    local.run(until=lambda: len(local.outbox.tokens.get(("r", 0), [])) >= 5)
+    engine = local.worker.models["llama"].engine
+    assert engine is not None
+    engine.scheduler.preempt_youngest(1)
+    (sequence,) = engine.scheduler.waiting
+    sequence.num_pending = 1
+    began = local.now
+    local.run()
+    assert local.outbox.tokens["r", 0] == reference(make_model("llama"), prompt, 24)
+    assert local.now - began >= STANDSTILL_SECONDS and "nothing moves" in caplog.text
+    assert local.worker.models["llama"].num_evictions == 1
+
+
+def test_waiting_for_a_load_is_no_standstill(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    local = start("llama", "qwen3")
+    local.submit("r", "llama", prompts(1, 20)[0], max_tokens=200)
+    local.run(until=lambda: ("r", 0) in local.outbox.tokens)
+    for _ in range(20):
+        local.now += STANDSTILL_SECONDS
+        local.pump()
+    local.run()
+    assert ("r", 0) in local.outbox.finished and "nothing moves" not in caplog.text
