@@ -23,7 +23,7 @@ from tests.support.waiting import eventually
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 SOON = 20.0
-"""Seconds. Two are promised, and hold unless the machine is overloaded; this finds what waits for a timeout."""
+"""Seconds. Two are promised, and hold unless the machine is overloaded; more is a timeout."""
 
 
 def assert_alike(answers: Sequence[Answer], expected: Sequence[Answer]) -> None:
