@@ -258,7 +258,9 @@ class Worker:
         self._move_models(now)
         self._admit(now)
         has_more = self._stepper.step(now)
-        if not has_more:
+        if has_more or self.is_device_busy:
+            self._standstill.ended(now)
+        else:
             self._end_standstill(now)
         return self.device.backend.work_aside(ASIDE_SECONDS, urgent_only=has_more) or has_more
 
@@ -267,8 +269,8 @@ class Worker:
         admitted = [ticket for ticket in self.requests if ticket.is_running]
         states = tuple(model.state for model in self.models.values())
         moving = (ModelState.LOADING, ModelState.EVICTING)
-        if not admitted or self.is_device_busy or any(state in moving for state in states):
-            self._standstill.lasts(None, now)
+        if not admitted or any(state in moving for state in states):
+            self._standstill.ended(now)
             return
         drawn = sum(model.usage.decoded_tokens for model in self.models.values())
         if not self._standstill.lasts((drawn, states, len(self.requests), len(admitted)), now):

@@ -20,6 +20,10 @@ class Standstill:
         self._mark: Hashable = None
         self._since = 0.0
 
+    def ended(self, now: float) -> None:
+        """Something moves, though the next look may find all as it was: a prompt takes many steps."""
+        self._mark, self._since = None, now
+
     def lasts(self, mark: Hashable, now: float) -> bool:
         """Whether `mark`, which changes with all that happens, has been the same for so long; then afresh."""
         if mark != self._mark:

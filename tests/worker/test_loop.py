@@ -14,7 +14,7 @@ from prism.memory.host import HostDriver
 from prism.messages import Activate, Evict, ResumedChoice, SetLimits
 from prism.types import Bytes, ModelId, ModelState
 from prism.weights.client import PackedWeights
-from prism.worker.standstill import STANDSTILL_SECONDS
+from prism.worker.standstill import STANDSTILL_SECONDS, Standstill
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.local_worker import GATEWAY, SLAB, LocalWorker
 
@@ -491,6 +491,15 @@ def test_a_standstill_is_ended_and_told(start: Any, caplog: pytest.LogCaptureFix
     assert local.outbox.tokens["r", 0] == reference(make_model("llama"), prompt, 24)
     assert local.now - began >= STANDSTILL_SECONDS and "nothing moves" in caplog.text
     assert local.worker.models["llama"].num_evictions == 1
+
+
+def test_what_moved_meanwhile_is_no_standstill() -> None:
+    """A prompt of many steps draws nothing: behind it all looked as it had before it."""
+    standstill = Standstill()
+    assert not standstill.lasts("as it is", 0.0)
+    standstill.ended(STANDSTILL_SECONDS)
+    assert not standstill.lasts("as it is", STANDSTILL_SECONDS + 1)
+    assert standstill.lasts("as it is", 2 * STANDSTILL_SECONDS + 1)
 
 
 def test_waiting_for_a_load_is_no_standstill(start: Any, caplog: pytest.LogCaptureFixture) -> None:
