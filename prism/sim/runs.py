@@ -65,7 +65,7 @@ def advance(run: Run, now: int) -> None:
             ticks = rounds.ticks_of(index, ended) - rounds.ticks_of(index, rounds.done)
             model.usage.add_ticks(ticks, run.width)
             _bank(model, rounds, index, rounds.steps_of(index, rounds.done), ends)
-            model.last_end = model.last_used = rounds.end_of(rounds.last_of(index, ended) + 1)
+            model.last_end = model.last_used = rounds.end_of_member(index, rounds.steps_of(index, ended))
     rounds.done, rounds.begun = ended, begun
 
 

@@ -312,7 +312,7 @@ class Worker:
         if any(ticket.is_running for ticket in self.requests):
             times.append(now + STANDSTILL_SECONDS)
         for model in self.models.values():
-            is_asked_for = model.is_wanted or bool(self.requests.of_model(model.name))
+            is_asked_for = self.holdings.is_asked_for(model)
             if model.state is ModelState.FAILED and is_asked_for and not model.is_barred:
                 times.append(model.retry_at)
             if model.is_waiting_for_slabs:
@@ -326,7 +326,7 @@ class Worker:
     def _move_models(self, now: float) -> None:
         """Bring in what is wanted; those with the oldest requests first."""
         self.residency.unmap_arenas()
-        wanted = [m for m in self.models.values() if m.is_wanted or self.requests.of_model(m.name)]
+        wanted = [m for m in self.models.values() if self.holdings.is_asked_for(m)]
         if self.rules.is_exclusive:
             wanted = self._tenancy.wanted(self, now)
         for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
