@@ -19,7 +19,7 @@ from prism.worker.snapshot import Need
 
 REFUSED_SECONDS = 0.05
 """A need for which nobody had anything to give is looked at again then, or when memory has changed: one
-that goes on without would ask at each step, and an answer takes a millisecond where hundreds of them run."""
+that goes on without would ask at each step, and an answer takes milliseconds where hundreds of them run."""
 
 
 class Reclaimer:
