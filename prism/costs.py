@@ -2,8 +2,10 @@
 
     step = gemm(tokens) + per_pair * pairs + per_context * context
 
-`gemm` goes through measured knots (matrix products wait for weights at few tokens, for arithmetic at
-many); `pairs` counts (prompt token, token it attends to); `context` counts the tokens whose KV decodes read.
+`gemm` goes through measured knots (matrix products wait for weights at few tokens, for arithmetic at many):
+one curve for decodes alone and one for steps with prompts, which a GPU runs without a graph, so that few
+tokens wait for launches; `pairs` counts (prompt token, token it attends to); `context` counts the tokens whose
+KV decodes read.
 A profile (`prism profile`) has measured knots; without one they come from the shape and from rates that the
 worker measured when it opened the device. Either is the start: measured steps correct it (`Corrections`).
 """
@@ -54,22 +56,28 @@ class Shape:
     """Query heads times head dimension."""
 
 
+Knots = tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StepCosts:
     """Times of one model's steps on one device."""
 
-    knots: tuple[tuple[int, float], ...]
-    """(tokens of a step, seconds), both growing; no context."""
+    knots: Knots
+    """Of decodes: (tokens of a step, seconds), both growing; no context."""
     per_pair: float
     per_context: float
+    prompt_knots: Knots = ()
+    """Of steps with prompts, where they differ."""
 
     def step(self, tokens: int, pairs: float = 0.0, context: float = 0.0) -> float:
-        """Seconds of a step of `tokens`, prompt chunks and decodes together."""
-        return self.gemm(tokens) + self.per_pair * pairs + self.per_context * context
+        """Seconds of a step of `tokens`, prompt chunks and decodes together; without `pairs` of decodes."""
+        gemm = self.gemm(tokens, has_prompts=pairs > 0)
+        return gemm + self.per_pair * pairs + self.per_context * context
 
-    def gemm(self, tokens: int) -> float:
+    def gemm(self, tokens: int, *, has_prompts: bool = False) -> float:
         """Between knots and beyond the last one in straight lines."""
-        knots = self.knots
+        knots = (self.prompt_knots if has_prompts else ()) or self.knots
         place = bisect_left(knots, (tokens, 0.0))
         if place == 0:
             return knots[0][1]
@@ -93,10 +101,10 @@ class StepCosts:
         """
         if self.prefill(1, start) > seconds:
             return 0
-        place = 1
-        while place < len(self.knots) - 1 and self.prefill(self.knots[place][0], start) <= seconds:
+        knots, place = self.prompt_knots or self.knots, 1
+        while place < len(knots) - 1 and self.prefill(knots[place][0], start) <= seconds:
             place += 1
-        (n0, t0), (n1, t1) = self.knots[place - 1], self.knots[place]
+        (n0, t0), (n1, t1) = knots[place - 1], knots[place]
         slope = (t1 - t0) / (n1 - n0)
         linear = slope + self.per_pair * start
         left = seconds - t0 + slope * n0  # half of per_pair * n^2 + linear * n = left
@@ -149,7 +157,7 @@ def from_shape(shape: Shape, rates: DeviceRates) -> Costs:
     return Costs(steps, LoadCosts(Seconds(0.01), rates.link), shape)
 
 
-def _growing(knots: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+def _growing(knots: Sequence[tuple[int, float]]) -> Knots:
     """More tokens take no less time: measured knots may say otherwise by noise."""
     result: list[tuple[int, float]] = []
     for tokens, seconds in sorted(knots):
@@ -158,12 +166,18 @@ def _growing(knots: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...
     return tuple(result)
 
 
-def measured(knots: Sequence[tuple[int, float]], per_pair: float, per_context: float) -> StepCosts:
-    """Costs from measured knots, in any order. Raises `ValueError` if they are fewer than two."""
-    growing = _growing(knots)
-    if len(growing) < 2 or len({tokens for tokens, _ in growing}) != len(growing):
-        raise ValueError("costs need two knots or more, of different numbers of tokens")
-    return StepCosts(growing, max(0.0, per_pair), max(0.0, per_context))
+def measured(
+    knots: Sequence[tuple[int, float]],
+    per_pair: float,
+    per_context: float,
+    prompt_knots: Sequence[tuple[int, float]] = (),
+) -> StepCosts:
+    """Costs from measured knots, in any order. Raises `ValueError` if a curve has fewer than two."""
+    curve, prompt_curve = _growing(knots), _growing(prompt_knots)
+    for points in (curve, prompt_curve or curve):
+        if len(points) < 2 or len({tokens for tokens, _ in points}) != len(points):
+            raise ValueError("costs need two knots or more, of different numbers of tokens")
+    return StepCosts(curve, max(0.0, per_pair), max(0.0, per_context), prompt_curve)
 
 
 class Corrections:
@@ -200,17 +214,17 @@ class Corrections:
         return factor + weight * (ratio - factor)
 
     def apply(self, costs: Costs) -> Costs:
-        """The costs as they are now believed to be.
-
-        The factor of decodes holds up to 64 tokens a step and for context, that of prompts from 256 and for
-        pairs; between them it changes linearly.
-        """
-        steps = costs.steps
-        knots = [(tokens, seconds * self._factor(tokens)) for tokens, seconds in steps.knots]
-        corrected = StepCosts(_growing(knots), steps.per_pair * self.prompt, steps.per_context * self.decode)
+        """The costs as they are now believed to be."""
+        start = costs.steps
+        steps = StepCosts(
+            _scaled(start.knots, self.decode),
+            start.per_pair * self.prompt,
+            start.per_context * self.decode,
+            _scaled(start.prompt_knots or start.knots, self.prompt),
+        )
         loads = LoadCosts(Seconds(costs.loads.fixed * self.load), costs.loads.bandwidth / self.load)
-        return replace(costs, steps=corrected, loads=loads)
+        return replace(costs, steps=steps, loads=loads)
 
-    def _factor(self, tokens: int) -> float:
-        share = min(max((tokens - 64) / (256 - 64), 0.0), 1.0)
-        return self.decode + share * (self.prompt - self.decode)
+
+def _scaled(knots: Knots, factor: float) -> Knots:
+    return tuple((tokens, factor * seconds) for tokens, seconds in knots)

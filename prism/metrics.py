@@ -37,6 +37,12 @@ class Metrics:
         self.prefix_cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up")
         self.prefix_cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found")
         self.num_preemptions = self._counter("num_preemptions", "Sequences that gave their KV up")
+        self.steps = self._counter("steps", "Steps that have run", "kind")
+        self.step_tokens = self._counter("step_tokens", "Tokens that they computed", "kind")
+        self.step_seconds = self._counter("step_seconds", "Time that they took", "kind")
+        self.step_predicted_seconds = self._counter(
+            "step_predicted_seconds", "Time that the profile, or shape and rates, had them take", "kind"
+        )
         self.kv_host_bytes = self._gauge("kv_host_bytes", "KV that waits in host memory", "livesum")
         self.kv_blocks_saved = self._counter("kv_blocks_saved", "KV blocks copied to host memory")
         self.kv_blocks_fetched = self._counter("kv_blocks_fetched", "KV blocks copied back to the device")

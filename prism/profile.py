@@ -5,6 +5,7 @@
                 "rates": {"flops": 7.9e14, "bandwidth": 4.2e12, "link": 4.5e10, "launch": 2.5e-5},
                 "overlap": {"2": 1.22}},
      "models": {"llama-3-8b": {"shape": {...}, "knots": [[1, 0.0038], [64, 0.0039]],
+                               "prompt_knots": [[16, 0.0051], [512, 0.0124]],
                                "per_pair": 0.0, "per_context": 3.1e-8,
                                "load": {"fixed": 0.01, "bandwidth": 4.5e10}}}}
 
@@ -90,14 +91,16 @@ class ModelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     shape: ModelShape
     knots: Annotated[tuple[tuple[Count, Positive], ...], Meta(min_length=2)]
-    """(tokens of a step, seconds) without context."""
+    """(tokens of a step, seconds) without context, of decodes; of all steps if `prompt_knots` are missing."""
     per_pair: NotNegative
     per_context: NotNegative
     load: Load
+    prompt_knots: Annotated[tuple[tuple[Count, Positive], ...], Meta(min_length=2)] | None = None
+    """The same of steps with prompts."""
 
     def costs(self) -> Costs:
         """The same as the cost model takes it."""
-        steps = measured(self.knots, self.per_pair, self.per_context)
+        steps = measured(self.knots, self.per_pair, self.per_context, self.prompt_knots or ())
         return Costs(steps, LoadCosts(Seconds(self.load.fixed), self.load.bandwidth), self.shape.shape())
 
 
@@ -153,9 +156,10 @@ def parse_profile(content: bytes | str, source: str) -> Profile:
         raise ConfigError([f"{source}: version must be {VERSION}, not {profile.version}"])
     problems = []
     for name, model in profile.models.items():
-        sizes = [tokens for tokens, _ in model.knots]
-        if len(set(sizes)) != len(sizes):
-            problems.append(f"{source}: models.{name}.knots: a number of tokens comes twice")
+        for field, knots in (("knots", model.knots), ("prompt_knots", model.prompt_knots or ())):
+            sizes = [tokens for tokens, _ in knots]
+            if len(set(sizes)) != len(sizes):
+                problems.append(f"{source}: models.{name}.{field}: a number of tokens comes twice")
     if problems:
         raise ConfigError(problems)
     return profile

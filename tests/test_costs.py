@@ -32,6 +32,20 @@ def test_between_knots_in_straight_lines() -> None:
     assert steps.decode(10, 8) == 4.0
 
 
+def test_steps_with_prompts_have_a_curve_of_their_own() -> None:
+    """Few tokens in a prompt wait for launches, as many decodes do not."""
+    steps = StepCosts(((1, 1.0), (10, 2.0)), 0.5, 0.25, prompt_knots=((4, 8.0), (14, 9.0)))
+    assert steps.decode(4, 0) == pytest.approx(4 / 3)
+    assert steps.step(4, pairs=2) == 8.0 + 1.0
+    assert steps.tokens_within(8.0) == 0
+    assert steps.tokens_within(8.0 + 0.5 * 4 * 2) == 4
+    prompts_seen = Corrections()
+    for _ in range(100):
+        prompts_seen.saw_prompt(1.0, 3.0)
+    corrected = prompts_seen.apply(Costs(steps, LoadCosts(Seconds(0), 1), LLAMA_8B)).steps
+    assert corrected.knots == steps.knots and corrected.prefill(4) == pytest.approx(3 * steps.prefill(4), 0.01)
+
+
 def test_a_start_from_shape_and_rates_is_near_what_was_measured() -> None:
     """One H200: 3.8 ms at batch 1, 7.1 at batch 64 with 1,088 tokens each, 98 ms for a prompt of 4,000."""
     assert COSTS.steps.decode(1, 1_088) == pytest.approx(0.0038, rel=0.15)
@@ -53,6 +67,8 @@ def test_measured_knots_grow_and_need_two() -> None:
     assert steps.knots == ((1, 2.0), (64, 2.0), (256, 3.0)) and steps.per_pair == 0.0
     with pytest.raises(ValueError, match="two knots"):
         measured([(1, 1.0)], 0.0, 0.0)
+    with pytest.raises(ValueError, match="two knots"):
+        measured([(1, 1.0), (2, 1.0)], 0.0, 0.0, [(4, 2.0)])
 
 
 def test_corrections_come_near_what_is_seen() -> None:

@@ -32,6 +32,7 @@ RAW: dict[str, Any] = {
         "small": {
             "shape": SHAPE,
             "knots": [[64, 0.0012], [1, 0.001]],
+            "prompt_knots": [[512, 0.004], [16, 0.003]],
             "per_pair": 1e-12,
             "per_context": 1e-8,
             "load": {"fixed": 0.01, "bandwidth": 5e10},

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -146,8 +147,19 @@ def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path
             bench(folder, "--baseline", str(alone), "--baseline-requests", "8")
         saved = ["--save-result", "--result-dir", str(folder), "--result-filename", f"{mode}.json"]
         bench(folder, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
+        steps = steps_of(httpx.get(f"http://127.0.0.1:{PORT}/metrics").text)
     result: dict[str, Any] = json.loads((folder / f"{mode}.json").read_text())
-    return result
+    return result | {"steps": steps}
+
+
+def steps_of(metrics: str) -> dict[str, dict[str, float]]:
+    """Sums over the models' steps by kind; seconds as they were, and as the profile has them."""
+    sums: dict[str, dict[str, float]] = {}
+    pattern = r'^prism:(step\w*)_total\{kind="(\w+)",.*\} (\S+)$'
+    for name, kind, value in re.findall(pattern, metrics, re.MULTILINE):
+        figures = sums.setdefault(kind, {})
+        figures[name] = figures.get(name, 0.0) + float(value)
+    return sums
 
 
 def predicted(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
@@ -219,6 +231,8 @@ def run_mode(folder: Path, setup: Setup, mode: str, scale: float) -> dict[str, A
     figures = compared(real, simulated)
     for figure, values in figures.items():
         print(mode, figure, *(f"{k} {v:.3f}" for k, v in values.items() if k != "models"), flush=True)
+    for kind, sums in real["steps"].items():
+        print(mode, kind, *(f"{name} {value:.6g}" for name, value in sums.items()), flush=True)
     return {"compared": figures, "measured": real, "predicted": simulated}
 
 

@@ -184,6 +184,7 @@ def _model_profile(profile: WorkerProfile, costs: StepCosts, loads: list[LoadTim
             shape.attention_width,
         ),
         knots=costs.knots,
+        prompt_knots=costs.prompt_knots or None,
         per_pair=costs.per_pair,
         per_context=costs.per_context,
         load=Load(fixed=max(0.0, whole - copy), bandwidth=shape.weight_bytes / copy),

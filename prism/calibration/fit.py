@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,37 +18,47 @@ class TooFewPoints(PrismError):
 
 
 def fit_steps(points: Sequence[Point]) -> StepCosts:
-    """A knot at each number of tokens that was measured; errors count in proportion to the time.
+    """A knot at each number of tokens that was measured, of decodes and of prompts; errors count in proportion
+    to the time. Raises `TooFewPoints` below two sizes of decodes.
 
-    What would be negative is left out, and the rest fitted again: noise must not make context cheap.
+    What would be negative is left out, and the rest fitted again: noise must not make context cheap. One size of
+    prompts makes no curve; it counts as one of decodes.
     """
-    tokens = sorted({point.work.tokens for point in points})
-    if len(tokens) < 2:
+    have_curve = len({point.work.tokens for point in points if point.work.pairs}) > 1
+    own = [_Size(have_curve and point.work.pairs > 0, point.work.tokens) for point in points]
+    sizes = sorted(set(own))
+    if sum(not size.is_prompt for size in sizes) < 2:
         raise TooFewPoints("steps of fewer than two sizes could be measured: memory is short")
-    rows = np.array([_row(point, tokens) for point in points])
+    rows = np.array([_row(point, size, sizes) for point, size in zip(points, own, strict=True)])
     seconds = np.array([point.seconds for point in points])
     scale = 1.0 / seconds
-    used = np.array([True] * len(tokens) + [_varies(points, 1), _varies(points, 2)])
+    used = np.array([True] * len(sizes) + [_varies(points, 1), _varies(points, 2)])
     solution = _solve(rows, scale, used)
     while (solution[-2:] < 0).any():
-        used[len(tokens) + int(np.argmin(solution[-2:]))] = False
+        used[len(sizes) + int(np.argmin(solution[-2:]))] = False
         solution = _solve(rows, scale, used)
-    *knots, per_pair, per_context = solution.tolist()
+    *times, per_pair, per_context = solution.tolist()
     floor = float(seconds.min()) / 100  # a knot must take some time, whatever noise says
-    pairs = [(n, max(t, floor)) for n, t in zip(tokens, knots, strict=True)]
-    return measured(pairs, per_pair, per_context)
+    knots: dict[bool, list[tuple[int, float]]] = {False: [], True: []}
+    for size, time in zip(sizes, times, strict=True):
+        knots[size.is_prompt].append((size.tokens, max(time, floor)))
+    return measured(knots[False], per_pair, per_context, knots[True])
 
 
-def _row(point: Point, tokens: Sequence[int]) -> list[float]:
-    knots = [float(point.work.tokens == n) for n in tokens]
-    return [*knots, point.work.pairs, float(point.work.context)]
+class _Size(NamedTuple):
+    is_prompt: bool
+    tokens: int
+
+
+def _row(point: Point, own: _Size, sizes: Sequence[_Size]) -> list[float]:
+    return [*(float(own == size) for size in sizes), point.work.pairs, float(point.work.context)]
 
 
 def _varies(points: Sequence[Point], column: int) -> bool:
-    """Whether steps of an equal number of tokens differ in it: else it cannot be told from the knots."""
-    seen: dict[int, set[float]] = {}
+    """Whether steps of an equal size differ in it: else it cannot be told from the knots."""
+    seen: dict[tuple[bool, int], set[float]] = {}
     for point in points:
-        seen.setdefault(point.work.tokens, set()).add(point.work[column])
+        seen.setdefault((point.work.pairs > 0, point.work.tokens), set()).add(point.work[column])
     return any(len(values) > 1 for values in seen.values())
 
 

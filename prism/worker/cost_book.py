@@ -5,6 +5,7 @@ seen.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from prism.costs import Corrections, Costs, DeviceRates, Shape, from_shape
 from prism.engine.scheduler import Step
@@ -15,11 +16,30 @@ REFRESH = 16
 """Measurements after which the corrected costs are made anew."""
 
 
+@dataclass(slots=True)
+class Steps:
+    """Those of one kind that have run; all of it only grows."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    predicted: float = 0.0
+    """By the profile, or by shape and rates, before corrections."""
+
+    def add(self, step: Step, seconds: float, predicted: float) -> None:
+        """One more has run."""
+        self.num_steps += 1
+        self.num_tokens += sum(chunk.length for chunk in step.chunks)
+        self.seconds += seconds
+        self.predicted += predicted
+
+
 class _Page:
     """One model."""
 
     def __init__(self, start: Costs) -> None:
         self.start = start
+        self.steps = {"decode": Steps(), "prompt": Steps()}
         self.corrections = Corrections()
         self.costs = start
         self._num_seen = 0
@@ -53,14 +73,22 @@ class CostBook:
     def ran(self, model: ModelId, step: Step, seconds: float) -> None:
         """A step has taken so long, whatever ran beside it."""
         page = self._pages.get(model)
-        if page is None or seconds <= 0:
+        if page is None:
             return
         predicted = step_seconds(page.start, step)
+        page.steps["prompt" if step.has_prompts else "decode"].add(step, seconds, predicted)
+        if seconds <= 0:
+            return
         if step.has_prompts:
             page.corrections.saw_prompt(predicted, seconds)
         else:
             page.corrections.saw_decode(predicted, seconds)
         page.seen()
+
+    def steps(self, model: ModelId) -> Mapping[str, Steps]:
+        """Steps of a model that have run, by kind: `decode`, and `prompt` for those with a prompt's chunk."""
+        page = self._pages.get(model)
+        return {} if page is None else page.steps
 
     def loaded(self, model: ModelId, seconds: float) -> None:
         """The model's weights have come within so long."""
@@ -86,7 +114,7 @@ def chunk_seconds(costs: Costs, step: Step) -> list[float]:
     """The same by chunk: tokens have equal parts of the matrix products, and each its own context."""
     steps = costs.steps
     num_tokens = sum(chunk.length for chunk in step.chunks)
-    per_token = steps.gemm(num_tokens) / max(num_tokens, 1)
+    per_token = steps.gemm(num_tokens, has_prompts=step.has_prompts) / max(num_tokens, 1)
     per_context, per_pair = steps.per_context, steps.per_pair
     return [
         per_token + per_context * (start + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prism.memory.slabs import KvOwner, LaneOwner, WeightsOwner
 from prism.messages import TenantReport
 from prism.metrics import Metrics
+from prism.worker.cost_book import CostBook
 from prism.worker.loop import Worker
 from prism.worker.models import Model
 
@@ -39,6 +40,7 @@ class Gauges:
             self._metrics.kv_cache_usage_perc.labels(model.name).set(share)
             self._metrics.kv_host_bytes.labels(model.name).set(worker.host.blocks.bytes_of(model.name))
             self._count(model)
+            self._steps(model, worker.costs)
             saved, fetched = worker.host.counts(model.name)
             self._metrics.kv_blocks_saved.labels(model.name).inc(self._added(model.name, "saved", saved))
             self._metrics.kv_blocks_fetched.labels(model.name).inc(
@@ -73,6 +75,17 @@ class Gauges:
                 (metrics.prefix_cache_hits, "hits", scheduler.num_prefix_hits),
             ):
                 counter.labels(name).inc(self._added(name, label, count))
+
+    def _steps(self, model: Model, costs: CostBook) -> None:
+        metrics, name = self._metrics, model.name
+        for kind, steps in costs.steps(name).items():
+            for counter, label, count in (
+                (metrics.steps, "steps", steps.num_steps),
+                (metrics.step_tokens, "step tokens", steps.num_tokens),
+                (metrics.step_seconds, "step seconds", steps.seconds),
+                (metrics.step_predicted_seconds, "step predicted", steps.predicted),
+            ):
+                counter.labels(name, kind).inc(self._added(name, f"{label} {kind}", count))
 
     def _added(self, whose: str, name: str, count: float) -> float:
         added = count - self._counted.get((whose, name), 0)

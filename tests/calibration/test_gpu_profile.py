@@ -13,7 +13,13 @@ from tests.support.checkpoints import make_model, save
 
 pytestmark = pytest.mark.gpu
 
-SHAPE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 12,
+}
 
 
 def test_a_gpu_is_measured(tmp_path: Path) -> None:
@@ -27,7 +33,7 @@ def test_a_gpu_is_measured(tmp_path: Path) -> None:
     profile = read_profile(tmp_path / "p.json")
     steps = profile.costs("m").steps
     assert 1e-5 < steps.decode(1, 16) < steps.decode(64, 64 * 1024) < 0.1
-    assert steps.prefill(64) < steps.prefill(2048) < 1
+    assert steps.decode(16, 0) < steps.prefill(16) < steps.prefill(2048) < 1, "prompts have no graphs"
     assert set(profile.device.overlap) == {2, 4}
-    assert 1.1 < profile.device.overlap[2] < 2.5  # such small steps do not fill a GPU
+    assert 1.05 < profile.device.overlap[2] < 2.5  # such small steps do not fill a GPU
     assert profile.models["m"].load.bandwidth > 1e9

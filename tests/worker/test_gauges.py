@@ -27,6 +27,11 @@ def test_metrics_follow_the_worker(tmp_path: Path) -> None:
     assert value(text, 'prism:prefix_cache_hits_total{model_name="m"}') == 32
     assert value(text, 'prism:slabs{model="m",owner="weights",worker="worker-0"}') == 1
     assert value(text, 'prism:slabs{model="",owner="free",worker="worker-0"}') == local.device.pool.num_free
+    assert value(text, 'prism:steps_total{kind="prompt",model_name="m"}') == 2
+    assert value(text, 'prism:step_tokens_total{kind="prompt",model_name="m"}') == 48
+    assert value(text, 'prism:step_tokens_total{kind="decode",model_name="m"}') == 4
+    assert value(text, 'prism:step_seconds_total{kind="decode",model_name="m"}') == 0  # by a clock that stands
+    assert value(text, 'prism:step_predicted_seconds_total{kind="decode",model_name="m"}') > 0
     local.close()
     gauges.update(local.worker)
     assert value(metrics.text().decode(), 'prism:evictions_total{model_name="m"}') == 1
