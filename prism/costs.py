@@ -2,10 +2,9 @@
 
     step = gemm(tokens) + per_pair * pairs + per_context * context
 
-`gemm` goes through measured knots (matrix products wait for weights at few tokens, for arithmetic at many):
-one curve for decodes alone and one for steps with prompts, which a GPU runs without a graph, so that few
-tokens wait for launches; `pairs` counts (prompt token, token it attends to); `context` counts the tokens whose
-KV decodes read.
+`gemm` goes through measured knots (matrix products wait for weights at few tokens, for arithmetic at
+many), those of decodes alone or of steps with prompts, which GPUs launch in other ways; `pairs` counts
+(prompt token, token it attends to); `context` counts the tokens whose KV decodes read.
 A profile (`prism profile`) has measured knots; without one they come from the shape and from rates that the
 worker measured when it opened the device. Either is the start: measured steps correct it (`Corrections`).
 """

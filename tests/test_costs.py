@@ -43,7 +43,9 @@ def test_steps_with_prompts_have_a_curve_of_their_own() -> None:
     for _ in range(100):
         prompts_seen.saw_prompt(1.0, 3.0)
     corrected = prompts_seen.apply(Costs(steps, LoadCosts(Seconds(0), 1), LLAMA_8B)).steps
-    assert corrected.knots == steps.knots and corrected.prefill(4) == pytest.approx(3 * steps.prefill(4), 0.01)
+    assert corrected.knots == steps.knots and corrected.prefill(4) == pytest.approx(
+        3 * steps.prefill(4), 0.01
+    )
 
 
 def test_a_start_from_shape_and_rates_is_near_what_was_measured() -> None:

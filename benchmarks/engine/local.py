@@ -189,6 +189,7 @@ def drive(
                 if step is not None and not step.has_prompts:
                     stats["decodes"] += 1
                     stats["decode_host_s"] += spent
+            model.device.backend.work_aside(ASIDE_SECONDS, urgent_only=True)  # as the worker's loop does
             busy = busy or bool(queue) or not model.engine.is_idle
         if not busy:
             stats["wall_s"] = time.perf_counter() - begin

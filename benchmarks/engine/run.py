@@ -64,6 +64,13 @@ def decode(model: LocalModel, batch: int, bandwidth: float, steps: int = 128) ->
     }
 
 
+def fitting(model: LocalModel, batches: tuple[int, ...], steps: int = 128) -> list[int]:
+    """Batches whose contexts fit the model's KV, all at a time."""
+    layout = model.profile.kv
+    blocks = -(-(CONTEXT + steps) // layout.tokens_per_block)
+    return [batch for batch in batches if batch * blocks <= model.engine.kv.num_free]
+
+
 def first_token(model: LocalModel, length: int, runs: int = 5) -> dict[str, Any]:
     """Milliseconds from `add` to the first token on the host."""
     times = []
@@ -211,10 +218,13 @@ def main() -> None:
         folder = Path(name)
         if set(wanted) & {"decode", "ttft", "offline", "busy"}:
             shapes = options.shapes.split(",")
-            device = open_device(Bytes(124 * GiB))
+            memory = min(124, torch.cuda.mem_get_info()[0] // GiB - 10)
+            device = open_device(Bytes(memory * GiB))
             for shape in shapes:
-                model = LocalModel(device, shape, shape, folder, 80 if shape == "8b" else 20)
-                for batch in (1, 8, 64, 512) if "decode" in wanted else ():
+                model = LocalModel(
+                    device, shape, shape, folder, min(80, memory - 40) if shape == "8b" else 20
+                )
+                for batch in fitting(model, (1, 8, 64, 512)) if "decode" in wanted else ():
                     decode(model, batch, bandwidth)
                     model.settle()
                     note(f"decode_{shape}", decode(model, batch, bandwidth))

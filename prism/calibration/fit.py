@@ -18,11 +18,11 @@ class TooFewPoints(PrismError):
 
 
 def fit_steps(points: Sequence[Point]) -> StepCosts:
-    """A knot at each number of tokens that was measured, of decodes and of prompts; errors count in proportion
-    to the time. Raises `TooFewPoints` below two sizes of decodes.
+    """A knot at each number of tokens that was measured, of decodes and of prompts.
 
-    What would be negative is left out, and the rest fitted again: noise must not make context cheap. One size of
-    prompts makes no curve; it counts as one of decodes.
+    Errors count in proportion to the time. What would be negative is left out, and the rest fitted again:
+    noise must not make context cheap. One size of prompts makes no curve; it counts as one of decodes. Raises
+    `TooFewPoints` below two sizes of decodes.
     """
     have_curve = len({point.work.tokens for point in points if point.work.pairs}) > 1
     own = [_Size(have_curve and point.work.pairs > 0, point.work.tokens) for point in points]

@@ -10,9 +10,7 @@ from prism.calibration.fit import TooFewPoints, errors, fit_steps
 from prism.calibration.steps import Point
 from prism.costs import StepCosts
 
-TRUE = StepCosts(
-    ((1, 0.001), (8, 0.0012), (64, 0.002)), 2e-9, 3e-8, prompt_knots=((64, 0.006), (512, 0.01))
-)
+TRUE = StepCosts(((1, 0.001), (8, 0.0012), (64, 0.002)), 2e-9, 3e-8, prompt_knots=((64, 0.006), (512, 0.01)))
 WORKS = [
     *(Work(n, 0.0, n * context) for n in (1, 8, 64) for context in (16, 4096)),
     *(Work(n, n * (start + n / 2), 0) for n in (64, 512) for start in (0, 2048, 8192)),

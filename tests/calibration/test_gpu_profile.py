@@ -25,7 +25,7 @@ SHAPE = {
 def test_a_gpu_is_measured(tmp_path: Path) -> None:
     model = make_model("llama", max_position_embeddings=4096, head_dim=64, **SHAPE).bfloat16()
     path = save(model, tmp_path / "llama")
-    device = {"kind": "cuda", "memory": 4 << 30, "slab": 2 << 20, "lanes": 4, "max_batch_size": 64}
+    device = {"kind": "cuda", "memory": 12 << 30, "slab": 2 << 20, "lanes": 4, "max_batch_size": 64}
     config = Config.model_validate({"models": [{"name": "m", "path": str(path)}], "devices": [device]})
     said: list[str] = []
     assert run_profile(config, 0, tmp_path / "p.json", said.append) == 0

@@ -30,7 +30,9 @@ def test_metrics_follow_the_worker(tmp_path: Path) -> None:
     assert value(text, 'prism:steps_total{kind="prompt",model_name="m"}') == 2
     assert value(text, 'prism:step_tokens_total{kind="prompt",model_name="m"}') == 48
     assert value(text, 'prism:step_tokens_total{kind="decode",model_name="m"}') == 4
-    assert value(text, 'prism:step_seconds_total{kind="decode",model_name="m"}') == 0  # by a clock that stands
+    assert (
+        value(text, 'prism:step_seconds_total{kind="decode",model_name="m"}') == 0
+    )  # by a clock that stands
     assert value(text, 'prism:step_predicted_seconds_total{kind="decode",model_name="m"}') > 0
     local.close()
     gauges.update(local.worker)

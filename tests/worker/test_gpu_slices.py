@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from prism.engine.gpu.graphs import Graphs, Key
 from prism.types import Bytes, ModelState
 from tests.support.checkpoints import make_model, prompts, save
 from tests.support.local_worker import InlineLink, LocalWorker
@@ -51,8 +52,17 @@ def test_tokens_do_not_depend_on_captures(paths: dict[str, Path], monkeypatch: p
     from tests.support.gpu_worker import gpu_worker
 
     local = gpu_worker(paths, lanes=2)
+    replayed: list[Key] = []
+    replay = Graphs.replay
+
+    def noted(graphs: Graphs, key: Key) -> bool:
+        replayed.append(key)
+        return replay(graphs, key)
+
+    monkeypatch.setattr(Graphs, "replay", noted)
     texts = serve(local)
     assert local.device.backend.graph_usage.num_graphs > 4
+    assert {bool(key.prompt_rows) for key in replayed} == {True, False}
     local.close()
     plain = gpu_worker(paths, lanes=2)
     monkeypatch.setattr(plain.device.backend, "work_aside", lambda seconds, urgent_only: False)

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_M = 128
+TILE_WORDS = 5
+"""Of an entry of the work list."""
 LOG2_E = 1.4426950408889634
 
 
@@ -48,7 +50,7 @@ def choose_cut(dim: int) -> Cut:
 def tiles_of(chunks: Sequence[Chunk]) -> list[list[int]]:
     """The kernel's work list: one `[row, query, context, slot, first query]` for each tile of queries.
 
-    Long tiles first, since short ones then fill the gaps at the end.
+    Long tiles first, since short ones then fill the gaps at the end. An entry of zeros is nobody's.
     """
     tiles = [[*chunk, start] for chunk in chunks for start in range(0, chunk.query, BLOCK_M)]
     return sorted(tiles, key=lambda t: t[1] - t[2] - t[4])

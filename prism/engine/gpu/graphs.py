@@ -1,5 +1,6 @@
-"""CUDA graphs of decode steps, one for each model, batch size and split of the contexts.
+"""CUDA graphs of steps, one for each model, batch size, split of the contexts and number of prompt tokens.
 
+Decodes always have one. Steps with few prompt tokens, too: their kernels take less time than their launches.
 Graphs hold addresses: of the lane's buffers, the window and the model's arena, none of which ever change, so
 a graph outlives the eviction of its model. Memory of intermediate results is shared by all graphs of a lane.
 They are captured beside the steps (captures.py).
@@ -23,6 +24,18 @@ LIKELY_SIZES = (1, 8, 2, 4, 16, 32, 64)
 """Captured ahead, in this order: the first ones serve most others too."""
 MOST_PADDING = 4
 """While a size has no graph, a larger one's serves up to so many times the size."""
+DECODES_BESIDE = (8, 32, 128, 256)
+"""Rows of decodes in steps with prompts; few more or less make no difference there."""
+PROMPT_ROWS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536)
+"""Prompt tokens of steps that have graphs. None serves another number: what is padded, and with it the last
+bits of results, would depend on what has been captured."""
+MAX_CHUNKS = 8
+"""Prompts of such a step; with more it fills the device in any case."""
+LAUNCH_BOUND = 1e11
+"""Weights of a layer times tokens up to which a step waits for its launches: 1,700 tokens of a 1B, 480 of an
+8B. Launching a layer takes about 0.3 ms, in which an H100 multiplies so much (`benchmarks/engine`)."""
+LIKELY_PROMPT_ROWS = (128, 512, 256, 32)
+"""Captured ahead, after the likely sizes of decodes."""
 MAX_GRAPHS = 256
 BUDGET = Bytes(256 * MiB)
 """Of one lane, least recently used first out."""
@@ -33,7 +46,9 @@ class Key(NamedTuple):
 
     owner: int
     size: int
+    """Rows of decodes."""
     split: Split
+    prompt_rows: int = 0
 
 
 class Graph(Protocol):
@@ -72,6 +87,11 @@ def padded_size(batch: int, limit: int) -> int:
     return min(next((size for size in SIZES if size >= batch), limit), limit)
 
 
+def padded_prompts(num_rows: int, limit: int) -> int | None:
+    """The least number of prompt tokens that has graphs and holds these; None beyond the limit."""
+    return next((rows for rows in PROMPT_ROWS if num_rows <= rows <= limit), None)
+
+
 class Graphs:
     """The graphs of one lane, least recently used first."""
 
@@ -93,12 +113,12 @@ class Graphs:
 
         1. The one that is meant for it.
         2. One of its size with another split: only speed depends on that.
-        3. The next larger size, within reason. Not for one row, which has kernels of its own.
+        3. The next larger size, within reason. Not for one row alone, which has kernels of its own, nor with
+           prompts.
         """
         if key in self._graphs:  # 1
             return key
-        largest = key.size if key.size == 1 else MOST_PADDING * key.size  # 3
-        others = [k for k in self._by_owner.get(key.owner, ()) if key.size <= k.size <= largest]
+        others = [other for other in self._by_owner.get(key.owner, ()) if _serves(other, key)]
         return min(others, key=lambda k: (k.size, k.split), default=None)  # 2
 
     def want(self, key: Key, work: Callable[[], Work], *, is_urgent: bool) -> None:
@@ -136,3 +156,10 @@ class Graphs:
     def _drop(self, key: Key) -> None:
         self._num_bytes -= self._graphs.pop(key)[1]
         self._by_owner[key.owner].discard(key)
+
+
+def _serves(graph: Key, step: Key) -> bool:
+    """Whether a graph holds all of a step and is not much larger."""
+    is_exact = step.size == 1 or step.prompt_rows > 0
+    largest = step.size if is_exact else MOST_PADDING * step.size  # 3
+    return step.prompt_rows == graph.prompt_rows and step.size <= graph.size <= largest

@@ -12,6 +12,11 @@ ALIGNMENT = 4
 """Words."""
 
 
+def aligned(num_words: int) -> int:
+    """What so many words take: Triton compiles kernels anew for pointers that 16 bytes do not divide."""
+    return -(-num_words // ALIGNMENT) * ALIGNMENT
+
+
 class Staging:
     """Collects arrays of 32-bit words in a pinned buffer; `send` copies them behind the stream's work."""
 
@@ -34,11 +39,11 @@ class Staging:
         return self._place(np.asarray(values, np.float64).view(np.int32), 2 * len(values))
 
     def _place(self, words: Sequence[int] | NDArray[np.int32], count: int) -> slice:
-        """Behind what is there, aligned to 16 bytes: Triton compiles kernels anew for other pointers."""
+        """Behind what is there."""
         place = slice(self._used, self._used + count)
         assert place.stop <= len(self._words), "a step brings more along than the staging area holds"
         self._words[place] = words
-        self._used += -(-count // ALIGNMENT) * ALIGNMENT
+        self._used += aligned(count)
         return place
 
     def send(self) -> Tensor:

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from prism.engine.gpu.graphs import LIKELY_SIZES, SIZES, Graphs, Key, Wish, padded_size
+from prism.engine.gpu.graphs import (
+    LIKELY_PROMPT_ROWS,
+    LIKELY_SIZES,
+    PROMPT_ROWS,
+    SIZES,
+    Graphs,
+    Key,
+    Wish,
+    padded_prompts,
+    padded_size,
+)
 from prism.types import Bytes
 
 ONE, TWO = (1, 256), (2, 256)
@@ -27,6 +37,12 @@ def test_the_limit_is_the_largest_size() -> None:
 
 def test_likely_sizes_are_sizes() -> None:
     assert set(LIKELY_SIZES) <= set(SIZES) and LIKELY_SIZES[0] == 1
+    assert set(LIKELY_PROMPT_ROWS) <= set(PROMPT_ROWS)
+
+
+def test_prompts_have_graphs_up_to_a_limit() -> None:
+    assert [padded_prompts(n, 512) for n in (1, 32, 33, 400, 512, 513)] == [32, 32, 64, 512, 512, None]
+    assert padded_prompts(300, 300) is None, "the next size is larger than any step may be"
 
 
 class FakeCaptures:
@@ -50,8 +66,8 @@ def captures() -> FakeCaptures:
     return FakeCaptures()
 
 
-def key(size: int, split: Any = ONE, owner: int = 1) -> Key:
-    return Key(owner, size, split)
+def key(size: int, split: Any = ONE, owner: int = 1, prompt_rows: int = 0) -> Key:
+    return Key(owner, size, split, prompt_rows)
 
 
 def nothing() -> Any:
@@ -69,6 +85,20 @@ def test_the_best_graph_serves(captures: FakeCaptures) -> None:
     assert graphs.find(key(40)) is None and graphs.find(key(8, owner=2)) is None
     graphs.add(key(24), FakeGraph(), Bytes(10))
     assert graphs.find(key(16)) == key(24)
+
+
+def test_steps_with_prompts_have_graphs_of_their_own(captures: FakeCaptures) -> None:
+    graphs = Graphs(captures)
+    for rows, decodes in ((128, 8), (512, 8), (512, 32)):
+        graphs.add(key(decodes, prompt_rows=rows), FakeGraph(), Bytes(10))
+
+    def found(rows: int, decodes: int) -> tuple[int, int] | None:
+        best = graphs.find(key(decodes, TWO, prompt_rows=rows))
+        return best and (best.prompt_rows, best.size)
+
+    assert found(128, 8) == (128, 8) and found(512, 32) == (512, 32)
+    assert found(256, 8) is None and found(128, 32) is None, "shapes do not depend on what was captured"
+    assert graphs.find(key(8)) is None, "decodes alone"
 
 
 def test_one_row_is_never_padded(captures: FakeCaptures) -> None:
