@@ -12,7 +12,7 @@ plus the model's TPOT objective.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prism.modes import Rules
 from prism.sim.model import SimModel
@@ -23,15 +23,22 @@ from prism.worker.snapshot import Runnable, TurnSnapshot
 
 
 def order_of_rounds(
-    first: SimModel, members: Sequence[SimModel], rules: Rules, longer: float, now: int
+    first: SimModel,
+    members: Sequence[SimModel],
+    rules: Rules,
+    longer: Callable[[SimModel], float],
+    now: int,
 ) -> list[SimModel]:
-    """The order in which all members take turns, or `first` alone if they do not."""
+    """The order in which all members take turns, or `first` alone if they do not.
+
+    A member's step takes `longer` times its time alone.
+    """
     if len(members) == 1:
         return [first]
     order = sorted(members, key=lambda model: (model.last_turn, model.name))
     if order[0] is not first:
         return [first]
-    ticks = {model: model.decode_ticks(longer) for model in order}
+    ticks = {model: model.decode_ticks(longer(model)) for model in order}
     state = {model: (model.last_end, model.last_turn) for model in order}
     clock = now
     for step in range(2 * len(order)):

@@ -281,9 +281,9 @@ class SimModel:
 
     # --- costs ----------------------------------------------------------------------------------------
 
-    def decode_ticks(self, width: float) -> tuple[int, int]:
+    def decode_ticks(self, longer: float) -> tuple[int, int]:
         """Ticks of the next decode step, and by how much each following one is longer; see `StepTicks`."""
-        return self._ticks.decode(self.decodes.size, self.decodes.context, width)
+        return self._ticks.decode(self.decodes.size, self.decodes.context, longer)
 
     def chunk_ticks(self, chunks: list[Chunk]) -> int:
         """Ticks of a step of these chunks and all decodes."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from prism.sim.jobs import Chunk, Job
 from prism.sim.model import SimModel
+from prism.sim.overlap import Pulls
 from prism.sim.rounds import Rounds
 from prism.worker.foresight import BANKED
 
@@ -17,8 +18,8 @@ class Run:
     """What a lane is doing."""
 
     rounds: Rounds[SimModel]
-    width: int
-    """Lanes that decode side by side, as its steps' times assume."""
+    others: Pulls = ()
+    """What decodes on other lanes, as its steps' times assume."""
     chunks: list[Chunk] = field(default_factory=list)
     """Of prompts: such a step has the device to itself."""
     has_decodes: bool = True
@@ -63,7 +64,7 @@ def advance(run: Run, now: int) -> None:
             model.decodes.run(ends)
             model.usage.decoded_tokens += ends * model.decodes.size
             ticks = rounds.ticks_of(index, ended) - rounds.ticks_of(index, rounds.done)
-            model.usage.add_ticks(ticks, run.width)
+            model.usage.add_ticks(ticks, len(run.others) + 1)
             _bank(model, rounds, index, rounds.steps_of(index, rounds.done), ends)
             model.last_end = model.last_used = rounds.end_of_member(index, rounds.steps_of(index, ended))
     rounds.done, rounds.begun = ended, begun

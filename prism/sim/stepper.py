@@ -14,6 +14,7 @@ from prism.sim.jumps import may_follow, order_of_rounds
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
+from prism.sim.overlap import Overlap, pulls_of_others
 from prism.sim.rounds import Part, Rounds
 from prism.sim.runs import Listener, Run, advance, close, steps_until_change
 from prism.sim.ticks import NEVER, to_seconds
@@ -41,7 +42,7 @@ class Stepper:
         self._memory = memory
         self._rules = rules
         self._limits = limits
-        self._together = together
+        self._overlap = Overlap(together)
         self._listener = listener
         self._has_prompts = False
         """A step with prompts is on its way, on some lane."""
@@ -114,9 +115,9 @@ class Stepper:
             for lane in self._idle():
                 if not self._has_prompts:
                     self._plan(lane, now)
-            width = self._num_decoding()
+            pulls = self._pulls()
             for lane, run in enumerate(self._runs):
-                if run is not None and not run.chunks and run.width != width:
+                if run is not None and not run.chunks and run.others != pulls_of_others(pulls, lane):
                     self._cut(lane, now)
             if not self._has_emptied:
                 return
@@ -165,8 +166,12 @@ class Stepper:
             self._runs[lane] = None
             self._has_emptied = True
 
-    def _num_decoding(self) -> int:
-        return sum(run is not None and not run.chunks for run in self._runs)
+    def _pulls(self) -> list[float | None]:
+        """Of each lane; None of those on which no decodes run."""
+        return [
+            None if run is None or run.chunks else self._overlap.pull(m for m in models if m.is_active)
+            for run, models in zip(self._runs, self._lanes, strict=True)
+        ]
 
     def _plan(self, lane: int, now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
@@ -231,19 +236,22 @@ class Stepper:
                 self._cut(other, now, at_least=1)
                 start = max(start, run.rounds.end)
         rounds = Rounds([Part(model, model.chunk_ticks(chunks), 0)], start, 1)
-        self._runs[lane] = Run(rounds, 1, chunks, has_decodes)
+        self._runs[lane] = Run(rounds, (), chunks, has_decodes)
         self._has_prompts = True
 
     def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
-        width = self._num_decoding() + 1
-        longer = width / self._together(width)
+        others = pulls_of_others(self._pulls(), lane)
+
+        def longer(model: SimModel) -> float:
+            return self._overlap.longer(model, others)
+
         members = [m for m in self._lanes[lane] if m.can_step]
         is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
         order = [model] if is_single else order_of_rounds(model, members, self._rules, longer, now)
-        parts = [Part(m, *m.decode_ticks(longer)) for m in order]
+        parts = [Part(m, *m.decode_ticks(longer(m))) for m in order]
         steps = 1 if is_single else steps_until_change(order)
         rounds = Rounds(parts, now, steps)
         if len(order) < len(members) and steps > 1:
             steps = may_follow(rounds, model, members, self._rules)
             rounds = Rounds(parts, now, steps)
-        self._runs[lane] = Run(rounds, width, turn_before=model.last_turn)
+        self._runs[lane] = Run(rounds, others, turn_before=model.last_turn)

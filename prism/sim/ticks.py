@@ -36,22 +36,19 @@ def first_after(start: int, seconds: float) -> int:
 
 
 class StepTicks:
-    """Times of a model's decode steps, rounded once for each size of batch and for a token of context."""
+    """Times of a model's decode steps, rounded for each size of batch and for a token of context."""
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
-        self._gemm: dict[tuple[int, float], int] = {}
-        self._slope: dict[float, int] = {}
+        self._gemm: dict[int, float] = {}
 
-    def decode(self, batch: int, context: int, width: float) -> tuple[int, int]:
+    def decode(self, batch: int, context: int, longer: float) -> tuple[int, int]:
         """Ticks of a step, and by how much the next one is longer: each sequence has a token more by then.
 
-        `width` is how much longer it takes because other lanes decode meanwhile.
+        It takes `longer` times its time alone because other lanes decode meanwhile.
         """
-        gemm = self._gemm.get((batch, width))
+        gemm = self._gemm.get(batch)
         if gemm is None:
-            gemm = self._gemm[batch, width] = to_ticks(self._costs.gemm(batch) * width)
-        slope = self._slope.get(width)
-        if slope is None:
-            slope = self._slope[width] = to_ticks(self._costs.per_context * width)
-        return gemm + slope * context, slope * batch
+            gemm = self._gemm[batch] = self._costs.gemm(batch)
+        slope = to_ticks(self._costs.per_context * longer)
+        return to_ticks(gemm * longer) + slope * context, slope * batch
