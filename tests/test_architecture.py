@@ -25,6 +25,8 @@ COMMON = {
     "profile",
     "outputs",
     "tenants",
+    "fields",
+    "yamlfile",
 }
 ALLOWED = {
     "memory": {"memory"},

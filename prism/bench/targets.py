@@ -9,11 +9,11 @@ from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
-import yaml
 from msgspec import Meta
 
-from prism.config import parse_time
 from prism.errors import ConfigError
+from prism.fields import parse_time
+from prism.yamlfile import parse_yaml
 
 CHAT = "/chat/completions"
 """How the path of the chat endpoint ends."""
@@ -93,9 +93,9 @@ class Defaults(NamedTuple):
 def read_models(path: Path) -> dict[str, Entry]:
     """A models file, YAML or JSON: entries by the trace's keys. Raises `ConfigError` naming the field."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
         return msgspec.convert(raw, dict[str, Entry])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
+    except (OSError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ConfigError([f"{path}: {error}"]) from None
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from prism.config import parse_size
 from prism.errors import ConfigError
+from prism.fields import parse_size
 from prism.modes import Mode
 from prism.outputs import check_output
 from prism.sim.cluster import Cluster
