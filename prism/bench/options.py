@@ -115,10 +115,6 @@ def _rules(o: Options) -> Iterable[tuple[bool, str]]:
     yield from _number_rules(o)
     yield from _traffic_rules(o)
     yield (
-        o.baseline is not None and not o.baseline.absolute().parent.is_dir(),
-        f"--baseline {o.baseline}: there is no such folder",
-    )
-    yield (
         o.baseline is not None and (o.save_result or o.html is not None),
         "--baseline writes a baseline alone: --save-result and --html go without it",
     )

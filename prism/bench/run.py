@@ -32,7 +32,7 @@ from prism.bench.targets import Defaults, Entry, Target, make_targets, read_mode
 from prism.bench.wire import Style, encode_all
 from prism.bench.workload import Planned, Steady, plan, scaled_rate, steady
 from prism.errors import ConfigError
-from prism.outputs import check_output
+from prism.outputs import REPORT_ENDINGS, check_output, make_folder
 from prism.sim.generate import Synthetic, generate
 from prism.sim.trace import TraceRow, by_popularity, compress, read_trace
 
@@ -40,14 +40,10 @@ from prism.sim.trace import TraceRow, by_popularity, compress, read_trace
 def run_bench(options: Options) -> int:
     """The exit status: 1 if no request was answered. Raises `ConfigError`."""
     check(options)
-    if options.html is not None:
-        from prism.bench import plots  # noqa: F401  (tells now, not after an hour, that matplotlib is missing)
-    planned = make_plan(options)
-    _raise_file_limit()
     now = datetime.now()
-    for path in (options.baseline, options.html, options.result_path(now)):
-        if path is not None:
-            check_output(path)
+    planned = make_plan(options)
+    _check_outputs(options, now)
+    _raise_file_limit()
     if options.baseline is not None:
         baseline = Baseline(_measure_baseline(planned, options), f"{now:%Y%m%d-%H%M%S}")
         write_baseline(baseline, options.baseline)
@@ -58,6 +54,19 @@ def run_bench(options: Options) -> int:
     _write(run, result, options, now)
     print_result(result)
     return 0 if result["completed"] else 1
+
+
+def _check_outputs(options: Options, now: datetime) -> None:
+    """Now, not after an hour."""
+    if options.baseline is not None:
+        check_output("--baseline", options.baseline)
+    if options.html is not None:
+        from prism.bench import plots  # noqa: F401  (tells that matplotlib is missing)
+
+        check_output("--html", options.html, REPORT_ENDINGS)
+    if (path := options.result_path(now)) is not None:
+        make_folder("--result-dir", options.result_dir or Path())
+        check_output("--result-filename", path)
 
 
 def make_plan(options: Options) -> list[Planned]:

@@ -17,7 +17,7 @@ from rich.table import Table
 from prism.errors import ConfigError
 from prism.fields import parse_size
 from prism.modes import Mode
-from prism.outputs import check_output
+from prism.outputs import PLOT_ENDINGS, check_output
 from prism.sim.cluster import Cluster
 from prism.sim.generate import Synthetic
 from prism.sim.inputs import (
@@ -29,7 +29,7 @@ from prism.sim.inputs import (
     read_workload,
 )
 from prism.sim.plan import Plan, Planner, Target, Trial
-from prism.sim.plots import plot_attainment, plot_models
+from prism.sim.plots import need_matplotlib, plot_attainment, plot_models
 from prism.sim.report import report
 from prism.sim.trace import TraceRow, write_trace
 
@@ -100,7 +100,9 @@ def run_simulate(
         raise ConfigError(
             ["--expected-load is for mode prism without --placement: nothing else moves by load"]
         )
-    _check_outputs(output, plot, save_trace)
+    _check_outputs(output, plot)
+    if save_trace is not None:
+        check_output("--save-trace", save_trace)
     profile = open_profile(inputs.profile)
     load = read_workload(inputs, profile)
     if save_trace is not None:
@@ -133,11 +135,13 @@ def _run(
     return report(cluster.load, placed, cluster.setup, results)
 
 
-def _check_outputs(*paths: Path | None) -> None:
+def _check_outputs(output: Path | None, plot: Path | None) -> None:
     """Before anything runs."""
-    for path in paths:
-        if path is not None:
-            check_output(path)
+    if output is not None:
+        check_output("--output", output)
+    if plot is not None:
+        check_output("--plot", plot, PLOT_ENDINGS)
+        need_matplotlib()
 
 
 def _save_rows(rows: Sequence[TraceRow], path: Path) -> None:

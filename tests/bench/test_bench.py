@@ -106,14 +106,24 @@ def test_nobody_answers(trace: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("--slo-scale", "3"), "--slo-scale goes with --slo-from"),
         (("--alpha", "3"), "--duration, --alpha, --on, --off and --length-spread go with"),
         (("--baseline", "b.json", "--html", "r.html"), "--baseline writes a baseline alone"),
-        (("--baseline", "/nowhere/b.json"), "--baseline /nowhere/b.json: there is no such folder"),
+        (("--baseline", "/nowhere/b.json"), "--baseline /nowhere/b.json: there is no folder /nowhere"),
+        (("--html", "r.unknown"), "--html r.unknown: must end with .html or .htm"),
+        (("--html", "/nowhere/r.html"), "--html /nowhere/r.html: there is no folder /nowhere"),
+        (("--html", "/proc/r.html"), "--html /proc/r.html: cannot be written"),
+        (("--save-result", "--result-dir", "/proc/r"), "--result-dir /proc/r: cannot be made"),
+        (("--save-result", "--result-filename", "no/r"), "--result-filename no/r: there is no folder no"),
         (("--header", "a"), "--header a: must be NAME=VALUE"),
         (("--extra-body", "[]"), "--extra-body: must be a JSON object"),
         (("--base-url", "nowhere"), "model default: nowhere is no http or https address"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_sent(
-    arguments: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...],
+    problem: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("prism.bench.run._replay", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr("prism.bench.run._measure_baseline", lambda *_: pytest.fail("it has begun"))
     assert bench(*arguments) == 2
     assert f"error: {problem}" in capsys.readouterr().err
