@@ -6,7 +6,8 @@ import asyncio
 import gc
 import resource
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -71,23 +72,36 @@ def _check_outputs(options: Options, now: datetime) -> None:
 
 def make_plan(options: Options) -> list[Planned]:
     """Who is asked what, and when. Raises `ConfigError`."""
-    entries = None if options.models is None else read_models(options.models)
+    with _naming("--models"):
+        entries = None if options.models is None else read_models(options.models)
     rows = _rows(options, entries)
     if options.max_requests is not None:
         rows = rows[: options.max_requests]
     if not rows:
         raise ConfigError(["there are no requests to send"])
-    targets = _targets(rows, entries, options)
+    with _naming("" if entries is None else f"--models {options.models}:"):
+        targets = _targets(rows, entries, options)
     if options.slo_from is not None:
-        targets = with_objectives(targets, read_baseline(options.slo_from), options.slo_scale)
+        with _naming("--slo-from"):
+            targets = with_objectives(targets, read_baseline(options.slo_from), options.slo_scale)
     return plan(rows, targets)
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Problems begin with the option that they are about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([f"{option} {problem}".lstrip() for problem in error.problems]) from None
 
 
 def _rows(options: Options, entries: dict[str, Entry] | None) -> list[TraceRow]:
     match options.dataset_name:
         case "trace":
             assert options.dataset_path is not None
-            rows = read_trace(options.dataset_path)
+            with _naming("--dataset-path"):
+                rows = read_trace(options.dataset_path)
         case "synthetic":
             rows = _renamed(generate(_synthetic(options, entries), options.seed), entries)
         case _:
