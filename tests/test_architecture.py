@@ -68,6 +68,7 @@ PURE = [
     "worker/reclaim.py",
     "worker/kv_costs.py",
     "worker/foresight.py",
+    "worker/growth.py",
     "worker/standstill.py",
     "worker/offers.py",
     "worker/copies.py",

@@ -52,10 +52,11 @@ from prism.worker.rate import MOST_SECONDS, CompletionRate
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
 from prism.worker.residency import Residency, load_error
+from prism.worker.snapshot import FAR
 from prism.worker.standstill import STANDSTILL_SECONDS, Standstill
 from prism.worker.stepper import Stepper
 from prism.worker.tenancy import Tenancy, settle_residents
-from prism.worker.views import FAR, admission_snapshot, estimate, kv_capacity_tokens
+from prism.worker.views import admission_snapshot, estimate, kv_capacity_tokens
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ from prism.worker.lanes import Lane
 from prism.worker.models import Model
 from prism.worker.requests import Requests, Ticket
 from prism.worker.snapshot import (
+    FAR,
+    MOST_DECODES,
     AdmissionSnapshot,
     Arrival,
     ModelLoad,
@@ -25,11 +27,6 @@ from prism.worker.snapshot import (
 
 if TYPE_CHECKING:
     from prism.worker.loop import Worker
-
-FAR = 1e6
-"""Seconds to a deadline where there are none: their order is then that of arrival."""
-MOST_DECODES = 0.9
-"""Share of the time that decodes are thought to take at most: beyond, prompts get what they can."""
 
 
 def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
