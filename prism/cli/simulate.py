@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from prism.cli.sim_options import SimOptions
 from prism.errors import ConfigError
 from prism.fields import parse_size
 from prism.modes import Mode
@@ -41,34 +43,36 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def simulation_inputs(options: Mapping[str, Any], is_stepping: bool = False) -> Inputs:
-    """From the options that both commands have; see `sim_options`. Their minima let infinity through."""
-    endless = [name for name, value in options.items() if isinstance(value, float) and not isfinite(value)]
+def simulation_inputs(options: SimOptions, is_stepping: bool = False) -> Inputs:
+    """From the options that both commands have. Their minima let infinity through."""
+    endless = [
+        name for name, value in asdict(options).items() if isinstance(value, float) and not isfinite(value)
+    ]
     if endless:
         raise ConfigError([f"--{name.replace('_', '-')} must be finite" for name in endless])
     synthetic = Synthetic(
-        models=options["num_models"],
-        rate=options["rate"],
-        duration=options["duration"],
-        alpha=options["alpha"],
-        cv=options["cv"],
-        on=options["on"],
-        off=options["off"],
-        prompt=options["prompt"],
-        output=options["answer"],
-        spread=options["spread"],
+        models=options.num_models,
+        rate=options.rate,
+        duration=options.duration,
+        alpha=options.alpha,
+        cv=options.cv,
+        on=options.on,
+        off=options.off,
+        prompt=options.prompt,
+        output=options.answer,
+        spread=options.spread,
     )
     return Inputs(
-        trace=options["trace"],
+        trace=options.trace,
         synthetic=synthetic,
-        models=options["models"],
-        profile=options["profile"],
-        config=options["config"],
-        memory=_size(options["memory"]),
-        lanes=options["lanes"],
-        rate_scale=options["rate_scale"],
-        slo_scale=options["slo_scale"],
-        seed=options["seed"],
+        models=options.models,
+        profile=options.profile,
+        config=options.config,
+        memory=_size(options.memory),
+        lanes=options.lanes,
+        rate_scale=options.rate_scale,
+        slo_scale=options.slo_scale,
+        seed=options.seed,
         is_stepping=is_stepping,
     )
 
