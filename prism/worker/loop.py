@@ -102,7 +102,7 @@ class Worker:
         self.costs = CostBook(device.rates, calibrated or {})
         self.accounts = Accounts(config.server.tenants, self.requests, self.costs)
         self.rules = RULES[config.scheduling.mode]
-        self._tenancy = Tenancy(config.scheduling.quantum)
+        self.tenancy = Tenancy(config.scheduling.quantum, clock)
         self.owed_to_late = 0.0
         """Seconds that late requests may take before others (worker/admission.py)."""
         self._outbox = outbox
@@ -296,7 +296,7 @@ class Worker:
         self.residency.unmap_arenas()
         wanted = [m for m in self.models.values() if self.holdings.is_asked_for(m)]
         if self.rules.is_exclusive:
-            wanted = self._tenancy.wanted(self, now)
+            wanted = self.tenancy.wanted(self, now)
         for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
             before = model.state
             self.learn(model)

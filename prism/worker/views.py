@@ -35,7 +35,7 @@ def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
     active = _active(worker)
     by_deadline = worker.rules.by_deadline
     return AdmissionSnapshot(
-        waiting=tuple(t.waiting or _waiting(worker, t) for t in worker.requests if not t.is_running),
+        waiting=tuple(t.waiting or waiting_request(worker, t) for t in worker.requests if not t.is_running),
         models={ModelId(m.name): _load(worker, m) for m in worker.models.values()},
         num_running_requests=len(running),
         alone_is_running=any(ticket.submit.alone for ticket in running),
@@ -77,16 +77,21 @@ def estimate(worker: Worker, model: Model, deadline: float) -> Estimate:
     active, ahead, seconds = _active(worker), 0, 0.0
     for ticket in worker.requests:
         if not ticket.is_running:
-            waiting = ticket.waiting or _waiting(worker, ticket)
+            waiting = ticket.waiting or waiting_request(worker, ticket)
             if waiting.deadline <= deadline:
                 ahead += 1
                 seconds += waiting.seconds
     work = (_busy(worker, active) + seconds) * _stretch(worker, active)
+    if worker.rules.is_exclusive:
+        return Estimate(ahead + 1, worker.tenancy.starts_in(worker, model, deadline - FAR))
     return Estimate(ahead + 1, max(ready_in(worker, model), work))
 
 
-def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
-    """Made once for each wait: nothing in it changes meanwhile but how well costs and outputs are known."""
+def waiting_request(worker: Worker, ticket: Ticket) -> WaitingRequest:
+    """As admission sees it; made once for each wait.
+
+    Nothing in it changes meanwhile but how well costs and outputs are known.
+    """
     submit = ticket.submit
     profile, costs = worker.models[ticket.model].profile, worker.costs.of(ticket.model)
     tokens = len(submit.prompt) + ticket.num_resumed + 1
