@@ -162,19 +162,20 @@ class Worker:
         expires = float("inf") if submit.resumed else submit.arrival + self.limits.max_wait
         ticket = Ticket(submit, gateway, expires)
         ticket.resumed = {choice.choice: choice for choice in submit.resumed}
-        if (model := self.models.get(submit.model)) is not None:
-            self.learn(model)
+        if (known := self.models.get(submit.model)) is not None:
+            self.learn(known)
         try:
             check_submit(self, ticket, self._clock())
         except RequestError as error:
             self._delivery.rejected(ticket, error)
             return
         deadline = submit.arrival + (submit.slo.ttft if self.rules.by_deadline else FAR)
-        ticket.queue_position, ticket.estimated_seconds = estimate(self, self.models[ticket.model], deadline)
-        self._note_return(self.models[ticket.model])
+        model = self.models[ticket.model]
+        ticket.queue_position, ticket.estimated_seconds = estimate(self, model, deadline, submit.tenant)
+        self._note_return(model)
         self.requests.add(ticket)
         self._needs_admission = True
-        self.residency.want(self.models[ticket.model])
+        self.residency.want(model)
 
     def _note_return(self, model: Model) -> None:
         """If the model was idle, for how long tells when it may come back another time."""

@@ -68,17 +68,19 @@ class Estimate(NamedTuple):
     seconds: float
 
 
-def estimate(worker: Worker, model: Model, deadline: float) -> Estimate:
+def estimate(worker: Worker, model: Model, deadline: float, tenant: str | None = None) -> Estimate:
     """For a request of this deadline: its place among those that wait, and when it would start.
 
     It starts when its model is there, and when the prompts before it have been computed beside the decodes.
-    What memory is lacking for is not known.
+    Those of tenants over their share come behind the others. What memory is lacking for is not known.
     """
     active, ahead, seconds = _active(worker), 0, 0.0
+    over = worker.accounts.over_beside(tenant, worker.models)
+    own = (tenant in over, deadline)
     for ticket in worker.requests:
         if not ticket.is_running:
             waiting = ticket.waiting or waiting_request(worker, ticket)
-            if waiting.deadline <= deadline:
+            if (waiting.tenant in over, waiting.deadline) <= own:
                 ahead += 1
                 seconds += waiting.seconds
     work = (_busy(worker, active) + seconds) * _stretch(worker, active)
