@@ -2,55 +2,28 @@
 
 `examples/prism.yaml` shows every field with its default; a test keeps the two equal. Sizes are written
 as numbers of bytes or as `512MiB`, durations as numbers of seconds or as `500ms`. `${env.NAME}` in any
-string stands for an environment variable.
+string stands for an environment variable; where nothing else is in it, it may be a number.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
+    Strict,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from prism.fields import READ_ENVIRONMENT, Duration, Real, Size, Whole
 from prism.modes import RULES, Mode
 from prism.tenants import ApiKey, ApiKeyConfig, key_problems, tenants_of
 from prism.types import GiB, MiB, Quantization, Slo, Tenant
 
-_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_TIMES = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
-
-
-def parse_size(value: object) -> object:
-    """Bytes of `512MiB`, `1.5 GB` or a plain number; other values are left for pydantic to refuse."""
-    if isinstance(value, str) and (match := _QUANTITY.fullmatch(value)):
-        number, unit = match.groups()
-        if (factor := _SIZES.get(unit.upper())) is not None:
-            return int(float(number) * factor)
-        raise ValueError(f"unknown size unit {unit!r}; use B, KB, MB, GB, KiB, MiB or GiB")
-    return value
-
-
-def parse_time(value: object) -> object:
-    """Seconds of `500ms`, `1.5s`, `2m` or a plain number; other values are left for pydantic to refuse."""
-    if isinstance(value, str) and (match := _QUANTITY.fullmatch(value)):
-        number, unit = match.groups()
-        if (factor := _TIMES.get(unit)) is not None:
-            return float(number) * factor
-        raise ValueError(f"unknown time unit {unit!r}; use ms, s, m or h")
-    return value
-
-
-Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
-Duration = Annotated[float, BeforeValidator(parse_time), Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 
 
@@ -94,13 +67,13 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     quantization: Quantization = "none"
     """`fp8` halves the layers' matrices when they are packed: one scale for each output channel."""
-    max_model_len: int | None = Field(default=None, ge=1)
+    max_model_len: Annotated[int, Strict(), Field(ge=1), READ_ENVIRONMENT] | None = None
     """Longest prompt plus output in tokens; the default is the model's own."""
     slo: SloConfig = SloConfig()
     memory: ModelMemory = ModelMemory()
-    device: int | None = Field(default=None, ge=0)
+    device: Annotated[int, Strict(), Field(ge=0), READ_ENVIRONMENT] | None = None
     """Place in `devices` of the one that the model lives on; by default chosen by size."""
-    expected_load: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
+    expected_load: Annotated[float, Strict(), Field(ge=0, le=1000), READ_ENVIRONMENT] | None = None
     """Seconds of a device that it will need each second, as far as is known before anybody asks.
 
     First homes go by it, and in mode static the parts of KV.
@@ -115,19 +88,19 @@ class DeviceConfig(_Section):
     """One device; one worker process serves it."""
 
     kind: Literal["cpu", "cuda"] = "cpu"
-    index: int = Field(default=0, ge=0)
+    index: Whole = Field(default=0, ge=0)
     memory: Size = 4 * GiB
     """Physical memory for weights, KV and workspaces of all models together."""
     slab: Size = Field(default=32 * MiB, validate_default=True)
-    threads: int = Field(default=0, ge=0)
+    threads: Whole = Field(default=0, ge=0)
     """CPU threads for the mathematics; 0 takes all cores."""
-    max_batch_tokens: int = Field(default=2048, ge=1, le=65536)
+    max_batch_tokens: Whole = Field(default=2048, ge=1, le=65536)
     """Most tokens of one step, prompts and decodes together."""
-    max_batch_size: int = Field(default=256, ge=1, le=1024)
+    max_batch_size: Whole = Field(default=256, ge=1, le=1024)
     """Most sequences of one step."""
-    speed: float = Field(default=1.0, ge=0.001, le=1000)
+    speed: Real = Field(default=1.0, ge=0.001, le=1000)
     """Of its steps, relative to the other devices; placement gives a faster one more."""
-    lanes: int = Field(default=2, ge=1, le=8)
+    lanes: Whole = Field(default=2, ge=1, le=8)
     """Steps of so many models at a time on a GPU; each lane has workspaces of its own. A CPU has one."""
 
     @field_validator("slab")
@@ -144,11 +117,11 @@ class ServerConfig(_Section):
     """Addresses and limits of the HTTP side."""
 
     host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: Whole = Field(default=8000, ge=0, le=65535)
     admin_host: str = "127.0.0.1"
-    admin_port: int = Field(default=8001, ge=0, le=65535)
+    admin_port: Whole = Field(default=8001, ge=0, le=65535)
     """Admin endpoints (`prism ps`, load, unload) are served here and nowhere else."""
-    gateways: int = Field(default=1, ge=1, le=64)
+    gateways: Whole = Field(default=1, ge=1, le=64)
     api_keys: tuple[ApiKey, ...] = ()
     """Accepted `Authorization: Bearer` keys with their tenants; empty accepts everybody."""
     max_body: Size = 16 * MiB
@@ -173,7 +146,7 @@ class ServerConfig(_Section):
 class LimitsConfig(_Section):
     """Bounds on waiting. Nothing waits for ever."""
 
-    max_queue: int = Field(default=1024, ge=1)
+    max_queue: Whole = Field(default=1024, ge=1)
     """Waiting requests of one worker; one more is answered with 429, unless its tenant has few there."""
     max_wait: Duration = 60.0
     """Longest wait before the first token, activation included; then 429."""
@@ -190,18 +163,18 @@ class SchedulingConfig(_Section):
     """How models share a device; docs/design/scheduling.md."""
     quantum: Annotated[Duration, Field(gt=0)] = 10.0
     """In mode timeshare: a model takes requests for so long while others wait."""
-    idle_threshold: Annotated[Duration, Field(ge=0)] | None = None
+    idle_threshold: Duration | None = None
     """A model without requests keeps its weights for so long, and is the first to give them from then on;
     None decides by how soon it came back before. The published system has 45 s."""
     placement_interval: Duration = 10.0
     """Between two looks at all models and devices; 0 moves nothing by itself."""
     demand_window: Annotated[Duration, Field(ge=1)] = 60.0
     """Over so long a time rates are taken."""
-    migration_gain: float = Field(default=0.1, ge=0.01, le=10)
+    migration_gain: Real = Field(default=0.1, ge=0.01, le=10)
     """A move must lower a device's pressure by more; 1 is a device that is full."""
     migration_cooldown: Duration = 120.0
     """Shortest time between two moves of a model; each one that soon follows doubles it."""
-    max_migrations: int = Field(default=2, ge=0, le=64)
+    max_migrations: Whole = Field(default=2, ge=0, le=64)
     """Most moves that one look starts."""
     drain_timeout: Duration = 60.0
     """A move's source finishes requests for so long; the rest goes on at the target."""

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from prism.config import Config
 from prism.errors import ConfigError
+from prism.fields import FromEnvironment
 from prism.profile import read_profile
+from prism.yamlfile import parse_yaml
 
 _ENVIRONMENT = re.compile(r"\$\{env\.([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -31,18 +32,16 @@ def load_config(path: Path, environment: Mapping[str, str] | None = None) -> Con
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read: {error}"]) from None
-    return parse_config(text, path.parent, os.environ if environment is None else environment)
+    return parse_config(text, path.parent, os.environ if environment is None else environment, str(path))
 
 
-def parse_config(text: str, folder: Path, environment: Mapping[str, str]) -> Config:
-    """The configuration in a text; see `load_config`."""
+def parse_config(text: str, folder: Path, environment: Mapping[str, str], source: str = "<text>") -> Config:
+    """The configuration in a text that comes from `source`; see `load_config`."""
     problems: list[str] = []
     try:
-        raw = _expand(yaml.load(text, _StrictLoader), environment, problems, "")
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-13-01 is no date
-        raise ConfigError([f"not valid YAML: {error}"]) from None
+        raw = _expand(parse_yaml(text, source), environment, problems, "")
     except RecursionError:
-        raise ConfigError(["not valid YAML: nested too deeply, or in itself"]) from None
+        raise ConfigError([f"{source}: not valid YAML: nested in itself"]) from None
     if isinstance(raw, list):
         raw = _from_placement(raw, problems)
     if not isinstance(raw, dict):
@@ -69,20 +68,6 @@ def _place(problem: str) -> str:
     return problem.partition(": ")[0]
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without repeated keys, which would silently win over one another."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep)
-
-
 def _expand(value: Any, environment: Mapping[str, str], problems: list[str], place: str) -> Any:
     """Puts environment variables in place of `${env.NAME}` in all strings."""
     if isinstance(value, dict):
@@ -98,7 +83,8 @@ def _expand(value: Any, environment: Mapping[str, str], problems: list[str], pla
             problems.append(f"{place}: environment variable {name} is not set")
         return environment.get(name, "")
 
-    return _ENVIRONMENT.sub(replace, value)
+    is_whole = _ENVIRONMENT.fullmatch(value) is not None
+    return (FromEnvironment if is_whole else str)(_ENVIRONMENT.sub(replace, value))
 
 
 def _sentences(error: Any) -> list[str]:
@@ -114,6 +100,9 @@ def _sentences(error: Any) -> list[str]:
         place += f"[{part}]" if isinstance(part, int) else f".{part}"
     if error["type"] == "extra_forbidden":
         message = "unknown field"
+        if "api_keys" in error["loc"] and not str(part).isidentifier():  # `- {sk-...}`: a key, not a field
+            place = place.removesuffix(f".{part}")
+            message = "unknown field; known are key, tenant and weight"
     place = place.lstrip(".")
     return [place + (line if line.startswith("[") else f": {line}") for line in message.splitlines()]
 
@@ -198,7 +187,8 @@ def _placed_model(
     problems += [
         f"{place}.{name}: is missing" for name in ("model_name", "model_path") if not entry.get(name)
     ]
-    if entry.get("tp_size", 1) != 1:
+    size = entry.get("tp_size", 1)
+    if size != 1 or not _is_whole(size):
         problems.append(f"{place}.tp_size: tensor parallelism is not supported yet; only 1 is")
     if entry.get("tokenizer_path") not in (None, entry.get("model_path")):
         problems.append(f"{place}.tokenizer_path: must equal model_path")
@@ -221,14 +211,23 @@ def _place_instance(
         return
     problems += [f"{place}.{name}: unknown field" for name in sorted(set(instance) - _INSTANCE_FIELDS)]
     gpus = instance.get("gpu_ids", [0])
-    if not isinstance(gpus, list) or len(gpus) != 1 or not isinstance(gpus[0], int):
+    if not isinstance(gpus, list) or len(gpus) != 1 or not _is_whole(gpus[0]):
         problems.append(f"{place}.gpu_ids: must name exactly one device; several are not supported yet")
     else:
         devices.add(gpus[0])
         model["gpu"] = gpus[0]
-    model["preload"] = bool(instance.get("on", True))
-    if (size := instance.get("max_memory_pool_size")) is not None:
+    model["preload"] = instance.get("on", True)
+    if not isinstance(model["preload"], bool):
+        problems.append(f"{place}.on: must be true or false")
+    size = instance.get("max_memory_pool_size")
+    if isinstance(size, float) or _is_whole(size):
         model["memory"] = {"limit": f"{size}GB"}
+    elif size is not None:
+        problems.append(f"{place}.max_memory_pool_size: must be a number of GB")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def config_schema() -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from prism.fields import Real
 from prism.types import Tenant, TenantId
 
 
@@ -27,7 +28,7 @@ class ApiKeyConfig(BaseModel):
 
     tenant: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Shown in logs and metrics. Keys of one name are one tenant; without a name a key is one by itself."""
-    weight: float = Field(default=1.0, ge=0.001, le=1000)
+    weight: Real = Field(default=1.0, ge=0.001, le=1000)
     """Of the tenant's share of a device when several wait for it."""
 
 

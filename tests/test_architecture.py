@@ -25,6 +25,8 @@ COMMON = {
     "profile",
     "outputs",
     "tenants",
+    "fields",
+    "yamlfile",
 }
 ALLOWED = {
     "memory": {"memory"},
@@ -66,6 +68,7 @@ PURE = [
     "worker/reclaim.py",
     "worker/kv_costs.py",
     "worker/foresight.py",
+    "worker/growth.py",
     "worker/standstill.py",
     "worker/offers.py",
     "worker/copies.py",

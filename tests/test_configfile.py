@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -173,7 +175,142 @@ def test_impossible_paths(path: str, folder: Path) -> None:
 def test_yaml_that_python_cannot_hold(text: str, folder: Path) -> None:
     """Each of them was a traceback."""
     (problem,) = problems(text, folder)
-    assert problem.startswith("not valid YAML")
+    assert problem.startswith("<text>: not valid YAML")
+
+
+SECRET = "sk-1234secret"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (f"server:\n  api_keys: [{SECRET}\nmodels: []", 3),
+        (f"server:\n  api_keys:\n    - {SECRET}: : x", 3),
+        (f"server:\n  api_keys:\n    - *{SECRET}", 3),
+        (f"server:\n  api_keys:\n    - !{SECRET}'s x", 3),
+        (f"server:\n  api_keys: [!!bool {SECRET}]", 2),
+        (f"server:\n  api_keys: [!!timestamp {SECRET}]", 2),
+        (f"server:\n  api_keys: ['{SECRET}]", 2),
+        (f"server:\n  {SECRET}: 1\n  {SECRET}: 2", 3),
+        (f"server: &{SECRET} a\nmodels: &{SECRET} b", 2),
+        (f"server:\n  api_keys: [{SECRET}\0]", 2),
+    ],
+)
+def test_yaml_errors_name_file_and_line_and_show_no_secret(text: str, line: int, tmp_path: Path) -> None:
+    """They quoted the line, and two of them were a traceback."""
+    path = tmp_path / "prism.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{path}: not valid YAML: line {line}")
+    assert "1234" not in problem and "secret" not in problem
+
+
+def test_a_key_in_the_wrong_brackets_is_not_shown(folder: Path) -> None:
+    """It was told as an unknown field."""
+    found = problems(f"models: [{{name: a, path: a}}]\nserver: {{api_keys: [{{{SECRET}}}]}}", folder)
+    assert "server.api_keys[0]: unknown field; known are key, tenant and weight" in found
+    assert not any(SECRET in problem for problem in found)
+
+
+NUMBERS = [
+    "models[0].max_model_len",
+    "models[0].device",
+    "models[0].expected_load",
+    "devices[0].index",
+    "devices[0].threads",
+    "devices[0].max_batch_tokens",
+    "devices[0].max_batch_size",
+    "devices[0].speed",
+    "devices[0].lanes",
+    "server.port",
+    "server.admin_port",
+    "server.gateways",
+    "server.api_keys[0].weight",
+    "limits.max_queue",
+    "scheduling.migration_gain",
+    "scheduling.max_migrations",
+]
+QUANTITIES = [
+    "models[0].slo.ttft",
+    "models[0].slo.tpot",
+    "models[0].memory.floor",
+    "models[0].memory.limit",
+    "devices[0].memory",
+    "devices[0].slab",
+    "server.max_body",
+    "server.shutdown_grace",
+    "limits.max_wait",
+    "limits.request_timeout",
+    "limits.min_residency",
+    "scheduling.quantum",
+    "scheduling.idle_threshold",
+    "scheduling.placement_interval",
+    "scheduling.demand_window",
+    "scheduling.migration_cooldown",
+    "scheduling.drain_timeout",
+    "host_memory.budget",
+    "host_memory.registered",
+    "host_memory.kv",
+]
+
+
+def test_the_lists_of_numbers_are_complete() -> None:
+    """Whatever the schema calls a number is in one of them."""
+    definitions = json.loads(config_schema())["$defs"]
+    kinds = {
+        (name, field)
+        for name, section in definitions.items()
+        for field, value in section.get("properties", {}).items()
+        for each in value.get("anyOf", [value])
+        if each.get("type") in ("integer", "number")
+    }
+    assert {field for _, field in kinds} == {name.rpartition(".")[2] for name in NUMBERS + QUANTITIES}
+    assert len(kinds) == len(NUMBERS + QUANTITIES)
+
+
+def with_value(field: str, value: object) -> str:
+    """A configuration with one more field."""
+    raw: dict[str, Any] = {"models": [{"name": "a", "path": "a"}]}
+    *sections, last = re.split(r"\.", field)
+    place: Any = raw
+    for section in sections:
+        name, is_list, _ = section.partition("[")
+        fresh: Any = [{"key": "k"} if name == "api_keys" else {}] if is_list else {}
+        place = place.setdefault(name, fresh)
+        place = place[0] if is_list else place
+    place[last] = value
+    return yaml.safe_dump(raw)
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+@pytest.mark.parametrize("value", ["2", True, "many", ".nan", [2]])
+def test_numbers_are_strict(field: str, value: object, folder: Path) -> None:
+    """A weight of "2" or `true` was one of 2 or 1."""
+    (problem,) = problems(with_value(field, value), folder)
+    assert problem.startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize("field", QUANTITIES)
+@pytest.mark.parametrize("value", [True, "many", [2], -1, float("nan")])
+def test_sizes_and_durations_are_strict(field: str, value: object, folder: Path) -> None:
+    (problem,) = problems(with_value(field, value), folder)
+    assert problem.startswith(f"{field}: ")
+
+
+def test_a_number_may_come_from_the_environment(folder: Path) -> None:
+    text = """
+models: [{name: a, path: a, expected_load: "${env.LOAD}"}]
+server: {port: "${env.PORT}", api_keys: [{key: "${env.KEY}", weight: "${env.LOAD}"}]}
+"""
+    config = parse_config(text, folder, {"PORT": "80", "LOAD": "0.5", "KEY": "123"})
+    key = config.server.api_keys[0]
+    assert (config.server.port, config.models[0].expected_load, key.weight, key.key) == (80, 0.5, 0.5, "123")
+    with pytest.raises(ConfigError, match=r"server\.port: "):
+        parse_config(text, folder, {"PORT": "80.5", "LOAD": "0.5", "KEY": "123"})
+    (problem,) = problems("models: [{name: a, path: a}]\nserver: {port: '8${env.PATH}0'}", folder)
+    assert problem.startswith("server.port: ")
 
 
 def test_environment(folder: Path) -> None:
@@ -235,6 +372,14 @@ def test_placement_json_names_what_is_unsupported(folder: Path) -> None:
         }
     ]
     found = problems(json.dumps(entries), folder)
+    entries[0] |= {"tp_size": True, "init_placements": [{"gpu_ids": [True], "on": "no"}]}
+    wrong = problems(json.dumps(entries), folder)
+    for field in ("tp_size", "init_placements[0].gpu_ids", "init_placements[0].on"):
+        assert any(problem.startswith(f"[0].{field}: ") for problem in wrong)
+    entries[0]["init_placements"] = [{"gpu_ids": [0], "max_memory_pool_size": "2"}]
+    assert "[0].init_placements[0].max_memory_pool_size: must be a number of GB" in problems(
+        json.dumps(entries), folder
+    )
     entries[0]["init_placements"] = {"gpu_ids": [0]}
     assert "[0].init_placements: must be a list" in problems(json.dumps(entries), folder)
     for field in ("[0].tp_size", "[0].shape", "[0].init_placements[0].gpu_ids"):

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from prism.bench.metrics import METRICS
-from prism.bench.targets import NONE, Objectives
+from prism.bench.targets import NONE, Objectives, address_problems
 from prism.errors import ConfigError
 from prism.sim.generate import Synthetic
 
 DEFAULT_INPUT, DEFAULT_OUTPUT = 1024, 128
 """vLLM's."""
 DEFAULT_SLO_SCALE = 5.0
+LEAST_RATE = 1e-6
+SCALES = (1e-6, 1e6)
 DATASETS = ("trace", "synthetic", "random")
 
 
@@ -99,9 +101,6 @@ def _rules(o: Options) -> Iterable[tuple[bool, str]]:
         "a trace has its own rate: use --rate-scale or --time-scale",
     )
     yield o.dataset_name == "synthetic" and o.request_rate == float("inf"), "synthetic needs --request-rate"
-    yield not o.request_rate > 0, "--request-rate must be positive"
-    yield not o.burstiness > 0, "--burstiness must be positive"
-    yield not (o.time_scale > 0 and o.rate_scale > 0 and o.slo_scale > 0), "scales must be positive"
     yield not 0 <= o.range_ratio < 1, "--random-range-ratio must be from 0 to 1, without 1"
     yield not 0 <= o.token_ids[0] < o.token_ids[1], "--token-ids must be LOW:HIGH"
     unknown = [name for name in o.percentile_metrics if name not in METRICS]
@@ -112,12 +111,10 @@ def _rules(o: Options) -> Iterable[tuple[bool, str]]:
         not o.save_result and (o.result_dir is not None or o.result_filename is not None),
         "--result-dir and --result-filename go with --save-result",
     )
+    for problem in address_problems(o.base_url, o.endpoint):
+        yield True, f"--{problem}"
     yield from _number_rules(o)
     yield from _traffic_rules(o)
-    yield (
-        o.baseline is not None and not o.baseline.absolute().parent.is_dir(),
-        f"--baseline {o.baseline}: there is no such folder",
-    )
     yield (
         o.baseline is not None and (o.save_result or o.html is not None),
         "--baseline writes a baseline alone: --save-result and --html go without it",
@@ -142,13 +139,28 @@ def _number_rules(o: Options) -> Iterable[tuple[bool, str]]:
     }
     for name, count in counts.items():
         yield count is not None and count < 1, f"{name} must be at least 1"
+    yield o.seed < 0, "--seed must not be negative"
+    yield not o.request_rate >= LEAST_RATE, f"--request-rate must be at least {LEAST_RATE:f}, or inf"
+    for name, (number, least, most) in _ranges(o).items():
+        yield not least <= number <= most, f"{name} must be from {least:g} to {most:g}"
+
+
+def _ranges(o: Options) -> dict[str, tuple[float, float, float]]:
+    """Each number with its least and its most; no number is in none of them."""
     made = o.synthetic
-    yield not 0 < o.timeout < float("inf"), "--timeout must be positive and finite"
-    yield not 0 < made.duration < float("inf"), "--duration must be positive and finite"
-    yield not made.alpha > 1, "--alpha must be more than 1"
-    rests = {"--on": made.on, "--off": made.off, "--length-spread": made.spread}
-    for name, value in rests.items():
-        yield not 0 <= value < float("inf"), f"{name} must be finite and not negative"
+    return {
+        "--burstiness": (o.burstiness, 1e-2, 1e6),
+        "--time-scale": (o.time_scale, *SCALES),
+        "--rate-scale": (o.rate_scale, *SCALES),
+        "--slo-scale": (o.slo_scale, *SCALES),
+        "--timeout": (o.timeout, 1e-3, 1e6),
+        "--temperature": (o.temperature or 0.0, 0.0, 100.0),
+        "--duration": (made.duration, 1e-3, 1e8),
+        "--alpha": (made.alpha, 1.01, 1e6),
+        "--on": (made.on, 0.0, 1e8),
+        "--off": (made.off, 0.0, 1e8),
+        "--length-spread": (made.spread, 0.0, 100.0),
+    }
 
 
 def _traffic_rules(o: Options) -> Iterable[tuple[bool, str]]:

@@ -37,7 +37,6 @@ CONDITIONS = (
 
 def write_report(run: Run, result: Mapping[str, Any], path: Path) -> None:
     """Write the report of a run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(make_report(run, result), encoding="utf-8")
 
 

@@ -6,7 +6,8 @@ import asyncio
 import gc
 import resource
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ from prism.bench.targets import Defaults, Entry, Target, make_targets, read_mode
 from prism.bench.wire import Style, encode_all
 from prism.bench.workload import Planned, Steady, plan, scaled_rate, steady
 from prism.errors import ConfigError
-from prism.outputs import check_output
+from prism.outputs import REPORT_ENDINGS, check_output, make_folder
 from prism.sim.generate import Synthetic, generate
 from prism.sim.trace import TraceRow, by_popularity, compress, read_trace
 
@@ -40,14 +41,10 @@ from prism.sim.trace import TraceRow, by_popularity, compress, read_trace
 def run_bench(options: Options) -> int:
     """The exit status: 1 if no request was answered. Raises `ConfigError`."""
     check(options)
-    if options.html is not None:
-        from prism.bench import plots  # noqa: F401  (tells now, not after an hour, that matplotlib is missing)
-    planned = make_plan(options)
-    _raise_file_limit()
     now = datetime.now()
-    for path in (options.baseline, options.html, options.result_path(now)):
-        if path is not None:
-            check_output(path)
+    planned = make_plan(options)
+    _check_outputs(options, now)
+    _raise_file_limit()
     if options.baseline is not None:
         baseline = Baseline(_measure_baseline(planned, options), f"{now:%Y%m%d-%H%M%S}")
         write_baseline(baseline, options.baseline)
@@ -60,25 +57,51 @@ def run_bench(options: Options) -> int:
     return 0 if result["completed"] else 1
 
 
+def _check_outputs(options: Options, now: datetime) -> None:
+    """Now, not after an hour."""
+    if options.baseline is not None:
+        check_output("--baseline", options.baseline)
+    if options.html is not None:
+        from prism.bench import plots  # noqa: F401  (tells that matplotlib is missing)
+
+        check_output("--html", options.html, REPORT_ENDINGS)
+    if (path := options.result_path(now)) is not None:
+        make_folder("--result-dir", options.result_dir or Path())
+        check_output("--result-filename", path)
+
+
 def make_plan(options: Options) -> list[Planned]:
     """Who is asked what, and when. Raises `ConfigError`."""
-    entries = None if options.models is None else read_models(options.models)
+    with _naming("--models"):
+        entries = None if options.models is None else read_models(options.models)
     rows = _rows(options, entries)
     if options.max_requests is not None:
         rows = rows[: options.max_requests]
     if not rows:
         raise ConfigError(["there are no requests to send"])
-    targets = _targets(rows, entries, options)
+    with _naming("" if entries is None else f"--models {options.models}:"):
+        targets = _targets(rows, entries, options)
     if options.slo_from is not None:
-        targets = with_objectives(targets, read_baseline(options.slo_from), options.slo_scale)
+        with _naming("--slo-from"):
+            targets = with_objectives(targets, read_baseline(options.slo_from), options.slo_scale)
     return plan(rows, targets)
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Problems begin with the option that they are about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([f"{option} {problem}".lstrip() for problem in error.problems]) from None
 
 
 def _rows(options: Options, entries: dict[str, Entry] | None) -> list[TraceRow]:
     match options.dataset_name:
         case "trace":
             assert options.dataset_path is not None
-            rows = read_trace(options.dataset_path)
+            with _naming("--dataset-path"):
+                rows = read_trace(options.dataset_path)
         case "synthetic":
             rows = _renamed(generate(_synthetic(options, entries), options.seed), entries)
         case _:

@@ -9,11 +9,11 @@ from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
-import yaml
 from msgspec import Meta
 
-from prism.config import parse_time
 from prism.errors import ConfigError
+from prism.fields import parse_time
+from prism.yamlfile import parse_yaml
 
 CHAT = "/chat/completions"
 """How the path of the chat endpoint ends."""
@@ -93,10 +93,13 @@ class Defaults(NamedTuple):
 def read_models(path: Path) -> dict[str, Entry]:
     """A models file, YAML or JSON: entries by the trace's keys. Raises `ConfigError` naming the field."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return msgspec.convert(raw, dict[str, Entry])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        entries = msgspec.convert(raw, dict[str, Entry])
+    except (OSError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ConfigError([f"{path}: {error}"]) from None
+    if not entries:
+        raise ConfigError([f"{path}: names no model"])
+    return entries
 
 
 def make_targets(
@@ -120,13 +123,16 @@ def make_targets(
 
 
 def _target(key: str, entry: Entry, defaults: Defaults) -> Target:
-    address, prefix = parse_url(entry.base_url or defaults.base_url)
+    base_url, endpoint = entry.base_url or defaults.base_url, entry.endpoint or defaults.endpoint
+    if problems := address_problems(base_url, endpoint):
+        raise ValueError(problems[0])
+    address, prefix = parse_url(base_url)
     own = Objectives(_seconds("ttft", entry.ttft), _seconds("tpot", entry.tpot))
     return Target(
         key=key,
         model=entry.model or defaults.model or key,
         address=address,
-        path=prefix + (entry.endpoint or defaults.endpoint),
+        path=prefix + endpoint,
         tokenizer=defaults.tokenizer if entry.tokenizer is None else Path(entry.tokenizer),
         context=entry.context,
         objectives=own.filled(defaults.objectives),
@@ -137,16 +143,35 @@ def _seconds(name: str, value: float | str | None) -> float | None:
     if value is None:
         return None
     seconds = parse_time(value)
-    if not isinstance(seconds, int | float) or seconds <= 0:
+    if not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
         raise ValueError(f"{name}: must be a positive time, like 0.2 or 200ms")
     return float(seconds)
 
 
+def address_problems(base_url: str, endpoint: str) -> list[str]:
+    """What is wrong with them, each with its name."""
+    problems = []
+    try:
+        parse_url(base_url)
+    except ValueError as error:
+        problems.append(f"base-url {base_url}: {error}")
+    if (
+        not endpoint.startswith("/")
+        or not endpoint.isascii()
+        or not endpoint.isprintable()
+        or " " in endpoint
+    ):
+        problems.append(f"endpoint {endpoint}: must be a path that begins with /")
+    return problems
+
+
 def parse_url(url: str) -> tuple[Address, str]:
     """Address and path of a base URL. Raises `ValueError`."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("holds characters that no address has")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url} is no http or https address")
+        raise ValueError("is no http or https address")
     is_secure = parts.scheme == "https"
     port = parts.port or (443 if is_secure else 80)
     return Address(parts.hostname, port, is_secure), parts.path.rstrip("/")

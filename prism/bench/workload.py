@@ -49,7 +49,7 @@ def steady(traffic: Steady, keys: Sequence[str], seed: int) -> list[TraceRow]:
     times = np.zeros(count)
     if np.isfinite(traffic.rate):
         times = np.cumsum(random.gamma(traffic.burstiness, 1.0, count))
-        times *= count / traffic.rate / times[-1]
+        times *= count / traffic.rate / max(times[-1], np.finfo(float).tiny)  # short bursts are all zeros
     models = random.integers(0, len(keys), count)
     prompts, outputs = (_lengths(n, traffic.spread, count, random) for n in (traffic.prompt, traffic.output))
     return [

@@ -43,7 +43,7 @@ def run_profile(config: Config, index: int, output: Path, say: Say) -> int:
     """Measure the device at this place of the configuration, and its models; the exit status."""
     if not 0 <= index < len(config.devices):
         raise ConfigError([f"--device {index}: the configuration has {len(config.devices)} devices"])
-    check_output(output)
+    check_output("--output", output)
     settings = config.devices[index]
     models = [model for model in config.models if model.device in (None, index)]
     with closing(_open_device(settings, models)) as device:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from prism.cli.sim_options import with_inputs
+from prism.cli.groups import with_groups
+from prism.cli.sim_options import SimOptions
 from prism.modes import Mode
 
 
-@with_inputs
+@with_groups
 def simulate(
-    given: Mapping[str, Any],
+    given: SimOptions,
     devices: Annotated[int, typer.Option(min=1, max=4096, help="Equal devices.")],
     mode: Annotated[Mode, typer.Option(help="How a device is shared: prism, or a baseline.")] = Mode.PRISM,
     output: Annotated[Path | None, typer.Option(help="JSON file; by default it is printed.")] = None,
@@ -44,9 +44,9 @@ def simulate(
     run_simulate(inputs, mode, devices, placement, output, plot, save_trace, expected_load)
 
 
-@with_inputs
+@with_groups
 def plan(
-    given: Mapping[str, Any],
+    given: SimOptions,
     target: Annotated[float, typer.Option(min=0, max=1, help="Share of requests with TTFT in time.")] = 0.99,
     target_tpot: Annotated[float, typer.Option(min=0, max=1, help="The same of TPOT.")] = 0.99,
     mode: Annotated[

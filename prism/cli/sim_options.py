@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from inspect import Parameter, Signature, signature
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -83,40 +82,26 @@ Spread = Annotated[
 ]
 
 
-def _inputs(
-    trace: Trace = None,
-    models: Models = None,
-    rate_scale: RateScale = 1.0,
-    profile: Profile = "h100",
-    config: Config = None,
-    memory: Memory = None,
-    lanes: Lanes = None,
-    slo_scale: SloScale = 5.0,
-    seed: Seed = 0,
-    num_models: NumModels = 8,
-    rate: Rate = 4.0,
-    duration: Duration = 600.0,
-    alpha: Alpha = 2.1,
-    cv: Cv = 1.0,
-    on: On = 0.0,
-    off: Off = 0.0,
-    prompt: Prompt = 300.0,
-    answer: Answer = 120.0,
-    spread: Spread = 1.0,
-) -> None:
-    """What `with_inputs` adds."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimOptions:
+    """What both are given."""
 
-
-def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with these options behind its own; as its first argument it gets their values by name."""
-    _, *own = signature(command, eval_str=True).parameters.values()
-    shared = signature(_inputs, eval_str=True).parameters.values()
-
-    def run(**options: Any) -> None:
-        command({each.name: options.pop(each.name) for each in shared}, **options)
-
-    together = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in (*own, *shared)]
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__annotations__ = {each.name: each.annotation for each in together}
-    run.__signature__ = Signature(together)  # type: ignore[attr-defined]  # what typer reads
-    return run
+    trace: Trace = None
+    models: Models = None
+    rate_scale: RateScale = 1.0
+    profile: Profile = "h100"
+    config: Config = None
+    memory: Memory = None
+    lanes: Lanes = None
+    slo_scale: SloScale = 5.0
+    seed: Seed = 0
+    num_models: NumModels = 8
+    rate: Rate = 4.0
+    duration: Duration = 600.0
+    alpha: Alpha = 2.1
+    cv: Cv = 1.0
+    on: On = 0.0
+    off: Off = 0.0
+    prompt: Prompt = 300.0
+    answer: Answer = 120.0
+    spread: Spread = 1.0

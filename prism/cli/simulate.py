@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from prism.config import parse_size
+from prism.cli.sim_options import SimOptions
 from prism.errors import ConfigError
+from prism.fields import parse_size
 from prism.modes import Mode
-from prism.outputs import check_output
+from prism.outputs import PLOT_ENDINGS, check_output
 from prism.sim.cluster import Cluster
 from prism.sim.generate import Synthetic
 from prism.sim.inputs import (
@@ -29,7 +31,7 @@ from prism.sim.inputs import (
     read_workload,
 )
 from prism.sim.plan import Plan, Planner, Target, Trial
-from prism.sim.plots import plot_attainment, plot_models
+from prism.sim.plots import need_matplotlib, plot_attainment, plot_models
 from prism.sim.report import report
 from prism.sim.trace import TraceRow, write_trace
 
@@ -41,34 +43,36 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def simulation_inputs(options: Mapping[str, Any], is_stepping: bool = False) -> Inputs:
-    """From the options that both commands have; see `sim_options`. Their minima let infinity through."""
-    endless = [name for name, value in options.items() if isinstance(value, float) and not isfinite(value)]
+def simulation_inputs(options: SimOptions, is_stepping: bool = False) -> Inputs:
+    """From the options that both commands have. Their minima let infinity through."""
+    endless = [
+        name for name, value in asdict(options).items() if isinstance(value, float) and not isfinite(value)
+    ]
     if endless:
         raise ConfigError([f"--{name.replace('_', '-')} must be finite" for name in endless])
     synthetic = Synthetic(
-        models=options["num_models"],
-        rate=options["rate"],
-        duration=options["duration"],
-        alpha=options["alpha"],
-        cv=options["cv"],
-        on=options["on"],
-        off=options["off"],
-        prompt=options["prompt"],
-        output=options["answer"],
-        spread=options["spread"],
+        models=options.num_models,
+        rate=options.rate,
+        duration=options.duration,
+        alpha=options.alpha,
+        cv=options.cv,
+        on=options.on,
+        off=options.off,
+        prompt=options.prompt,
+        output=options.answer,
+        spread=options.spread,
     )
     return Inputs(
-        trace=options["trace"],
+        trace=options.trace,
         synthetic=synthetic,
-        models=options["models"],
-        profile=options["profile"],
-        config=options["config"],
-        memory=_size(options["memory"]),
-        lanes=options["lanes"],
-        rate_scale=options["rate_scale"],
-        slo_scale=options["slo_scale"],
-        seed=options["seed"],
+        models=options.models,
+        profile=options.profile,
+        config=options.config,
+        memory=_size(options.memory),
+        lanes=options.lanes,
+        rate_scale=options.rate_scale,
+        slo_scale=options.slo_scale,
+        seed=options.seed,
         is_stepping=is_stepping,
     )
 
@@ -100,7 +104,9 @@ def run_simulate(
         raise ConfigError(
             ["--expected-load is for mode prism without --placement: nothing else moves by load"]
         )
-    _check_outputs(output, plot, save_trace)
+    _check_outputs(output, plot)
+    if save_trace is not None:
+        check_output("--save-trace", save_trace)
     profile = open_profile(inputs.profile)
     load = read_workload(inputs, profile)
     if save_trace is not None:
@@ -133,11 +139,13 @@ def _run(
     return report(cluster.load, placed, cluster.setup, results)
 
 
-def _check_outputs(*paths: Path | None) -> None:
+def _check_outputs(output: Path | None, plot: Path | None) -> None:
     """Before anything runs."""
-    for path in paths:
-        if path is not None:
-            check_output(path)
+    if output is not None:
+        check_output("--output", output)
+    if plot is not None:
+        check_output("--plot", plot, PLOT_ENDINGS)
+        need_matplotlib()
 
 
 def _save_rows(rows: Sequence[TraceRow], path: Path) -> None:

@@ -12,6 +12,7 @@ from prism.sim.ticks import to_seconds
 from prism.types import LAST_RANK, ModelId, ModelState, Rank
 from prism.worker import reclaim
 from prism.worker.foresight import RecentDemand
+from prism.worker.growth import ask_in_order, take_or_need
 from prism.worker.snapshot import Holding, MemorySnapshot, Need, Running
 
 TYPICAL_PROMPT = 1024
@@ -60,29 +61,19 @@ class Memory:
 
     def ensure_kv(self, model: SimModel, wants: Sequence[Want], now: int) -> None:
         """Free blocks for what a model's sequences want, as far as memory and their ranks allow."""
-        num_blocks = 0
-        refused: Rank | None = None
-        for want in wants:
-            num_blocks += want.num_blocks
-            may_ask = refused is None or want.rank < refused
-            if may_ask and not self._raise(model, num_blocks, want.rank, now):
-                refused = want.rank
+        ask_in_order(wants, lambda num_blocks, rank: self._raise(model, num_blocks, rank, now))
 
     def _raise(self, model: SimModel, num_blocks: int, rank: Rank, now: int) -> bool:
-        per_slab = model.layout.blocks_per_slab
+        limit, per_slab = model.kv_limit, model.layout.blocks_per_slab
         while (lacking := num_blocks - model.free_blocks) > 0:
-            missing = -(-lacking // per_slab)
-            spare = self.free - self._reserved(model)
-            room = missing if model.kv_limit is None else model.kv_limit - model.kv_slabs
-            count = min(missing, room, spare)
-            if count > 0:
-                self.free -= count
-                model.kv_slabs += count
+            room, spare = None if limit is None else limit - model.kv_slabs, self.free - self._reserved(model)
+            step = take_or_need(model.name, lacking, per_slab, spare=spare, room=room, rank=rank)
+            if isinstance(step, Need):
+                if not self._give(step, now):
+                    return False
                 continue
-            reserved = max(0, -spare)
-            need = Need(model.name, missing, rank, for_weights=False, blocks=lacking, reserved=reserved)
-            if not self._give(need, now):
-                return False
+            self.free -= step
+            model.kv_slabs += step
         return True
 
     def ensure_weights(self, model: SimModel, now: int) -> bool:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from prism.errors import ConfigError
 
 
+def need_matplotlib() -> None:
+    """Raises `ConfigError` without it."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError(["--plot needs matplotlib: pip install 'prism-serve[bench]'"])
+
+
 def _figure(columns: int) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(["plots need matplotlib: pip install matplotlib, or leave --plot out"]) from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.5 * columns, 4), layout="constrained")
     return figure, figure.subplots(1, columns, sharey=True)
 

@@ -13,12 +13,7 @@ from prism.sim.model import SimModel
 from prism.sim.modes import Limits
 from prism.sim.ticks import NEVER, to_seconds, to_ticks
 from prism.types import ModelId, ModelState, Rank
-from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, Runnable, WaitingRequest
-
-FAR = 1e6
-"""Seconds to a deadline when there are none: their order is then that of arrival."""
-MOST_DECODING = 0.9
-"""Of a device's time, when prompts are estimated beside decodes."""
+from prism.worker.snapshot import FAR, MOST_DECODES, AdmissionSnapshot, ModelLoad, Runnable, WaitingRequest
 
 
 def admission_snapshot(
@@ -129,7 +124,7 @@ def _stretch(models: Iterable[SimModel]) -> float:
         if model.decodes.size:
             decode = model.served.costs.steps.decode(model.decodes.size, model.decodes.context)
             share += decode / model.served.slo.tpot
-    return 1.0 / (1.0 - min(share, MOST_DECODING))
+    return 1.0 / (1.0 - min(share, MOST_DECODES))
 
 
 def runnable(model: SimModel, rules: Rules) -> Runnable:

@@ -64,6 +64,12 @@ class Accounts:
         is_shared = len(waiting) > 1
         self.over_share = self._shares.over(self._pending(models.values())) if is_shared else frozenset()
 
+    def over_beside(self, tenant: TenantName, models: Mapping[str, Model]) -> frozenset[TenantName]:
+        """Who would be over its share if this tenant waited, too."""
+        if len(self.usage) < 2 or tenant is None:
+            return frozenset()
+        return self._shares.over(self._pending(models.values()), tenant)
+
     def report(self) -> list[TenantReport]:
         """All of them, in the order of the configuration."""
         if not self.tenants:

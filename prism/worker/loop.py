@@ -10,15 +10,14 @@ beside the loop and comes back as an event; steps are queued ahead (stepper.py).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import assert_never
 
-from prism.config import Config, DeviceConfig, ModelConfig
+from prism.config import Config, DeviceConfig
 from prism.costs import Costs
 from prism.engine.engine import EngineRequest
 from prism.engine.scheduler import Step
-from prism.errors import Overloaded, RequestError, Unavailable
+from prism.errors import RequestError, Unavailable
 from prism.memory.slabs import KvOwner
 from prism.messages import (
     Activate,
@@ -41,6 +40,7 @@ from prism.worker.commands import carry_out
 from prism.worker.cost_book import CostBook
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
+from prism.worker.endings import Endings
 from prism.worker.entry import check_submit
 from prism.worker.holdings import Holdings
 from prism.worker.host_chunks import Chunks
@@ -51,13 +51,13 @@ from prism.worker.outbox import Outbox
 from prism.worker.rate import MOST_SECONDS, CompletionRate
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
+from prism.worker.rescue import end_standstill
 from prism.worker.residency import Residency, load_error
+from prism.worker.snapshot import FAR
 from prism.worker.standstill import STANDSTILL_SECONDS, Standstill
 from prism.worker.stepper import Stepper
 from prism.worker.tenancy import Tenancy, settle_residents
-from prism.worker.views import FAR, admission_snapshot, estimate, kv_capacity_tokens
-
-log = logging.getLogger(__name__)
+from prism.worker.views import admission_snapshot, estimate, kv_capacity_tokens
 
 LEAST_PATIENCE = 0.05
 """Who lacks memory looks again after `min_residency`, when busy models may be evicted, but no sooner."""
@@ -95,17 +95,14 @@ class Worker:
         self.limits = config.limits
         self.max_batch_tokens = device_config.max_batch_tokens
         self.max_batch_size = device_config.max_batch_size
-        self.models = {
-            m.name: _new_model(m, device.slab_bytes, is_ours=_is_ours(m, name, len(config.devices)))
-            for m in config.models
-        }
+        self.models = _new_models(config, name, device.slab_bytes)
         self.requests = Requests()
         self.registrations = registrations
         self.host = HostKv(device, chunks)
         self.costs = CostBook(device.rates, calibrated or {})
         self.accounts = Accounts(config.server.tenants, self.requests, self.costs)
         self.rules = RULES[config.scheduling.mode]
-        self._tenancy = Tenancy(config.scheduling.quantum)
+        self.tenancy = Tenancy(config.scheduling.quantum, clock)
         self.owed_to_late = 0.0
         """Seconds that late requests may take before others (worker/admission.py)."""
         self._outbox = outbox
@@ -119,18 +116,27 @@ class Worker:
             device, jobs, outbox, fetch, link, registrations, self.host, clock, self.max_batch_size
         )
         self.residency.worker_id = name
-        self.holdings = Holdings(
-            device.pool,
+        self.holdings = self._make_holdings(config.scheduling.idle_threshold)
+        self.reclaimer = Reclaimer(device, self.models, self.holdings, self.evict, self.host)
+        self._stepper = self._make_stepper()
+        self._endings = Endings(self, self._delivery, self._stepper, clock)
+        if self.rules.is_resident:
+            settle_residents(self, index_of(name))
+
+    def _make_holdings(self, idle_threshold: float | None) -> Holdings:
+        return Holdings(
+            self.device.pool,
             self.models,
             self.requests,
             self.host,
             self.costs,
             min_residency=self.limits.min_residency,
-            idle_threshold=config.scheduling.idle_threshold,
+            idle_threshold=idle_threshold,
         )
-        self.reclaimer = Reclaimer(device, self.models, self.holdings, self.evict, self.host)
-        self._stepper = Stepper(
-            device,
+
+    def _make_stepper(self) -> Stepper:
+        return Stepper(
+            self.device,
             self.models,
             self.requests,
             self.reclaimer,
@@ -139,12 +145,10 @@ class Worker:
             self.rules,
             self._delivery,
             self,
-            clock,
+            self._clock,
             max_batch_tokens=self.max_batch_tokens,
             patience=self._patience,
         )
-        if self.rules.is_resident:
-            settle_residents(self, index_of(name))
 
     # --- events ---------------------------------------------------------------------------------------
 
@@ -154,23 +158,24 @@ class Worker:
         if earlier is not None:
             if earlier.submit.attempt >= submit.attempt:
                 return
-            self._end(earlier)
+            self._endings.end(earlier)
         expires = float("inf") if submit.resumed else submit.arrival + self.limits.max_wait
         ticket = Ticket(submit, gateway, expires)
         ticket.resumed = {choice.choice: choice for choice in submit.resumed}
-        if (model := self.models.get(submit.model)) is not None:
-            self.learn(model)
+        if (known := self.models.get(submit.model)) is not None:
+            self.learn(known)
         try:
             check_submit(self, ticket, self._clock())
         except RequestError as error:
             self._delivery.rejected(ticket, error)
             return
         deadline = submit.arrival + (submit.slo.ttft if self.rules.by_deadline else FAR)
-        ticket.queue_position, ticket.estimated_seconds = estimate(self, self.models[ticket.model], deadline)
-        self._note_return(self.models[ticket.model])
+        model = self.models[ticket.model]
+        ticket.queue_position, ticket.estimated_seconds = estimate(self, model, deadline, submit.tenant)
+        self._note_return(model)
         self.requests.add(ticket)
         self._needs_admission = True
-        self.residency.want(self.models[ticket.model])
+        self.residency.want(model)
 
     def _note_return(self, model: Model) -> None:
         """If the model was idle, for how long tells when it may come back another time."""
@@ -188,16 +193,15 @@ class Worker:
         ticket = self.requests.get(RequestId(cancel.request_id))
         if ticket is None or ticket.submit.attempt != cancel.attempt or ticket.gateway != gateway:
             return
-        if cancel.choice is not None:
-            self._drop_choice(ticket, cancel.choice)
-            if ticket.open_choices:
-                return
-        self._end(ticket)
+        if cancel.choice is None:
+            self._endings.end(ticket)
+        else:
+            self._endings.drop_choice(ticket, cancel.choice)
 
     def on_gateway_ended(self, gateway: GatewayId) -> None:
         """Nobody waits for its answers any more."""
         for ticket in self.requests.of_gateway(gateway):
-            self._end(ticket)
+            self._endings.end(ticket)
 
     def on_packed(self, model: str) -> None:
         """The agent holds a model's packed weights."""
@@ -214,7 +218,7 @@ class Worker:
         wanting = self.models[model]
         if wanting.state is ModelState.FETCHING:
             self.residency.fail(wanting, Unavailable(reason))
-            self.model_failed(wanting)
+            self._endings.model_failed(wanting)
 
     def on_job(self, event: JobEvent) -> None:
         """Something that ran beside the loop has ended."""
@@ -230,7 +234,7 @@ class Worker:
                 if self.registrations is not None:
                     self.registrations.prefer(likely_order(self.models.values()))
                 if model.state is ModelState.FAILED:
-                    self.model_failed(model)
+                    self._endings.model_failed(model)
                 self.capacities_changed()
             case Unloaded():
                 self.residency.unloaded(model, event)
@@ -261,43 +265,8 @@ class Worker:
         if has_more or self.is_device_busy:
             self._standstill.ended(now)
         else:
-            self._end_standstill(now)
+            end_standstill(self, self._standstill, self._endings, now)
         return self.device.backend.work_aside(ASIDE_SECONDS, urgent_only=has_more) or has_more
-
-    def _end_standstill(self, now: float) -> None:
-        """If nothing moves although it could, take all that was admitted off the device and begin again."""
-        admitted = [ticket for ticket in self.requests if ticket.is_running]
-        states = tuple(model.state for model in self.models.values())
-        moving = (ModelState.LOADING, ModelState.EVICTING)
-        if not admitted or any(state in moving for state in states):
-            self._standstill.ended(now)
-            return
-        drawn = sum(model.usage.decoded_tokens for model in self.models.values())
-        if not self._standstill.lasts((drawn, states, len(self.requests), len(admitted)), now):
-            return
-        log.error("nothing moves, beginning again: %s", self._outline(now))
-        for model in [m for m in self.models.values() if m.is_active and self.requests.of_model(m.name)]:
-            self.evict(model)
-            for ticket in self.requests.of_model(model.name):
-                if ticket.is_running:  # and no engine knows of it
-                    self._end(ticket)
-                    self._delivery.rejected(ticket, Unavailable("the request was lost; try again"))
-
-    def _outline(self, now: float) -> str:
-        """Who holds and who waits for what."""
-        parts = [f"{self.device.pool.num_free} slabs free, {self.device.pool.num_retiring} retiring"]
-        for model in self.models.values():
-            scheduler = None if model.engine is None else model.engine.scheduler
-            queued = ((), ()) if scheduler is None else (scheduler.running, scheduler.waiting)
-            sequences = [[(s.rank[1][:8], s.num_missing, s.num_pending) for s in each] for each in queued]
-            slabs = 0 if model.kv is None else model.kv.num_slabs
-            stalled = max(0.0, model.stalled_until - now)
-            parts.append(
-                f"{model.name} {model.state}, {slabs} slabs of KV, stalled for {stalled:.1f} s, "
-                f"early {model.early is not None}, runs {sequences[0]}, waits {sequences[1]}, "
-                f"requests {[t.request_id[:8] for t in self.requests.of_model(model.name)]}"
-            )
-        return "; ".join(parts)
 
     @property
     def is_device_busy(self) -> bool:
@@ -328,7 +297,7 @@ class Worker:
         self.residency.unmap_arenas()
         wanted = [m for m in self.models.values() if self.holdings.is_asked_for(m)]
         if self.rules.is_exclusive:
-            wanted = self._tenancy.wanted(self, now)
+            wanted = self.tenancy.wanted(self, now)
         for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
             before = model.state
             self.learn(model)
@@ -337,7 +306,7 @@ class Worker:
             if model.state is not before:
                 self._needs_admission = True
                 if model.state is ModelState.FAILED:
-                    self.model_failed(model)
+                    self._endings.model_failed(model)
         for model in self.models.values():
             if model.load is not None:
                 tickets = self.requests.of_model(model.name)
@@ -355,12 +324,7 @@ class Worker:
             self.device.backend.expect(model.engine.runner)
 
     def _admit(self, now: float) -> None:
-        for ticket in self.requests:
-            if ticket.submit.latest_end <= now:
-                self._end(ticket)
-                self._delivery.rejected(
-                    ticket, Unavailable("the request took longer than limits.request_timeout")
-                )
+        self._endings.look_for_overdue(now)
         if not self._needs_admission and not self._some_expired(now):
             return
         self._needs_admission = False
@@ -375,22 +339,12 @@ class Worker:
                         waiting.found_late(now)
                     self._enter(waiting)
                 case admission.Expire():
-                    self._end(waiting)
-                    self._delivery.rejected(waiting, self._expired(waiting))
+                    self._endings.expired(waiting)
                 case _:
                     assert_never(decision)
 
     def _some_expired(self, now: float) -> bool:
         return any(t.expires <= now for t in self.requests if not t.is_running and not t.is_started)
-
-    def _expired(self, ticket: Ticket) -> RequestError:
-        model = self.models[ticket.model]
-        if model.state is ModelState.FAILED:
-            return Unavailable(f"model {model.name} cannot be loaded: {model.error}", retry_after=5.0)
-        return Overloaded(
-            f"no capacity within limits.max_wait ({self.limits.max_wait:g} s)",
-            retry_after=self.queue_seconds(model),
-        )
 
     def _enter(self, ticket: Ticket) -> None:
         engine = self.models[ticket.model].engine
@@ -408,34 +362,12 @@ class Worker:
             )
         )
 
-    # --- ends and returns -----------------------------------------------------------------------------
-
-    def _end(self, ticket: Ticket) -> None:
-        """Forget a request, running or not; what it held goes back."""
-        model = self.models[ticket.model]
-        if ticket.is_running:
-            self._stepper.drop_early(model, half_launched_only=True)
-        self.requests.remove(ticket)
-        model.last_used = self._clock()
-        if ticket.is_running and model.engine is not None:
-            model.engine.cancel(ticket.request_id)
-            self.reclaimer.trim(model)
-        self.memory_changed()
+    # --- what others tell -----------------------------------------------------------------------------
 
     def request_completed(self, ticket: Ticket) -> None:
         """Its last token has been drawn and will be sent."""
         self._rate.completed(self._clock())
-        self._end(ticket)
-
-    def _drop_choice(self, ticket: Ticket, choice: int) -> None:
-        if ticket.is_running:
-            self._stepper.drop_early(self.models[ticket.model], half_launched_only=True)
-        ticket.finish_choice(choice)
-        engine = self.models[ticket.model].engine
-        if ticket.is_running and engine is not None:
-            engine.cancel(ticket.request_id, choice)
-            self.reclaimer.trim(self.models[ticket.model])
-        self.memory_changed()
+        self._endings.end(ticket)
 
     def step_made(self, model: Model, step: Step) -> None:
         """It is charged to those whose requests are in it."""
@@ -459,37 +391,18 @@ class Worker:
         self.memory_changed()
 
     def return_requests(self, model: Model) -> None:
-        """Hand back whatever waits for a model that goes elsewhere; nothing of it runs any more."""
-        for ticket in self.requests.of_model(model.name):
-            self._end(ticket)
-            self._delivery.returned(ticket)
-
-    def model_failed(self, model: Model) -> None:
-        """Refuse what waits for a model that cannot be loaded."""
-        wait = max(1.0, model.retry_at - self._clock())
-        for ticket in self.requests.of_model(model.name):
-            self._end(ticket)
-            message = f"model {model.name} cannot be loaded: {model.error}"
-            self._delivery.rejected(ticket, Unavailable(message, retry_after=wait))
+        """Hand back whatever waits for a model that goes elsewhere."""
+        self._endings.give_back(model)
 
     def capacities_changed(self) -> None:
-        """Limits are others: what cannot fit any more ends now instead of waiting for room for ever."""
+        """Limits are others: longest contexts follow."""
         for model in self.models.values():
             capacity = self.max_len(model)
             if capacity is None:
                 continue
-            for ticket in self.requests.of_model(model.name):
-                if self._num_tokens(model, ticket) >= capacity:
-                    self._end(ticket)
-                    message = f"the KV limit of model {model.name} was lowered to {capacity} tokens"
-                    self._delivery.rejected(ticket, Unavailable(message))
+            self._endings.capacity_changed(model, capacity)
             if model.engine is not None:
                 model.engine.limit_context(capacity)
-
-    def _num_tokens(self, model: Model, ticket: Ticket) -> int:
-        if ticket.is_running and model.engine is not None:
-            return model.engine.num_tokens(ticket.request_id)
-        return len(ticket.submit.prompt) + ticket.num_resumed
 
     def requests_suspended(self, choices: dict[RequestId, list[ResumedChoice]]) -> None:
         """An eviction took these requests' place: they wait again, with what they had produced."""
@@ -531,16 +444,16 @@ def index_of(worker: str) -> int:
     return int(worker.removeprefix("worker-"))
 
 
-def _is_ours(model: ModelConfig, worker: WorkerId, num_devices: int) -> bool:
-    """The configuration leaves no choice; else the controller says who is to load it."""
-    return num_devices == 1 or model.device == index_of(worker)
-
-
-def _new_model(config: ModelConfig, slab_bytes: Bytes, *, is_ours: bool) -> Model:
-    return Model(
-        config=config,
-        kv_floor=slabs_up(config.memory.floor, slab_bytes),
-        kv_limit=limit_slabs(config.memory.limit, slab_bytes),
-        pinned=config.pinned,
-        is_wanted=is_ours and (config.pinned or config.preload),
-    )
+def _new_models(config: Config, worker: WorkerId, slab_bytes: Bytes) -> dict[str, Model]:
+    """Cold. Those for which there is no other device are wanted; else the controller says who loads."""
+    return {
+        each.name: Model(
+            config=each,
+            kv_floor=slabs_up(each.memory.floor, slab_bytes),
+            kv_limit=limit_slabs(each.memory.limit, slab_bytes),
+            pinned=each.pinned,
+            is_wanted=(each.pinned or each.preload)
+            and (len(config.devices) == 1 or each.device == index_of(worker)),
+        )
+        for each in config.models
+    }

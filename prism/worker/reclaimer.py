@@ -12,6 +12,7 @@ from prism.types import LaneId, ModelId, Rank, SlabId
 from prism.worker import reclaim
 from prism.worker.device import Device
 from prism.worker.foresight import RecentDemand
+from prism.worker.growth import ask_in_order, take_or_need
 from prism.worker.holdings import Holdings
 from prism.worker.host_kv import HostKv
 from prism.worker.models import Model
@@ -51,56 +52,27 @@ class Reclaimer:
     # --- getting memory -----------------------------------------------------------------------------
 
     def ensure_kv(self, model: Model, wants: Sequence[Want], now: float) -> None:
-        """Free blocks for what a model's sequences want, as far as memory and their ranks allow.
-
-        Each asks with its own rank for itself and those before it: a young one in the company of an old one
-        would take memory from others that are older, and they would take it back. Behind one that is refused
-        only older ones ask: those that run come first, and who waits may be older.
-        """
+        """Free blocks for what a model's sequences want, as far as memory and their ranks allow."""
         kv = model.kv
         assert kv is not None
-        if sum(want.num_blocks for want in wants) <= kv.num_free:
-            return
-        num_blocks = 0
-        refused: Rank | None = None
-        for want in wants:
-            num_blocks += want.num_blocks
-            may_ask = refused is None or want.rank < refused
-            if may_ask and not self._raise(model, num_blocks, want.rank, now):
-                refused = want.rank
+        if sum(want.num_blocks for want in wants) > kv.num_free:
+            ask_in_order(wants, lambda num_blocks, rank: self._raise(model, num_blocks, rank, now))
 
     def _raise(self, model: Model, num_blocks: int, rank: Rank, now: float) -> bool:
         """Raise a model's free blocks to `num_blocks`; whether they suffice."""
-        kv = model.kv
+        kv, limit = model.kv, model.kv_limit
         assert kv is not None and model.lane is not None
-        while (blocks := num_blocks - kv.num_free) > 0:
-            missing = -(-blocks // kv.layout.blocks_per_slab)
-            if self._grow(model, missing):
+        lane, per_slab = model.lane.lane_id, kv.layout.blocks_per_slab
+        while (lacking := num_blocks - kv.num_free) > 0:
+            room, spare = None if limit is None else limit - kv.num_slabs, self._spare(model, lane)
+            step = take_or_need(model.name, lacking, per_slab, spare=spare, room=room, rank=rank)
+            if isinstance(step, Need):
+                if not self._give(model, step, now):
+                    return False
                 continue
-            lacking = max(0, -self._spare(model, model.lane.lane_id))
-            slabs = max(1, self._within_limit(model, missing))
-            need = Need(model.name, slabs, rank, for_weights=False, blocks=blocks, reserved=lacking)
-            if not self._give(model, need, now):
-                return False
+            for slab in self._pool.take(KvOwner(model.name), step, lane):
+                kv.add_slab(slab)
         return True
-
-    def _grow(self, model: Model, count: int) -> bool:
-        """Take free slabs that no older need is waiting for, within the model's limit."""
-        kv = model.kv
-        assert kv is not None
-        assert model.lane is not None
-        lane = model.lane.lane_id
-        count = min(self._within_limit(model, count), self._spare(model, lane))
-        if count <= 0:
-            return False
-        for slab in self._pool.take(KvOwner(model.name), count, lane):
-            kv.add_slab(slab)
-        return True
-
-    def _within_limit(self, model: Model, count: int) -> int:
-        """So many slabs more, or those that the model's limit leaves."""
-        assert model.kv is not None
-        return count if model.kv_limit is None else min(count, model.kv_limit - model.kv.num_slabs)
 
     def _spare(self, model: Model, lane: LaneId) -> int:
         """Slabs that the model may take: none that an older need waits for. Negative if that lacks some."""

@@ -19,6 +19,7 @@ waits for the link, not for the others, and earns as little as one that idles.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import inf, nextafter
 
 TenantName = str | None
 """None is everybody where no API keys are configured."""
@@ -50,8 +51,16 @@ class Shares:
             self.accounts[tenant] = max(least, self.accounts.get(tenant, 0.0))
         self.accounts = {t: used for t, used in self.accounts.items() if t in waiting or used > least}
 
-    def over(self, pending: Mapping[TenantName, float]) -> frozenset[TenantName]:
-        """Who is over its share. `pending` is what engines hold and have not computed, as in accounts."""
-        used = {t: self.accounts.get(t, 0.0) + pending.get(t, 0.0) for t in self._waiting}
+    def over(self, pending: Mapping[TenantName, float], newcomer: TenantName = None) -> frozenset[TenantName]:
+        """Who is over its share. `pending` is what engines hold and have not computed, as in accounts.
+
+        With a `newcomer`: who would be if that tenant waited as well, lifted as `wait` does it, and when
+        those that are even with it have had the next step.
+        """
+        accounts = {t: self.accounts.get(t, 0.0) for t in self._waiting}
+        if newcomer is not None and accounts:
+            least = min(accounts.values())
+            accounts.setdefault(newcomer, max(nextafter(least, -inf), self.accounts.get(newcomer, -inf)))
+        used = {t: seconds + pending.get(t, 0.0) for t, seconds in accounts.items()}
         least = min(used.values(), default=0.0)  # 4
         return frozenset(tenant for tenant, seconds in used.items() if seconds > least)

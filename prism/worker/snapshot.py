@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from prism.costs import StepCosts
 from prism.types import ModelId, ModelState, Rank, RequestId
 
+FAR = 1e6
+"""Seconds to a deadline where there are none: their order is then that of arrival."""
+MOST_DECODES = 0.9
+"""Share of the time that decodes are thought to take at most: beyond, prompts get what they can."""
+
 
 @dataclass(frozen=True, slots=True)
 class WaitingRequest:

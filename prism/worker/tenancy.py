@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from prism.errors import DeviceTooSmall
@@ -9,7 +11,9 @@ from prism.modes import kv_shares, least_kv
 from prism.types import ModelId
 from prism.worker import timeshare
 from prism.worker.models import Model
-from prism.worker.timeshare import Contender
+from prism.worker.requests import Ticket
+from prism.worker.timeshare import Contender, Present, Queue, Waiting
+from prism.worker.views import ready_in, waiting_request
 
 if TYPE_CHECKING:
     from prism.worker.loop import Worker
@@ -49,8 +53,9 @@ def settle_residents(worker: Worker, device: int) -> None:
 class Tenancy:
     """Mode timeshare: which model has the device, and since when."""
 
-    def __init__(self, quantum: float) -> None:
+    def __init__(self, quantum: float, clock: Callable[[], float]) -> None:
         self._quantum = quantum
+        self._clock = clock
         self._tenant: ModelId | None = None
         self._since = 0.0
 
@@ -71,6 +76,49 @@ class Tenancy:
         if not tenant.is_active:
             self._since = now  # its time begins when it is there
         return [tenant] if tenant.is_wanted or worker.requests.of_model(choice.model) else []
+
+    def starts_in(self, worker: Worker, model: Model, arrival: float) -> float:
+        """Seconds until a request of this model that came then, behind all that wait for it, would start."""
+        queues = {each.name: _queue(worker, each) for each in worker.models.values()}
+        own = queues[model.name]
+        queues[model.name] = replace(own, waiting=(*own.waiting, Waiting(arrival, 0.0, 0.0)))
+        name, coming, left = self._tenant, 0.0, self._quantum
+        if name is not None and worker.models[name].is_active:
+            left -= self._clock() - self._since
+        elif name is not None:
+            coming = queues[name].activation
+        present = Present(name, 0.0 if name is None else _running_seconds(worker, worker.models[name]), left)
+        batch = worker.max_batch_size
+        return coming + timeshare.starts_in(queues, present, self._quantum, batch, model.name)
+
+
+def _queue(worker: Worker, model: Model) -> Queue:
+    """Those that wait run together, as many as a batch has."""
+    tickets = [ticket for ticket in worker.requests.of_model(model.name) if not ticket.is_running]
+    batch = min(len(tickets), worker.max_batch_size)
+    decodes = _decode_seconds(worker, model, tickets, batch) / max(1, batch)
+    waiting = []
+    for ticket in tickets:
+        request = ticket.waiting or waiting_request(worker, ticket)
+        waiting.append(Waiting(request.arrival, request.seconds, decodes))
+    return Queue(sorted(waiting), ready_in(worker, model))
+
+
+def _running_seconds(worker: Worker, model: Model) -> float:
+    """Until what runs has ended, if no more comes."""
+    running = [ticket for ticket in worker.requests.of_model(model.name) if ticket.is_running]
+    return _decode_seconds(worker, model, running, len(running))
+
+
+def _decode_seconds(worker: Worker, model: Model, tickets: Sequence[Ticket], batch: int) -> float:
+    """Of a batch of such requests: steps for what one of them is expected to draw, by their means."""
+    costs = worker.costs.of(model.name)
+    if costs is None or not tickets:
+        return 0.0
+    context = sum(len(ticket.submit.prompt) for ticket in tickets) / len(tickets)
+    most = sum(ticket.submit.params.max_tokens for ticket in tickets) / len(tickets)
+    steps = min(model.output_lengths.expected_rest, most)
+    return steps * costs.steps.decode(batch, round(batch * context))
 
 
 def _contender(worker: Worker, model: Model) -> Contender:

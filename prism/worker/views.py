@@ -15,6 +15,8 @@ from prism.worker.lanes import Lane
 from prism.worker.models import Model
 from prism.worker.requests import Requests, Ticket
 from prism.worker.snapshot import (
+    FAR,
+    MOST_DECODES,
     AdmissionSnapshot,
     Arrival,
     ModelLoad,
@@ -26,11 +28,6 @@ from prism.worker.snapshot import (
 if TYPE_CHECKING:
     from prism.worker.loop import Worker
 
-FAR = 1e6
-"""Seconds to a deadline where there are none: their order is then that of arrival."""
-MOST_DECODES = 0.9
-"""Share of the time that decodes are thought to take at most: beyond, prompts get what they can."""
-
 
 def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
     """Waiting requests and the room that models have for them."""
@@ -38,7 +35,7 @@ def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
     active = _active(worker)
     by_deadline = worker.rules.by_deadline
     return AdmissionSnapshot(
-        waiting=tuple(t.waiting or _waiting(worker, t) for t in worker.requests if not t.is_running),
+        waiting=tuple(t.waiting or waiting_request(worker, t) for t in worker.requests if not t.is_running),
         models={ModelId(m.name): _load(worker, m) for m in worker.models.values()},
         num_running_requests=len(running),
         alone_is_running=any(ticket.submit.alone for ticket in running),
@@ -71,25 +68,32 @@ class Estimate(NamedTuple):
     seconds: float
 
 
-def estimate(worker: Worker, model: Model, deadline: float) -> Estimate:
+def estimate(worker: Worker, model: Model, deadline: float, tenant: str | None = None) -> Estimate:
     """For a request of this deadline: its place among those that wait, and when it would start.
 
     It starts when its model is there, and when the prompts before it have been computed beside the decodes.
-    What memory is lacking for is not known.
+    Those of tenants over their share come behind the others. What memory is lacking for is not known.
     """
     active, ahead, seconds = _active(worker), 0, 0.0
+    over = worker.accounts.over_beside(tenant, worker.models)
+    own = (tenant in over, deadline)
     for ticket in worker.requests:
         if not ticket.is_running:
-            waiting = ticket.waiting or _waiting(worker, ticket)
-            if waiting.deadline <= deadline:
+            waiting = ticket.waiting or waiting_request(worker, ticket)
+            if (waiting.tenant in over, waiting.deadline) <= own:
                 ahead += 1
                 seconds += waiting.seconds
     work = (_busy(worker, active) + seconds) * _stretch(worker, active)
+    if worker.rules.is_exclusive:
+        return Estimate(ahead + 1, worker.tenancy.starts_in(worker, model, deadline - FAR))
     return Estimate(ahead + 1, max(ready_in(worker, model), work))
 
 
-def _waiting(worker: Worker, ticket: Ticket) -> WaitingRequest:
-    """Made once for each wait: nothing in it changes meanwhile but how well costs and outputs are known."""
+def waiting_request(worker: Worker, ticket: Ticket) -> WaitingRequest:
+    """As admission sees it; made once for each wait.
+
+    Nothing in it changes meanwhile but how well costs and outputs are known.
+    """
     submit = ticket.submit
     profile, costs = worker.models[ticket.model].profile, worker.costs.of(ticket.model)
     tokens = len(submit.prompt) + ticket.num_resumed + 1

@@ -92,6 +92,9 @@ def test_nobody_answers(trace: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "3 times: cannot connect" in out
 
 
+SYNTHETIC = ("--dataset-name", "synthetic", "--request-rate", "1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -99,21 +102,74 @@ def test_nobody_answers(trace: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("--goodput", "ttft:1", "tpot:x"), "--goodput tpot:x: must be NAME:MILLISECONDS"),
         (("ttft:1",), "unexpected ttft:1"),
         (("--dataset-name", "synthetic"), "synthetic needs --request-rate"),
-        (("--request-rate", "0"), "--request-rate must be positive"),
+        (("--request-rate", "0"), "--request-rate must be at least 0.000001, or inf"),
         (("--percentile-metrics", "ttft,x"), "--percentile-metrics knows ttft, tpot, itl, e2el, not x"),
         (("--result-dir", "/x"), "--result-dir and --result-filename go with --save-result"),
         (("--token-ids", "7"), "--token-ids 7: must be LOW:HIGH"),
         (("--slo-scale", "3"), "--slo-scale goes with --slo-from"),
         (("--alpha", "3"), "--duration, --alpha, --on, --off and --length-spread go with"),
         (("--baseline", "b.json", "--html", "r.html"), "--baseline writes a baseline alone"),
-        (("--baseline", "/nowhere/b.json"), "--baseline /nowhere/b.json: there is no such folder"),
+        (("--baseline", "/nowhere/b.json"), "--baseline /nowhere/b.json: there is no folder /nowhere"),
+        (("--html", "r.unknown"), "--html r.unknown: must end with .html or .htm"),
+        (("--html", "/nowhere/r.html"), "--html /nowhere/r.html: there is no folder /nowhere"),
+        (("--html", "/proc/r.html"), "--html /proc/r.html: cannot be written"),
+        (("--save-result", "--result-dir", "/proc/r"), "--result-dir /proc/r: cannot be made"),
+        (("--save-result", "--result-filename", "no/r"), "--result-filename no/r: there is no folder no"),
         (("--header", "a"), "--header a: must be NAME=VALUE"),
         (("--extra-body", "[]"), "--extra-body: must be a JSON object"),
-        (("--base-url", "nowhere"), "model default: nowhere is no http or https address"),
+        (("--base-url", "nowhere"), "--base-url nowhere: is no http or https address"),
+        (("--base-url", "http://h:port"), "--base-url http://h:port: Port could not be cast"),
+        (("--base-url", "http://h/a b"), "--base-url http://h/a b: holds characters that no address has"),
+        (("--endpoint", "v1/x"), "--endpoint v1/x: must be a path that begins with /"),
+        (("--endpoint", "/v1/x y"), "--endpoint /v1/x y: must be a path that begins with /"),
+        (("--request-rate", "nan"), "--request-rate must be at least 0.000001, or inf"),
+        (("--request-rate", "-inf"), "--request-rate must be at least 0.000001, or inf"),
+        (("--burstiness", "inf"), "--burstiness must be from 0.01 to 1e+06"),
+        (("--burstiness", "nan"), "--burstiness must be from 0.01 to 1e+06"),
+        (("--burstiness", "0"), "--burstiness must be from 0.01 to 1e+06"),
+        (("--rate-scale", "inf"), "--rate-scale must be from 1e-06 to 1e+06"),
+        (("--time-scale", "nan"), "--time-scale must be from 1e-06 to 1e+06"),
+        (("--timeout", "-1"), "--timeout must be from 0.001 to 1e+06"),
+        (("--temperature", "nan"), "--temperature must be from 0 to 100"),
+        (("--seed", "-1"), "--seed must not be negative"),
+        ((*SYNTHETIC, "--duration", "-5"), "--duration must be from 0.001 to 1e+08"),
+        ((*SYNTHETIC, "--on", "-1"), "--on must be from 0 to 1e+08"),
+        ((*SYNTHETIC, "--off", "inf"), "--off must be from 0 to 1e+08"),
+        ((*SYNTHETIC, "--alpha", "inf"), "--alpha must be from 1.01 to 1e+06"),
+        (("--dataset-name", "trace", "--dataset-path", "/no.csv"), "--dataset-path /no.csv: cannot be read"),
+        (("--dataset-name", "trace", "--dataset-path", "/proc"), "--dataset-path /proc: cannot be read"),
+        (("--models", "/no.yaml"), "--models /no.yaml: "),
+        (("--slo-from", "/no.json"), "--slo-from /no.json: "),
     ],
 )
 def test_mistakes_are_told_before_anything_is_sent(
-    arguments: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...],
+    problem: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("prism.bench.run._replay", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr("prism.bench.run._measure_baseline", lambda *_: pytest.fail("it has begun"))
     assert bench(*arguments) == 2
     assert f"error: {problem}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("x: {}\ny: {}", "model z of the trace is not in the models file"),
+        ("x: {}\ny: {}\nz: {endpoint: v1}", "model z: endpoint v1: must be a path that begins with /"),
+        ("x: {}\ny: {}\nz: {base_url: h}", "model z: base-url h: is no http or https address"),
+        ("x: {}\ny: {}\nz: {ttft: .nan}", "model z: ttft: must be a positive time"),
+        ("x: {colour: 1}", "Object contains unknown field `colour`"),
+        ("x: [", "not valid YAML: line 1, column 5: "),
+        ("{}", "names no model"),
+    ],
+)
+def test_mistakes_of_a_models_file_name_the_option(
+    text: str, problem: str, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(text)
+    assert bench("--dataset-name", "trace", "--dataset-path", trace, "--models", path) == 2
+    assert capsys.readouterr().err.startswith(f"error: --models {path}: {problem}")

@@ -67,3 +67,11 @@ def test_a_plan_begins_with_the_first_arrival() -> None:
 )
 def test_what_is_too_long_is_shortened(asked: tuple[int, int], given: tuple[int, int]) -> None:
     assert clip(*asked, 100) == given
+
+
+def test_the_shortest_bursts_have_times() -> None:
+    """A gap of so small a shape may be zero, and the rate was divided by it."""
+    shortest = replace(TRAFFIC, num_requests=1, burstiness=0.01)
+    for seed in range(3000):
+        (row,) = steady(shortest, ["a"], seed)
+        assert 0 <= row.arrival <= 1.01 / TRAFFIC.rate

@@ -82,9 +82,12 @@ def test_what_cannot_be_written_is_told_before_anything_runs(
     """It was told behind a search that may take hours."""
     monkeypatch.setattr("prism.cli.simulate.read_workload", lambda *_: pytest.fail("it has begun"))
     (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "file" / "below"):
+    for path in (tmp_path / "new" / "x.png", tmp_path / "file" / "below.png", Path("/proc/x.png")):
         assert run(*command, *SMALL, option, str(path)) == 2
-        assert str(path) in capsys.readouterr().err
+        assert capsys.readouterr().err.startswith(f"error: {option} {path}: ")
+    if option == "--plot":
+        assert run(*command, *SMALL, option, str(tmp_path / "x.unknown")) == 2
+        assert "x.unknown: must end with .png, .svg, .pdf, .jpg or .webp" in capsys.readouterr().err
 
 
 def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

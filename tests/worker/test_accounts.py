@@ -47,6 +47,18 @@ def test_the_requests_of_a_flood_wait_for_those_of_others(local: LocalWorker) ->
     assert len(local.outbox.finished) == 45
 
 
+def test_a_request_is_told_its_place_among_tenants(local: LocalWorker) -> None:
+    """Shares were no part of it: who was within its own was told that a flood came first."""
+    flood(local, 30)
+    local.run(until=lambda: len(local.outbox.started) > 8)
+    local.submit("l", "m", [60] * 40, 8, tenant="light", weight=3.0)
+    local.submit("more", "m", [61] * 40, 8, tenant="flood")
+    local.run()
+    first, last = local.outbox.started["l"], local.outbox.started["more"]
+    assert first.queue_position == 1 and last.queue_position > 10
+    assert first.estimated_seconds < last.estimated_seconds
+
+
 def test_with_the_device_to_itself_a_tenant_is_served_as_if_there_were_no_others(local: LocalWorker) -> None:
     flood(local, 20)
     local.run()

@@ -11,6 +11,7 @@ import pytest
 from prism.messages import Activate
 from prism.modes import kv_shares, least_kv
 from prism.types import MiB, ModelState
+from prism.worker.views import estimate
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.local_worker import LocalWorker
 
@@ -165,6 +166,31 @@ def test_in_timeshare_a_quantum_ends_what_would_go_on_for_ever(start: Any) -> No
             break
     assert ("other", 0) in local.outbox.finished
     local.run()
+
+
+def test_in_timeshare_a_request_is_told_when_its_models_turn_comes(start: Any) -> None:
+    """It was told what lay before it as if all models ran, and nothing of the quantum."""
+    local = start("timeshare", 12, A, B, quantum=1.0)
+    for i in range(9):
+        local.submit(f"a{i}", A, [1 + i] * 100, max_tokens=200)
+    local.run(until=lambda: "a0" in local.outbox.started)
+    local.worker.max_batch_size = 1
+    for i in range(9):
+        local.submit(f"later{i}", A, [10 + i] * 100, max_tokens=200)
+    worker, other = local.worker, local.worker.models[B]
+    estimates = []
+    for seconds in (0.0, 2.0):
+        local.now += seconds
+        estimates.append(
+            (estimate(worker, other, 1e9).seconds, estimate(worker, worker.models[A], 1e9).seconds)
+        )
+    (b_now, a_now), (b_later, a_later) = estimates
+    assert b_now > a_now > 0, "all of A's go first"
+    assert 0 < b_later < b_now, "A's quantum has passed: it ends what it runs"
+    local.submit("b", B, [1, 2], max_tokens=2)
+    assert estimate(worker, worker.models[A], 1e9).seconds > a_later, "B waits, so A's come after its turn"
+    local.run()
+    assert local.outbox.started["b"].estimated_seconds == pytest.approx(b_later, rel=0.5)
 
 
 def test_a_request_that_waits_is_told_its_place(start: Any) -> None:

@@ -35,6 +35,19 @@ def test_what_is_used_counts_by_weight_while_somebody_waits() -> None:
     assert shares.over({"a": 1.0}) == {"a"}, "what engines hold of it counts, too"
 
 
+def test_who_would_be_over_beside_a_newcomer() -> None:
+    shares = Shares()
+    assert shares.over({"a": 1.0}, "new") == set(), "nobody waits"
+    shares.wait({"a"})
+    shares.charge("a", 1.0, 3.0)
+    assert shares.over({"a": 1.0}, "new") == {"a"}, (
+        "it is lifted to a's account, and engines hold nothing of it"
+    )
+    assert shares.over({"new": 1.0}, "new") == {"new"}
+    assert shares.over({"a": 1.0}, "a") == shares.over({"a": 1.0}) == set()
+    assert shares.accounts == {"a": 3.0}, "asking changes nothing"
+
+
 def test_idling_earns_nothing() -> None:
     shares = Shares()
     shares.wait({"a", "b"})

@@ -1,0 +1,326 @@
+"""Plots of the results that are committed in a benchmark's folder.
+
+Usage: python benchmarks/plot.py [engine] [activation] ...    writes FOLDER/plot.png; all without a name
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+HERE = Path(__file__).parent
+H200 = "one NVIDIA H200"
+SHAPES = {"8b": "Llama-3-8B shape", "1b": "Llama-3.2-1B shape"}
+BLUE, GREY, ORANGE, GREEN = "#2b6cb0", "#a0aec0", "#dd6b20", "#2f855a"
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+HEIGHT = 3.0
+
+
+def read(folder: str, name: str) -> Any:
+    return json.loads((HERE / folder / name).read_text(encoding="utf-8"))
+
+
+def figure(title: str, widths: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """Axes side by side, each as wide as is said, in inches."""
+    made = Figure(figsize=(sum(widths), HEIGHT), dpi=110, layout="constrained")
+    made.suptitle(title, fontsize=11)
+    return made, list(made.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
+
+
+def bars(
+    axis: Axes, names: Sequence[str], series: Mapping[str, tuple[Sequence[float], str]], digits: str
+) -> None:
+    """Bars that lie, with their numbers behind them; `series` has values and a colour for each label."""
+    height = 0.8 / len(series)
+    for index, (label, (values, color)) in enumerate(series.items()):
+        places = [place + (index - (len(series) - 1) / 2) * height for place in range(len(names))]
+        drawn = axis.barh(places, values, 0.92 * height, label=label, color=color)
+        texts = [f"{value + 1e-9:{digits}}" for value in values]  # halves are rounded up, as in the tables
+        axis.bar_label(drawn, texts, padding=2, fontsize=8)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.margins(x=0.18)
+
+
+def legend(made: Figure, axis: Axes) -> None:
+    """One for all axes, below them."""
+    made.legend(
+        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
+
+
+def engine() -> Figure:
+    results = read("engine", "results-h200-2026-11-26.json")
+    made, (floor, offline, together) = figure(f"The engine on {H200}, bf16", (3.6, 3.6, 4.2))
+    for shape, color in (("8b", BLUE), ("1b", ORANGE)):
+        steps = results[f"decode_{shape}"]
+        floor.plot(
+            [s["batch"] for s in steps], [s["x_floor"] for s in steps], "o-", color=color, label=SHAPES[shape]
+        )
+    floor.axhline(1.0, color=GREY, linestyle="--")
+    floor.set_xscale("log", base=2)
+    floor.xaxis.set_major_formatter("{x:g}")
+    floor.set(
+        title="decode step over its floor (reading\nweights and KV), 1,088 tokens of context",
+        xlabel="batch",
+        ylim=(0.9, None),
+    )
+    floor.set_ylabel("step / floor")
+    floor.legend(fontsize=8, frameon=False)
+    ours = [results[f"offline_{shape}"][0]["output_tok_s"] for shape in SHAPES]
+    theirs = [read("engine", f"results-h200-vllm-0.26-{s}.json")["offline_output_tok_s"] for s in SHAPES]
+    bars(offline, ["8B", "1B"], {"Prism": (ours, BLUE), "vLLM 0.26": (theirs, GREY)}, ",.0f")
+    offline.set(title="1,000 requests, 512 in, 256 out,\noffline, without a server", xlabel="output tokens/s")
+    offline.legend(fontsize=8, frameon=False)
+    offline.xaxis.set_major_locator(MaxNLocator(4))
+    offline.xaxis.set_major_formatter("{x:,.0f}")
+    _side_by_side(together)
+    return made
+
+
+def _side_by_side(axis: Axes) -> None:
+    models = (("2 x 8b", "2-8b", 2), ("4 x 1b", "4-1b", 4))
+    series = {}
+    for label, color in (
+        ("a process each", GREY),
+        ("one process, 1 lane", GREEN),
+        ("one process, a lane each", BLUE),
+    ):
+        values = []
+        for _, name, count in models:
+            lanes = 1 if "1 lane" in label else count
+            file, key = (f"together-{name}-lanes-{lanes}", "together")
+            if label.startswith("a process"):
+                file, key = f"processes-{name}", "processes"
+            values.append(read("engine", f"results-h200-{file}.json")[key][0]["tok_s"])
+        series[label] = (values, color)
+    bars(axis, ["2 x 8B", "4 x 1B"], series, ",.0f")
+    axis.set(title="models side by side,\nbatch 4 each", xlabel="output tokens/s, all together")
+    axis.legend(fontsize=8, frameon=False)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def activation() -> Figure:
+    results = read("activation", "results-h200.json")
+    made, (client, phases) = figure(f"Activations through the whole server, {H200}, bf16", (5.6, 4.6))
+    cases = {
+        "8B while another 8B leaves": "8b_while_another_8b_leaves_s",
+        "1B after an eviction": "1b_evicted_s",
+        "each of four 1B at once": "four_1b_at_once_s",
+        "8B while loaded": "8b_loaded_s",
+        "1B while loaded": "1b_loaded_s",
+    }
+    for place, key in enumerate(cases.values()):
+        found = results[key]
+        client.plot([found["least"], found["worst"]], [place, place], color=GREY, linewidth=5, zorder=1)
+        client.plot(found["median"], place, "o", color=BLUE, zorder=2)
+        client.annotate(
+            f"{found['median']:.3f}", (found["worst"], place), (5, -3), textcoords="offset points"
+        )
+    client.set_yticks(range(len(cases)), cases)
+    client.invert_yaxis()
+    client.margins(x=0.12, y=0.12)
+    client.set(
+        title="request to first token, prompt of 512:\nmedian, least and worst",
+        xlabel="seconds",
+        xlim=(0, None),
+    )
+    _phases(phases, results["log"])
+    return made
+
+
+def _phases(axis: Axes, log: Sequence[str]) -> None:
+    """Of each load that the worker's log tells, in order; the first ever has unregistered memory."""
+    pattern = re.compile(r"model (\S+) active after ([0-9.]+) s \(copy ([0-9.]+) s\)")
+    loads = [match.groups() for line in log if (match := pattern.search(line))][1:]
+    copies, totals = ([float(load[i]) for load in loads] for i in (2, 1))
+    places = range(len(loads))
+    axis.bar(places, copies, color=BLUE, label="copy over the link, verified")
+    axis.bar(
+        places,
+        [t - c for t, c in zip(totals, copies, strict=True)],
+        bottom=copies,
+        color=ORANGE,
+        label="the rest",
+    )
+    axis.set_xticks(places, [name[:2] for name, _, _ in loads], fontsize=8)
+    axis.set(title="each load, in order;\nthe last four were asked for at once", ylabel="seconds")
+    axis.legend(fontsize=8, frameon=False, loc="upper right")
+
+
+def handover() -> Figure:
+    made, (loop, gaps) = figure(f"10 GiB of KV pass to another model, {H200}", (3.8, 5.6))
+    runs = {
+        "first": "results-h200.json",
+        "later: also tells what is dropped; busy machine": "results-h200-2026-11-26.json",
+    }
+    found = {label: read("handover", name) for label, name in runs.items()}
+    colors = dict(zip(found, (BLUE, GREY), strict=True))
+    times = {
+        label: ([f["handover_ms"][k] for k in ("median", "worst")], colors[label])
+        for label, f in found.items()
+    }
+    bars(loop, ["median", "worst"], times, ".2f")
+    loop.set(title="time of the loop", xlabel="milliseconds")
+    around = {
+        label: (
+            [
+                f["neighbour_gap_ms"]["median"],
+                f["neighbour_gap_ms"]["worst_alone"],
+                f["neighbour_worst_gap_around_ms"]["median"],
+                f["neighbour_worst_gap_around_ms"]["worst"],
+            ],
+            colors[label],
+        )
+        for label, f in found.items()
+    }
+    bars(
+        gaps,
+        ["before, median", "before, worst", "largest around one,\nmedian", "largest around one,\nworst"],
+        around,
+        ".2f",
+    )
+    gaps.set(title="gap between two tokens of a 1B that decodes", xlabel="milliseconds")
+    legend(made, loop)
+    return made
+
+
+def elastic() -> Figure:
+    results = read("elastic", "results-h200.json")
+    made, (axis,) = figure(f"Two 1B shapes in turns of 64 requests, 1,000 in, 128 out, {H200}", (7.5,))
+    for mode, color, label in (
+        ("fixed", GREY, "fixed: each has its own KV"),
+        ("elastic", BLUE, "elastic: one share of that size, which changes its owner"),
+    ):
+        for number, run in enumerate(results[mode]):
+            turns = range(1, len(run["tok_s"]) + 1)
+            style = ("o-", "s--")[number]
+            axis.plot(
+                turns, run["tok_s"], style, color=color, label=f"{label}, run {number + 1}", markersize=4
+            )
+    axis.set(xlabel="turn", ylabel="output tokens/s of the turn", ylim=(0, None))
+    axis.set_title("the host was disturbed while `fixed` ran: compare the best")
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    return made
+
+
+def sharing() -> Figure:
+    results = read("sharing", "results-cpu.json")["modes"]
+    made, axes = figure("Four models share one thread of an Intel Xeon, 185 requests in 60 s", (4.2, 4.2))
+    for axis, mode in zip(axes, ("prism", "timeshare"), strict=True):
+        compared = results[mode]["compared"]
+        rows = [compared[name] for name in ("ttft_attainment", "tpot_attainment", "attainment")]
+        series = {
+            "measured": ([row["measured"] for row in rows], BLUE),
+            "predicted by prism simulate": ([row["predicted"] for row in rows], GREY),
+        }
+        bars(axis, ["TTFT", "TPOT", "both"], series, ".2f")
+        axis.set(title=f"mode {mode}", xlabel="share of requests in time", xlim=(0, 1.15))
+    legend(made, axes[0])
+    return made
+
+
+def fp8() -> Figure:
+    results = read("fp8", "results-h200-activation.json")
+    made, axes = figure(f"fp8 weights beside bf16, {H200}, random weights", (3.3, 3.3, 3.3))
+    for axis, (key, title, unit) in zip(
+        axes,
+        (
+            ("weights_gb", "weights", "GB"),
+            ("activation_s", "activation", "seconds"),
+            ("packing_s", "packing, once, in host memory", "seconds"),
+        ),
+        strict=True,
+    ):
+        values = {
+            name: [results[f"activation_{shape}"][name][key] for shape in SHAPES] for name in ("none", "fp8")
+        }
+        bars(axis, ["8B", "1B"], {"bf16": (values["none"], GREY), "fp8": (values["fp8"], BLUE)}, ".3g")
+        axis.set(title=title, xlabel=unit)
+    legend(made, axes[0])
+    return made
+
+
+def kv_host() -> Figure:
+    results = read("kv-host", "results-h200.json")
+    turn, neighbour = results["turn"], results["neighbour"]
+    made, (first, gaps) = figure(f"KV in host memory, 8B shape, {H200}", (4.6, 5.0))
+    bars(
+        first,
+        ["KV fetched", "KV computed again"],
+        {"": ([turn["ttft_fetch_ms"], turn["ttft_compute_ms"]], BLUE)},
+        ".1f",
+    )
+    first.set(
+        title="first token of a conversation's next turn,\n4,000 tokens before it", xlabel="milliseconds"
+    )
+    names = ["usual", "worst, nothing leaves", "worst of an eviction,\nmedian", "worst of all evictions"]
+    keys = ("gap_ms", "worst_gap_alone_ms", "median_of_worst_ms", "worst_gap_around_evictions_ms")
+    bars(gaps, names, {"": ([neighbour[key] for key in keys], ORANGE)}, ".2f")
+    gaps.set(
+        title="gap between tokens of a 1B on the same lane\nwhile 1 GiB of KV leaves", xlabel="milliseconds"
+    )
+    return made
+
+
+def capture() -> Figure:
+    results = read("capture", "results-h200.json")
+    made, (axis,) = figure(f"What a 1B that decodes notices of an 8B beside it, {H200}", (8.5,))
+    cases = {
+        "nothing else": results["alone"],
+        "graphs captured in slices": results["captured_in_slices"]["neighbour_gap_ms"],
+        "graphs captured at once": results["captured_at_once"]["neighbour_gap_ms"],
+        "steps launched in slices": results["launched_in_slices"]["neighbour_gap_ms"],
+        "steps launched at once": results["launched_at_once"]["neighbour_gap_ms"],
+    }
+    names = {"median": BLUE, "p99": ORANGE, "worst": GREY}
+    series = {
+        {"p99": "99 %"}.get(name, name): ([case[name] for case in cases.values()], color)
+        for name, color in names.items()
+    }
+    bars(axis, list(cases), series, ".2f")
+    axis.set_xlabel("gap between two tokens, milliseconds")
+    axis.legend(fontsize=8, frameon=False)
+    return made
+
+
+PLOTS: dict[str, Callable[[], Figure]] = {
+    "engine": engine,
+    "activation": activation,
+    "handover": handover,
+    "elastic": elastic,
+    "sharing": sharing,
+    "fp8": fp8,
+    "kv-host": kv_host,
+    "capture": capture,
+}
+
+
+def draw(name: str, path: Path) -> None:
+    with rc_context(STYLE):
+        PLOTS[name]().savefig(path, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help=", ".join(PLOTS))
+    folders = parser.parse_args().folders or list(PLOTS)
+    if unknown := sorted(set(folders) - set(PLOTS)):
+        parser.error(f"no plot for {', '.join(unknown)}; there are {', '.join(PLOTS)}")
+    for name in folders:
+        draw(name, HERE / name / "plot.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What a model's sequences take of free memory, and what they ask others for: in server and simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prism.engine.scheduler import Want
+from prism.types import ModelId, Rank
+from prism.worker.snapshot import Need
+
+
+def ask_in_order(wants: Sequence[Want], can_have: Callable[[int, Rank], bool]) -> None:
+    """Ask `can_have` for so many free blocks with this rank, for each that wants some.
+
+    Each asks with its own rank for itself and those before it: a young one in the company of an old one
+    would take memory from others that are older, and they would take it back. Behind one that is refused
+    only older ones ask: those that run come first, and who waits may be older.
+    """
+    num_blocks = 0
+    refused: Rank | None = None
+    for want in wants:
+        num_blocks += want.num_blocks
+        may_ask = refused is None or want.rank < refused
+        if may_ask and not can_have(num_blocks, want.rank):
+            refused = want.rank
+
+
+def take_or_need(
+    model: ModelId, lacking: int, blocks_per_slab: int, *, spare: int, room: int | None, rank: Rank
+) -> int | Need:
+    """Free slabs to take for blocks that are lacking, or what others are asked for.
+
+    `spare` slabs are free and wanted by nobody older; it is negative if those lack some. `room` is what the
+    model's limit leaves.
+    """
+    missing = -(-lacking // blocks_per_slab)
+    within = missing if room is None else min(missing, room)
+    if (count := min(within, spare)) > 0:
+        return count
+    return Need(model, max(1, within), rank, for_weights=False, blocks=lacking, reserved=max(0, -spare))
