@@ -257,12 +257,13 @@ def main() -> None:
         if not profile.exists():
             config = write_config(folder, setup, "prism", setup.models, {})
             prism("profile", str(config), "--output", str(profile))
-        result: dict[str, Any] = {"command": sys.argv[1:]}
-        result["modes"] = {m: run_mode(folder, setup, m, options.slo_scale) for m in options.modes.split(",")}
-        result["alone"] = json.loads((folder / "alone.json").read_text())
+        result: dict[str, Any] = {"command": sys.argv[1:], "modes": {}}
         result["profile"] = json.loads(profile.read_text())
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        for mode in options.modes.split(","):
+            result["modes"][mode] = run_mode(folder, setup, mode, options.slo_scale)
+            result["alone"] = json.loads((folder / "alone.json").read_text())
+            if options.output:  # of the modes so far
+                options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -97,18 +97,21 @@ def test_a_capture_that_fails_is_given_up(
     from tests.support.gpu_worker import gpu_worker
 
     local = gpu_worker(paths, lanes=1)
-    draw, is_broken = GpuRunner._captured_work, [True]
+    is_broken = [True]
 
-    def broken(runner: Any, size: int, split: Any) -> Any:
-        pieces = draw(runner, size, split)
-        import torch
+    def broken(work: Callable[..., Any]) -> Callable[..., Any]:
+        def pieces(*arguments: Any) -> Any:
+            import torch
 
-        for need in pieces:
-            yield need
-            if is_broken and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("cannot be captured")
+            for need in work(*arguments):
+                yield need
+                if is_broken and torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError("cannot be captured")
 
-    monkeypatch.setattr(GpuRunner, "_captured_work", broken)
+        return pieces
+
+    for name in ("_captured_work", "_captured_mixed"):
+        monkeypatch.setattr(GpuRunner, name, broken(getattr(GpuRunner, name)))
     with caplog.at_level(logging.CRITICAL, logger="prism.engine.gpu.captures"):
         serve(local, 1)
     assert local.device.backend.graph_usage.num_graphs == 0
