@@ -62,11 +62,10 @@ class SimDevice:
         self.num_events = 0
 
     def learn(self, served: Served, share: int | None = None) -> SimModel:
-        """A model that may come here; its lane is the one with the fewest models."""
+        """A model that may come here."""
         model = self.models.get(served.model)
         if model is None:
-            lane = len(self.models) % self._limits.num_lanes
-            model = self.models[served.model] = SimModel(served, self._limits.slab_bytes, lane)
+            model = self.models[served.model] = SimModel(served, self._limits.slab_bytes)
             model.kv_limit = share
             self.memory.add(model)
             self.stepper.add(model)
@@ -213,8 +212,12 @@ class SimDevice:
         """See `Listener.prompts_ran`."""
         self._needs_admission = True
 
+    def bind(self, model: SimModel) -> None:
+        """See `loader.Device`."""
+        self.stepper.bind(model)
+
     def evict(self, model: SimModel) -> None:
-        """See `Owner.evict`."""
+        """See `loader.Device`, `memory.Owner`."""
         self.stepper.remove(model, self.now)
         for job in model.suspend():
             job.is_admitted = False

@@ -19,11 +19,15 @@ from prism.types import ModelId, ModelState
 from prism.worker import timeshare
 
 
-class Evictor(Protocol):
-    """Takes models off."""
+class Device(Protocol):
+    """Where models are bound, and taken off."""
 
     def evict(self, model: SimModel) -> None:
         """Give up an active model's memory; what it was running waits again."""
+        ...
+
+    def bind(self, model: SimModel) -> None:
+        """It gets a lane, unless it has one."""
         ...
 
 
@@ -36,13 +40,13 @@ class Loader:
         memory: Memory,
         rules: Rules,
         limits: Limits,
-        evictor: Evictor,
+        device: Device,
     ) -> None:
         self._models = models
         self._memory = memory
         self._rules = rules
         self._limits = limits
-        self._evictor = evictor
+        self._device = device
         self.link = Link()
         self._current: SimModel | None = None
         """In `timeshare`, who has the device, or is on its way to it."""
@@ -53,6 +57,7 @@ class Loader:
             for model in models.values():
                 model.is_pinned = True
                 memory.activate(model)
+                device.bind(model)
                 model.state = ModelState.ACTIVE
 
     def move(self, now: int) -> None:
@@ -88,6 +93,7 @@ class Loader:
         if not self._memory.ensure_weights(model, now):
             return False
         self._memory.activate(model)
+        self._device.bind(model)
         model.state = ModelState.LOADING
         self.link.start(model, _due(model), now)
         return True
@@ -130,7 +136,7 @@ class Loader:
             return
         if choice.model != name:
             if current is not None:
-                self._evictor.evict(current)
+                self._device.evict(current)
             self._current = self._models[choice.model]
             self._since = now
             self.want(self._current, now)

@@ -26,14 +26,15 @@ _rank = attrgetter("rank")
 class SimModel:
     """One model of one device."""
 
-    def __init__(self, served: Served, slab_bytes: int, lane: int) -> None:
+    def __init__(self, served: Served, slab_bytes: int) -> None:
         layout = layout_of(served.costs.shape.kv_bytes_per_token, Bytes(slab_bytes))
         if layout is None:
             raise ConfigError([f"model {served.model}: a block of KV does not fit a slab of {slab_bytes}"])
         self.served = served
         self.layout: KvLayout = layout
         self.tpot = to_ticks(served.slo.tpot)
-        self.lane = lane
+        self.lane: int | None = None
+        """Since it was first loaded."""
         self.weight_slabs = -(-served.costs.shape.weight_bytes // slab_bytes)
         self.kv_limit: int | None = None
         self.is_pinned = False

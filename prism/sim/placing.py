@@ -73,7 +73,7 @@ def by_load(demand: Mapping[ModelId, Demand], num_devices: int, room: Room) -> P
         best = min(able, key=lambda i: (load[i], i))
         devices[best].append(model)
         load[best] += demand[model]
-    return Placement(tuple(tuple(sorted(models)) for models in devices), tuple(sorted(unplaced)))
+    return Placement(tuple(tuple(models) for models in devices), tuple(sorted(unplaced)))
 
 
 def needs_of(

@@ -55,7 +55,12 @@ class Stepper:
     def add(self, model: SimModel) -> None:
         """A model that may come."""
         self._models[model.name] = model
-        self._lanes[model.lane].append(model)
+
+    def bind(self, model: SimModel) -> None:
+        """To the lane with the fewest models, when it is first loaded, for good."""
+        if model.lane is None:
+            model.lane = min(range(len(self._lanes)), key=lambda lane: (len(self._lanes[lane]), lane))
+            self._lanes[model.lane].append(model)
 
     def account(self, now: int) -> None:
         """Bring counters up to date. Nothing else changes by it."""
@@ -147,13 +152,15 @@ class Stepper:
 
     def remove(self, model: SimModel, now: int) -> None:
         """The model loses its memory; what its present step draws is lost."""
+        if model.lane is None:
+            return
         self._cut(model.lane, now)
         run = self._runs[model.lane]
         if run is not None:
             run.gone.add(model)
 
-    def _cut(self, lane: int, now: int, at_least: int = 0) -> None:
-        run = self._runs[lane]
+    def _cut(self, lane: int | None, now: int, at_least: int = 0) -> None:
+        run = None if lane is None else self._runs[lane]
         if run is None or run.chunks:
             return
         advance(run, now)
@@ -163,7 +170,7 @@ class Stepper:
             if model not in run.gone:
                 model.decodes.forgo()
             model.last_turn = run.turn_before
-            self._runs[lane] = None
+            self._runs[self._runs.index(run)] = None
             self._has_emptied = True
 
     def _pulls(self) -> list[float | None]:

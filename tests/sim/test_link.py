@@ -13,7 +13,7 @@ FIXED = 10**10
 
 
 def model(index: int, slabs: int) -> SimModel:
-    return SimModel(served(index, slabs, 1024, 1e-3, 0.0, 1e-3), SLAB, 0)
+    return SimModel(served(index, slabs, 1024, 1e-3, 0.0, 1e-3), SLAB)
 
 
 def test_the_earliest_deadline_has_the_link() -> None:
