@@ -71,7 +71,10 @@ def measure_decodes(model: LoadedModel, size: DecodeSize, limits: Limits) -> lis
 
 
 def measure_prompts(model: LoadedModel, size: PromptSize, limits: Limits) -> list[Point]:
-    """One point. What stands before the chunks is computed once, and found in the prefix cache then."""
+    """One point. What stands before the chunks is computed once, and found in the prefix cache then.
+
+    Prompts come one after the other, so what the first one lacked is captured for the others.
+    """
     random = np.random.default_rng([size.length, size.start, 1])
     prefix = random_prompt(random, size.start)
     if prefix:
@@ -83,8 +86,10 @@ def measure_prompts(model: LoadedModel, size: PromptSize, limits: Limits) -> lis
     chunks: list[Ran] = []
     for i in range(NUM_PROMPTS):
         add_request(model, f"{i}", prefix + random_prompt(random, size.length), 1)
-    while not driver.is_idle:
-        chunks += [ran for ran in driver.turn() if _is_chunk(ran, size)]
+        while not driver.is_idle:
+            chunks += [ran for ran in driver.turn() if _is_chunk(ran, size)]
+        if i == 0:
+            driver.prepare()
     driver.end()
     return _point("prompt", chunks[1:])
 
