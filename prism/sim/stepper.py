@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from prism.modes import Rules
 from prism.sim.jobs import Chunk
-from prism.sim.jumps import may_follow, order_of_rounds
+from prism.sim.jumps import gives_up, may_follow, order_of_rounds, steps_with_time
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
@@ -184,15 +184,21 @@ class Stepper:
         if len(members) == 1 and not with_prompts:
             return turns.Turn(members[0].name, self._limits.max_batch_tokens)
         others = self._neighbours(lane) if with_prompts else ()
+        longer = self._longer()
         snapshot = TurnSnapshot(
-            tuple(runnable(model, self._rules) for model in members),
+            tuple(runnable(model, self._rules, longer) for model in members),
             self._limits.max_batch_tokens,
-            tuple(runnable(model, self._rules) for model in others),
+            tuple(runnable(model, self._rules, longer) for model in others),
         )
         self.num_decisions += 1
         turn = turns.decide(snapshot, to_seconds(now))
         assert turn is not None
         return turn
+
+    def _longer(self) -> float:
+        """By how much decodes take longer where all lanes that have any run side by side."""
+        width = sum(any(m.can_step and m.decodes.size for m in lane) for lane in self._lanes)
+        return width / self._together(width) if width else 1.0
 
     def _neighbours(self, lane: int) -> list[SimModel]:
         return [m for m in self._models.values() if m.lane != lane and m.is_active and m.decodes.size]
@@ -238,10 +244,14 @@ class Stepper:
         width = self._num_decoding() + 1
         longer = width / self._together(width)
         members = [m for m in self._lanes[lane] if m.can_step]
+        beside = self._longer()
         is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
+        is_single = is_single or gives_up(members, self._rules, beside)
         order = [model] if is_single else order_of_rounds(model, members, self._rules, longer, now)
         parts = [Part(m, *m.decode_ticks(longer)) for m in order]
         steps = 1 if is_single else steps_until_change(order)
+        if steps > 1:
+            steps = steps_with_time(steps, members, len(order), self._rules, beside)
         rounds = Rounds(parts, now, steps)
         if len(order) < len(members) and steps > 1:
             steps = may_follow(rounds, model, members, self._rules)
