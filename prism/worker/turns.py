@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
 
 from prism.costs import MOST_TOKENS
 from prism.types import ModelId
@@ -49,15 +49,16 @@ def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
     """
     if not snapshot.runnable:
         return None
-    budget = snapshot.max_batch_tokens
-    runnable = _postponed(snapshot.runnable)  # 1
+    runnable, budget = snapshot.runnable, snapshot.max_batch_tokens
+    lost = given_up(runnable)  # 1
     decoding = [r for r in (*runnable, *snapshot.neighbours) if r.num_decodes]
     if decoding and (prompting := [r for r in runnable if r.prompt_tokens]):  # 3
-        prompt = _earliest(prompting, now)
-        chunk = _chunk(prompt, decoding, now)
-        if chunk >= min(_least_chunk(prompt), prompt.prompt_tokens):
+        prompt = _earliest(prompting, lost, now)
+        least = _least_chunk(prompt)
+        chunk = _chunk(prompt, least, decoding, lost, now)
+        if chunk >= min(least, prompt.prompt_tokens):
             return Turn(prompt.model, min(budget, chunk + prompt.num_decodes))
-    first = _earliest(runnable, now)  # 2, 5
+    first = _earliest(runnable, lost, now)  # 2, 5
     if first.prompt_tokens and decoding:
         return Turn(first.model, min(budget, _least_chunk(first) + first.num_decodes))
     return Turn(first.model, budget)
@@ -69,29 +70,28 @@ def given_up(runnable: Iterable[Runnable]) -> frozenset[ModelId]:
     Those are kept whose streams need the least of the lane's time each, as long as `DECODE_SHARE` suffices:
     that makes the most streams. Were all served by deadline, all would be late by what is lacking.
     """
+    shares = [(r.decode_share, r) for r in runnable if r.num_decodes]
+    if sum(share for share, _ in shares) <= DECODE_SHARE:
+        return frozenset()
     left, lost = DECODE_SHARE, []
-    decoding = [r for r in runnable if r.num_decodes]
-    for model in sorted(decoding, key=lambda r: (r.decode_share / r.num_decodes, r.model)):
-        if model.decode_share <= left or left == DECODE_SHARE:  # one is kept whatever it needs
-            left -= model.decode_share
+    for share, r in sorted(shares, key=lambda item: (item[0] / item[1].num_decodes, item[1].model)):
+        if share <= left or left == DECODE_SHARE:  # one is kept whatever it needs
+            left -= share
         else:
-            lost.append(model.model)
+            lost.append(r.model)
     return frozenset(lost)
 
 
-def _postponed(runnable: Sequence[Runnable]) -> Sequence[Runnable]:
-    lost = given_up(runnable)
-    return [_postpone(r) if r.model in lost else r for r in runnable] if lost else runnable
+def _decodes_due(r: Runnable, lost: Set[ModelId], deadline: float) -> float:
+    return max(deadline, r.last_turn + PATIENCE * r.tpot) if r.model in lost else deadline
 
 
-def _postpone(model: Runnable) -> Runnable:
-    due = model.last_turn + PATIENCE * model.tpot
-    deadline = min(model.prompt_deadline, max(model.deadline, due))
-    return replace(model, deadline=deadline, decode_deadline=max(model.decode_deadline, due))
+def _earliest(runnable: Sequence[Runnable], lost: Set[ModelId], now: float) -> Runnable:
+    def key(r: Runnable) -> tuple[float, float, ModelId]:
+        due = min(r.prompt_deadline, _decodes_due(r, lost, r.deadline))
+        return max(due, now), r.last_turn, r.model
 
-
-def _earliest(runnable: Sequence[Runnable], now: float) -> Runnable:
-    return min(runnable, key=lambda r: (max(r.deadline, now), r.last_turn, r.model))
+    return min(runnable, key=key)
 
 
 def _least_chunk(prompt: Runnable) -> int:
@@ -100,7 +100,7 @@ def _least_chunk(prompt: Runnable) -> int:
     return max(LEAST_CHUNK, prompt.costs.tokens_within(LEAST_READS * prompt.costs.gemm(1)))
 
 
-def _chunk(first: Runnable, decoding: Iterable[Runnable], now: float) -> int:
+def _chunk(first: Runnable, least: int, decoding: Iterable[Runnable], lost: Set[ModelId], now: float) -> int:
     """Prompt tokens that fit before the first decode is due.
 
     The decodes of the chosen model are part of its step. Others follow one after the other in the order of
@@ -110,12 +110,14 @@ def _chunk(first: Runnable, decoding: Iterable[Runnable], now: float) -> int:
         return 0
     slack, most = float("inf"), MOST_TOKENS
     before = 0.0
-    for other in sorted(decoding, key=lambda r: (r.decode_deadline, r.model)):
-        if other.model != first.model:
-            before += other.decode_seconds
-        left = other.decode_deadline - now - before
-        if left <= 0 and first.prompt_deadline > now:  # 4
-            most = _least_chunk(first)
+    is_in_time = first.prompt_deadline > now
+    dues = [(_decodes_due(r, lost, r.decode_deadline), r.model, r.decode_seconds) for r in decoding]
+    for due, model, seconds in sorted(dues):
+        if model != first.model:
+            before += seconds
+        left = due - now - before
+        if left <= 0 and is_in_time:  # 4
+            most = least
         else:
             slack = min(slack, left)
     if slack == float("inf"):
