@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from operator import itemgetter
 
 from prism.costs import MOST_TOKENS
 from prism.types import ModelId
@@ -20,7 +21,7 @@ MARGIN = 0.9
 DECODE_SHARE = 0.8
 """Of a lane's time, what streams may need that are kept in time; the rest is for prompts."""
 PATIENCE = 8
-"""TPOT objectives within which streams that are not kept in time have a step all the same."""
+"""TPOT objectives within which streams have a step all the same, given up or late behind prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
     3. Prompts, by deadline, get the time until the first decode is due, on any lane, after the decodes
        themselves have been done. So a stream that is ahead of its objective keeps no prompt waiting.
     4. One that is late already does not either, if the prompt can be in time: of two, one is. The prompt
-       takes no more than the least chunk then.
+       takes no more than the least chunk then, and decodes wait for `PATIENCE` at most.
     5. Where there is too little time for the least chunk, the earliest deadline decides, and prompts take so
        many tokens all the same: they go on while decodes are late.
     """
@@ -111,12 +112,12 @@ def _chunk(first: Runnable, least: int, decoding: Iterable[Runnable], lost: Set[
     slack, most = float("inf"), MOST_TOKENS
     before = 0.0
     is_in_time = first.prompt_deadline > now
-    dues = [(_decodes_due(r, lost, r.decode_deadline), r.model, r.decode_seconds) for r in decoding]
-    for due, model, seconds in sorted(dues):
+    dues = [(_decodes_due(r, lost, r.decode_deadline), r.model, r) for r in decoding]
+    for due, model, r in sorted(dues, key=itemgetter(0, 1)):
         if model != first.model:
-            before += seconds
+            before += r.decode_seconds
         left = due - now - before
-        if left <= 0 and is_in_time:  # 4
+        if left <= 0 and is_in_time and now < r.last_turn + PATIENCE * r.tpot:  # 4
             most = least
         else:
             slack = min(slack, left)

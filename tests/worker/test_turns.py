@@ -94,6 +94,9 @@ def test_late_decodes_keep_no_prompt_from_being_in_time() -> None:
     assert turn is not None and turn.model == A
     assert_least(turn.budget)
     assert decide(TurnSnapshot((in_time,), 8192, (late,)), 10.0) == turn, "on another lane neither"
+    waited = replace(late, tpot=0.1)
+    assert decide(TurnSnapshot((in_time, replace(waited, last_turn=9.3)), 8192), 10.0) == turn
+    assert decide(TurnSnapshot((in_time, replace(waited, last_turn=9.1)), 8192), 10.0) == Turn(B, 8192)
     too_late = replace(in_time, prompt_deadline=9.0)
     assert decide(TurnSnapshot((too_late, late), 8192), 10.0) == Turn(B, 8192)
 
@@ -121,12 +124,16 @@ def test_as_many_streams_are_kept_in_time_as_the_lane_has_time_for(many: list[An
             assert before + model.decode_share > DECODE_SHARE, "it was given up for dearer ones"
 
 
-def run_lane(models: list[Runnable], seconds: float) -> dict[str, list[float]]:
-    """When each model has had its steps, as the worker counts deadlines."""
+def run_lane(models: list[Runnable], seconds: float, has_prompts: bool = False) -> dict[str, list[float]]:
+    """When each model has had its steps, as the worker counts deadlines; prompts come without end."""
     now, ends = 0.0, {m.model: [0.0] for m in models}
     while now < seconds:
-        turn = decide(TurnSnapshot(tuple(models), 2048), now)
+        asking = (prompting(A, now + 1.0, last_turn=now),) if has_prompts else ()
+        turn = decide(TurnSnapshot((*models, *asking), 2048), now)
         assert turn is not None
+        if turn.model == A:
+            now += COSTS.prefill(turn.budget)
+            continue
         place = next(i for i, m in enumerate(models) if m.model == turn.model)
         model = models[place]
         due = model.deadline + model.tpot
@@ -137,14 +144,15 @@ def run_lane(models: list[Runnable], seconds: float) -> dict[str, list[float]]:
     return ends  # type: ignore[return-value]
 
 
-@given(shares)
-def test_no_stream_waits_for_ever(many: list[Any]) -> None:
+@given(shares, st.booleans())
+def test_no_stream_waits_for_ever(many: list[Any], has_prompts: bool) -> None:
     """Until it is due all the same, then for one step of each of the others at most, and a running one."""
     models = [streaming(f"m{i}", *each) for i, each in enumerate(many)]
     steps = [m.decode_seconds for m in models]
-    for model, ends in zip(models, run_lane(list(models), 2.0).values(), strict=True):
+    before = max(*steps, COSTS.prefill(2048))
+    for model, ends in zip(models, run_lane(list(models), 2.0, has_prompts).values(), strict=True):
         longest = max(b - a for a, b in zip(ends, [*ends[1:], 2.0], strict=True))
-        assert longest <= PATIENCE * model.tpot + sum(steps) + max(steps) + 1e-9
+        assert longest <= PATIENCE * model.tpot + sum(steps) + before + 1e-9
 
 
 def test_a_lane_with_too_many_streams_keeps_some_in_time() -> None:
