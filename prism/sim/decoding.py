@@ -35,16 +35,18 @@ class DecodeGroup:
         """Step at which a sequence joined, its tokens then, and how many had joined before."""
         self._ends: list[tuple[int, int, Job]] = []
         self._num_joins = 0
+        self._ahead: dict[Job, int] = {}
 
     def jobs(self) -> list[Job]:
         """All sequences."""
         return list(self._joined)
 
-    def join(self, job: Job) -> None:
-        """A sequence whose prompt has been computed and whose first token has been drawn."""
+    def join(self, job: Job, ahead: int = 0) -> None:
+        """A sequence whose first token has just been drawn; its next one is due in `ahead` ticks."""
         tokens = job.known
         self._num_joins += 1
         self._joined[job] = (self._steps, tokens, self._num_joins)
+        self._ahead[job] = ahead
         self.size += 1
         self._phases[(1 - tokens + self._steps) % self.block] += 1
         self.context += tokens
@@ -54,6 +56,7 @@ class DecodeGroup:
     def leave(self, job: Job) -> int:
         """Take a sequence out, ended or not; the blocks that it held."""
         step, tokens, _ = self._joined.pop(job)
+        del self._ahead[job]
         self.size -= 1
         self._phases[(1 - tokens + step) % self.block] -= 1
         ran = self._steps - step
@@ -67,6 +70,15 @@ class DecodeGroup:
             self._ends = [entry for entry in self._ends if self._is_valid(entry)]
             heapify(self._ends)
         return held
+
+    @property
+    def ahead(self) -> int:
+        """Ticks from the last step to when the next token of a stream is due, the least of them."""
+        return min(self._ahead.values(), default=0)
+
+    def bank(self, gain: int, most: int) -> None:
+        """Steps have put each stream `gain` ticks ahead, and before at most `most` of what it was."""
+        self._ahead = {job: gain + min(ahead, most) for job, ahead in self._ahead.items()}
 
     def youngest(self) -> Job | None:
         """The one that gives way first."""

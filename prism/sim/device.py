@@ -18,7 +18,7 @@ from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
 from prism.sim.stepper import Stepper
-from prism.sim.ticks import NEVER, to_seconds
+from prism.sim.ticks import NEVER, to_seconds, to_ticks
 from prism.sim.timers import Timers
 from prism.sim.views import admission_snapshot, waiting_request
 from prism.types import ModelId, ModelState
@@ -166,6 +166,8 @@ class SimDevice:
             match decision:
                 case admission.Admit(is_late=is_late):
                     job.is_admitted, job.is_late = True, job.is_late or is_late
+                    if is_late and job.first_token is None:
+                        job.due = now + to_ticks(self.models[job.model].served.slo.ttft)
                     self.models[job.model].admit(job)
                     self.stepper.disturb(self.models[job.model], now)
                 case admission.Expire():

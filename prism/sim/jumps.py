@@ -8,14 +8,18 @@ plus the model's TPOT objective.
   advance. Steps only get longer as contexts grow, so the model whose turn is longest ago only gets more
   urgent compared with the others: what held in the second round holds in all later ones.
 - **One model alone**, as long as its own next deadline comes before those of all others, which stand still.
+
+Both hold as long as a lane has time for all its streams: contexts grow, and from some step on streams are
+given up. Then the policy is asked for each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from prism.modes import Rules
 from prism.sim.model import SimModel
+from prism.sim.overlap import Longer
 from prism.sim.rounds import Rounds
 from prism.sim.ticks import to_seconds
 from prism.worker import turns
@@ -26,7 +30,7 @@ def order_of_rounds(
     first: SimModel,
     members: Sequence[SimModel],
     rules: Rules,
-    longer: Callable[[SimModel], float],
+    longer: Longer,
     now: int,
 ) -> list[SimModel]:
     """The order in which all members take turns, or `first` alone if they do not.
@@ -57,6 +61,32 @@ def order_of_rounds(
 def _runnable(model: SimModel, last_end: int, last_turn: int, rules: Rules) -> Runnable:
     deadline = to_seconds(last_end + model.tpot) if rules.by_deadline else 0.0
     return Runnable(model.name, deadline, to_seconds(last_turn), num_decodes=1)
+
+
+def gives_up(members: Sequence[SimModel], rules: Rules, longer: Longer, more: int = 0) -> bool:
+    """Whether the policy gives up streams of a lane when each of them has drawn so many tokens more."""
+    if not rules.by_deadline or len(members) == 1:
+        return False
+    return bool(turns.given_up(_decoding(model, longer, more) for model in members))
+
+
+def _decoding(model: SimModel, longer: Longer, more: int) -> Runnable:
+    size, served = model.decodes.size, model.served
+    seconds = longer(model) * served.costs.steps.decode(size, model.decodes.context + more * size)
+    return Runnable(model.name, 0.0, 0.0, size, decode_seconds=seconds, tpot=served.slo.tpot)
+
+
+def steps_with_time(
+    steps: int, members: Sequence[SimModel], num_in_turn: int, rules: Rules, longer: Longer
+) -> int:
+    """Those of so many steps that are sure to begin before a stream is given up; the first one does."""
+    low, high = 0, -(-steps // num_in_turn)  # rounds
+    if not gives_up(members, rules, longer, high):
+        return steps
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (low, middle - 1) if gives_up(members, rules, longer, middle) else (middle, high)
+    return min(steps, low * num_in_turn + 1)
 
 
 def may_follow(rounds: Rounds[SimModel], model: SimModel, members: Sequence[SimModel], rules: Rules) -> int:

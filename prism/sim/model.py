@@ -56,8 +56,6 @@ class SimModel:
         """Its last turn found no memory."""
         self.last_turn = 0
         self.last_end = 0
-        self.ahead = 0
-        """Ticks from its last step to when the next tokens of its streams are due, the least of them."""
         self.last_used = 0
         self.idle_times = IdleTimes()
         self.output_lengths = OutputLengths()

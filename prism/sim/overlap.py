@@ -22,6 +22,9 @@ Pulls = tuple[float, ...]
 """Mean times of a kernel on the other lanes that decode, in seconds a layer."""
 
 
+Longer = Callable[[SimModel], float]
+
+
 class Overlap:
     """Of one device."""
 
@@ -33,20 +36,29 @@ class Overlap:
         """Of a lane whose models take turns: a mean over its time."""
         total = seconds = 0.0
         for model in models:
-            if model.decodes.size:
+            if model.is_active and model.decodes.size:
                 step = model.served.costs.steps.gemm(model.decodes.size)
                 total += step * _kernel(model)
                 seconds += step
         return total / seconds if seconds else 0.0
 
-    def longer(self, model: SimModel, others: Pulls) -> float:
-        """A model's decode step takes so many times its time alone."""
+    def beside(self, others: Pulls) -> Longer:
+        """How many times its time alone a model's decode step takes beside others."""
         if not others:
-            return 1.0
+            return alone
         width = len(others) + 1
         overlap = (1 + (width / self._together(width) - 1) / len(others)) / 2
-        own = _kernel(model)
-        return 1 + sum(max(0.0, overlap * (1 + other / own) - 1) for other in others)
+
+        def longer(model: SimModel) -> float:
+            own = _kernel(model)
+            return 1 + sum(max(0.0, overlap * (1 + other / own) - 1) for other in others)
+
+        return longer
+
+
+def alone(model: SimModel) -> float:
+    """Nothing decodes beside it."""
+    return 1.0
 
 
 def _kernel(model: SimModel) -> float:

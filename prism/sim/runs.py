@@ -85,7 +85,7 @@ def _bank(model: SimModel, rounds: Rounds[SimModel], index: int, before: int, co
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if gain(middle + 1) >= gain(middle) else (low, middle)
-    model.ahead = gain(count) + min(model.ahead, BANKED * model.tpot - gain(low))
+    model.decodes.bank(gain(count), BANKED * model.tpot - gain(low))
 
 
 def steps_until_change(order: Sequence[SimModel]) -> int:
@@ -118,8 +118,8 @@ def _close_prompts(model: SimModel, run: Run, listener: Listener, now: int) -> N
     if run.has_decodes:
         model.decodes.run(1)
         model.usage.decoded_tokens += model.decodes.size
-        model.ahead = min(model.ahead + model.tpot - (now - model.last_end), BANKED * model.tpot)
-    has_streams = model.decodes.size > 0
+        gain = model.tpot - (now - model.last_end)
+        model.decodes.bank(gain, BANKED * model.tpot - gain)
     model.last_end = model.last_used = now
     model.usage.add_ticks(run.rounds.end - run.rounds.start, 1)
     for chunk in run.chunks:
@@ -132,8 +132,6 @@ def _close_prompts(model: SimModel, run: Run, listener: Listener, now: int) -> N
         model.usage.decoded_tokens += 1
         listener.drawn(job, now)
         if job.produced < job.output:
-            model.ahead = min(model.ahead, model.tpot) if has_streams else model.tpot
-            has_streams = True
-            model.decodes.join(job)
+            model.decodes.join(job, model.tpot)
         else:
             listener.completed(job, now)

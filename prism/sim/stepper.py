@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 from prism.modes import Rules
 from prism.sim.jobs import Chunk
-from prism.sim.jumps import may_follow, order_of_rounds
+from prism.sim.jumps import gives_up, may_follow, order_of_rounds, steps_with_time
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
-from prism.sim.overlap import Overlap, pulls_of_others
+from prism.sim.overlap import Longer, Overlap, pulls_of_others
 from prism.sim.rounds import Part, Rounds
 from prism.sim.runs import Listener, Run, advance, close, steps_until_change
 from prism.sim.ticks import NEVER, to_seconds
@@ -176,7 +176,7 @@ class Stepper:
     def _pulls(self) -> list[float | None]:
         """Of each lane; None of those on which no decodes run."""
         return [
-            None if run is None or run.chunks else self._overlap.pull(m for m in models if m.is_active)
+            None if run is None or run.chunks else self._overlap.pull(models)
             for run, models in zip(self._runs, self._lanes, strict=True)
         ]
 
@@ -197,14 +197,20 @@ class Stepper:
             return turns.Turn(members[0].name, self._limits.max_batch_tokens)
         others = self._neighbours(lane) if with_prompts else ()
         snapshot = TurnSnapshot(
-            tuple(runnable(model, self._rules) for model in members),
+            tuple(runnable(model, self._rules, self._beside(lane)) for model in members),
             self._limits.max_batch_tokens,
-            tuple(runnable(model, self._rules) for model in others),
+            tuple(runnable(model, self._rules, self._beside(model.lane)) for model in others),
         )
         self.num_decisions += 1
         turn = turns.decide(snapshot, to_seconds(now))
         assert turn is not None
         return turn
+
+    def _beside(self, lane: int | None) -> Longer:
+        """By how much decodes of a lane take longer where all lanes that have any run side by side."""
+        pulls = (self._overlap.pull(models) for i, models in enumerate(self._lanes) if i != lane)
+        others = tuple(pull for pull in pulls if pull)
+        return self._overlap.beside(others)
 
     def _neighbours(self, lane: int) -> list[SimModel]:
         return [m for m in self._models.values() if m.lane != lane and m.is_active and m.decodes.size]
@@ -248,15 +254,16 @@ class Stepper:
 
     def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
         others = pulls_of_others(self._pulls(), lane)
-
-        def longer(model: SimModel) -> float:
-            return self._overlap.longer(model, others)
-
+        longer = self._overlap.beside(others)
         members = [m for m in self._lanes[lane] if m.can_step]
+        beside = self._beside(lane)
         is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
+        is_single = is_single or gives_up(members, self._rules, beside)
         order = [model] if is_single else order_of_rounds(model, members, self._rules, longer, now)
         parts = [Part(m, *m.decode_ticks(longer(m))) for m in order]
         steps = 1 if is_single else steps_until_change(order)
+        if steps > 1:
+            steps = steps_with_time(steps, members, len(order), self._rules, beside)
         rounds = Rounds(parts, now, steps)
         if len(order) < len(members) and steps > 1:
             steps = may_follow(rounds, model, members, self._rules)

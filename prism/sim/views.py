@@ -10,6 +10,7 @@ from prism.sim.jobs import Job, policy_rank
 from prism.sim.link import Link
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
+from prism.sim.overlap import Longer, alone
 from prism.sim.modes import Limits
 from prism.sim.ticks import NEVER, to_seconds, to_ticks
 from prism.types import ModelId, ModelState, Rank
@@ -127,29 +128,38 @@ def _stretch(models: Iterable[SimModel]) -> float:
     return 1.0 / (1.0 - min(share, MOST_DECODES))
 
 
-def runnable(model: SimModel, rules: Rules) -> Runnable:
-    """A model that could take a turn. Without deadlines all are due at once, so they take turns."""
-    decodes = model.decodes.size
+def runnable(model: SimModel, rules: Rules, longer: Longer = alone) -> Runnable:
+    """A model that could take a turn. Decodes take `longer` beside those of other lanes.
+
+    Without deadlines all are due at once, so they take turns.
+    """
+    decodes, steps = model.decodes.size, model.served.costs.steps
     due = model.last_end + model.tpot if decodes else NEVER
-    by_deadline = decodes and rules.by_deadline
-    decode_deadline = to_seconds(model.last_end + model.ahead) if by_deadline else float("inf")
+    by_deadline = rules.by_deadline
+    decode_deadline = model.last_end + model.decodes.ahead if decodes and by_deadline else NEVER
     tokens = start = 0
-    steps = model.served.costs.steps
+    prompt_due = NEVER
     if model.prompts or model.waiting:
         prompts = list(model.unstarted())
         tokens, start = sum(job.missing for job in prompts), prompts[0].computed
-        due = min(due, *(_next_due(job, model) for job in prompts))
+        prompt_due = min(_next_due(job, model) for job in prompts)
     return Runnable(
-        model.name,
-        to_seconds(due) if rules.by_deadline else 0.0,
-        to_seconds(model.last_turn),
-        decodes,
-        decode_deadline,
-        steps.decode(decodes, model.decodes.context) if decodes else 0.0,
-        tokens,
-        start,
-        steps,
+        model=model.name,
+        deadline=_seconds(min(due, prompt_due)) if by_deadline else 0.0,
+        last_turn=to_seconds(model.last_turn),
+        num_decodes=decodes,
+        decode_deadline=_seconds(decode_deadline),
+        decode_seconds=longer(model) * steps.decode(decodes, model.decodes.context) if decodes else 0.0,
+        prompt_tokens=tokens,
+        prompt_start=start,
+        costs=steps,
+        prompt_deadline=_seconds(prompt_due),
+        tpot=model.served.slo.tpot if by_deadline else float("inf"),
     )
+
+
+def _seconds(due: int) -> float:
+    return float("inf") if due == NEVER else to_seconds(due)
 
 
 def _next_due(job: Job, model: SimModel) -> int:

@@ -96,6 +96,15 @@ class Runnable:
     """Where the first of these prompts goes on."""
     costs: StepCosts | None = None
     """What its steps cost; None while nothing is known."""
+    prompt_deadline: float = float("inf")
+    """The earliest deadline among those whose prompts are not computed."""
+    tpot: float = float("inf")
+    """The objective of its streams, the least of them."""
+
+    @property
+    def decode_share(self) -> float:
+        """Share of a lane's time that its streams need, each at its objective."""
+        return self.decode_seconds / max(self.tpot, 1e-3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from operator import itemgetter
 
+from prism.costs import MOST_TOKENS
 from prism.types import ModelId
 from prism.worker.snapshot import Arrival, Runnable, TurnSnapshot
 
@@ -12,8 +14,14 @@ SHARED_CHUNK = 512
 """Prompt tokens of a step that is launched as weights arrive, beside others that decode."""
 LEAST_CHUNK = 128
 """Prompt tokens of a step whatever the slack: prompts go on while decodes are late."""
+LEAST_READS = 4
+"""It may take as long as so many of one token, context apart: a step of few tokens mostly reads weights."""
 MARGIN = 0.9
 """Of the slack that a chunk may use: costs are predictions."""
+DECODE_SHARE = 0.8
+"""Of a lane's time, what streams may need that are kept in time; the rest is for prompts."""
+PATIENCE = 8
+"""TPOT objectives within which streams have a step all the same, given up or late behind prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,35 +35,73 @@ class Turn:
 def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
     """Prompts in the time that the decodes' deadlines leave, else the model with the earliest deadline.
 
-    1. While nobody decodes, the model with the earliest deadline takes all it can. Ties go to the one that
+    1. Where a lane's streams need more than its time, some are given up, that the others be in time
+       (`given_up`): they are due only when they have waited for `PATIENCE`.
+    2. While nobody decodes, the model with the earliest deadline takes all it can. Ties go to the one that
        has waited longest. All deadlines that have passed count as now, so that late models take turns:
        otherwise one with a long queue of late prompts would keep the others waiting until it has worked all
        of them off.
-    2. Prompts, by deadline, get the time until the first decode is due, on any lane, after the decodes
+    3. Prompts, by deadline, get the time until the first decode is due, on any lane, after the decodes
        themselves have been done. So a stream that is ahead of its objective keeps no prompt waiting.
-    3. Where that is too little for `LEAST_CHUNK` tokens, the earliest deadline decides, and prompts take so
-       many all the same: they go on while decodes are late.
+    4. One that is late already does not either, if the prompt can be in time: of two, one is. The prompt
+       takes no more than the least chunk then, and decodes wait for `PATIENCE` at most.
+    5. Where there is too little time for the least chunk, the earliest deadline decides, and prompts take so
+       many tokens all the same: they go on while decodes are late.
     """
     if not snapshot.runnable:
         return None
-    budget = snapshot.max_batch_tokens
-    decoding = [r for r in (*snapshot.runnable, *snapshot.neighbours) if r.num_decodes]
-    if decoding and (prompting := [r for r in snapshot.runnable if r.prompt_tokens]):  # 2
-        prompt = _earliest(prompting, now)
-        chunk = _chunk(prompt, decoding, now)
-        if chunk >= min(LEAST_CHUNK, prompt.prompt_tokens):
+    runnable, budget = snapshot.runnable, snapshot.max_batch_tokens
+    lost = given_up(runnable)  # 1
+    decoding = [r for r in (*runnable, *snapshot.neighbours) if r.num_decodes]
+    if decoding and (prompting := [r for r in runnable if r.prompt_tokens]):  # 3
+        prompt = _earliest(prompting, lost, now)
+        least = _least_chunk(prompt)
+        chunk = _chunk(prompt, least, decoding, lost, now)
+        if chunk >= min(least, prompt.prompt_tokens):
             return Turn(prompt.model, min(budget, chunk + prompt.num_decodes))
-    first = _earliest(snapshot.runnable, now)  # 1, 3
+    first = _earliest(runnable, lost, now)  # 2, 5
     if first.prompt_tokens and decoding:
-        return Turn(first.model, min(budget, LEAST_CHUNK + first.num_decodes))
+        return Turn(first.model, min(budget, _least_chunk(first) + first.num_decodes))
     return Turn(first.model, budget)
 
 
-def _earliest(runnable: Sequence[Runnable], now: float) -> Runnable:
-    return min(runnable, key=lambda r: (max(r.deadline, now), r.last_turn, r.model))
+def given_up(runnable: Iterable[Runnable]) -> frozenset[ModelId]:
+    """Models of a lane whose streams are not kept in time.
+
+    Those are kept whose streams need the least of the lane's time each, as long as `DECODE_SHARE` suffices:
+    that makes the most streams. Were all served by deadline, all would be late by what is lacking.
+    """
+    shares = [(r.decode_share, r) for r in runnable if r.num_decodes]
+    if sum(share for share, _ in shares) <= DECODE_SHARE:
+        return frozenset()
+    left, lost = DECODE_SHARE, []
+    for share, r in sorted(shares, key=lambda item: (item[0] / item[1].num_decodes, item[1].model)):
+        if share <= left or left == DECODE_SHARE:  # one is kept whatever it needs
+            left -= share
+        else:
+            lost.append(r.model)
+    return frozenset(lost)
 
 
-def _chunk(first: Runnable, decoding: Iterable[Runnable], now: float) -> int:
+def _decodes_due(r: Runnable, lost: Set[ModelId], deadline: float) -> float:
+    return max(deadline, r.last_turn + PATIENCE * r.tpot) if r.model in lost else deadline
+
+
+def _earliest(runnable: Sequence[Runnable], lost: Set[ModelId], now: float) -> Runnable:
+    def key(r: Runnable) -> tuple[float, float, ModelId]:
+        due = min(r.prompt_deadline, _decodes_due(r, lost, r.deadline))
+        return max(due, now), r.last_turn, r.model
+
+    return min(runnable, key=key)
+
+
+def _least_chunk(prompt: Runnable) -> int:
+    if prompt.costs is None:
+        return LEAST_CHUNK
+    return max(LEAST_CHUNK, prompt.costs.tokens_within(LEAST_READS * prompt.costs.gemm(1)))
+
+
+def _chunk(first: Runnable, least: int, decoding: Iterable[Runnable], lost: Set[ModelId], now: float) -> int:
     """Prompt tokens that fit before the first decode is due.
 
     The decodes of the chosen model are part of its step. Others follow one after the other in the order of
@@ -63,15 +109,22 @@ def _chunk(first: Runnable, decoding: Iterable[Runnable], now: float) -> int:
     """
     if first.costs is None:
         return 0
-    slack = float("inf")
+    slack, most = float("inf"), MOST_TOKENS
     before = 0.0
-    for other in sorted(decoding, key=lambda r: (r.decode_deadline, r.model)):
-        if other.model != first.model:
-            before += other.decode_seconds
-        slack = min(slack, other.decode_deadline - now - before)
+    is_in_time = first.prompt_deadline > now
+    dues = [(_decodes_due(r, lost, r.decode_deadline), r.model, r) for r in decoding]
+    for due, model, r in sorted(dues, key=itemgetter(0, 1)):
+        if model != first.model:
+            before += r.decode_seconds
+        left = due - now - before
+        if left <= 0 and is_in_time and now < r.last_turn + PATIENCE * r.tpot:  # 4
+            most = least
+        else:
+            slack = min(slack, left)
     if slack == float("inf"):
-        return first.prompt_tokens
-    return first.costs.tokens_within(MARGIN * slack - first.decode_seconds, first.prompt_start)
+        return min(most, first.prompt_tokens)
+    within = first.costs.tokens_within(MARGIN * slack - first.decode_seconds, first.prompt_start)
+    return min(most, within)
 
 
 def decide_early(arrival: Arrival) -> int | None:

@@ -253,13 +253,18 @@ def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, 
             prompt_start = prompt_start or sequence.num_computed
             prompt_tokens += missing
     prompt_tokens += sum(sequence.num_missing for sequence in engine.scheduler.waiting)
-    due = decode_due = float("inf")
+    due = decode_due = prompt_due = tpot = float("inf")
     for ticket in requests.of_model(model.name):
         if ticket.is_running:
             deadline = ticket.next_deadline + engine.num_queued * ticket.submit.slo.tpot
             due = min(due, deadline)
             if ticket.last_token is not None:
                 decode_due = min(decode_due, deadline)
+                tpot = min(tpot, ticket.submit.slo.tpot)
+            else:
+                prompt_due = min(prompt_due, deadline)
+    if prompt_tokens and prompt_due == float("inf"):
+        prompt_due = due  # of streams that have lost their place
     seconds = 0.0 if costs is None or not num_decodes else costs.steps.decode(num_decodes, context)
     return Runnable(
         model=model.name,
@@ -271,6 +276,8 @@ def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, 
         prompt_tokens=prompt_tokens,
         prompt_start=prompt_start,
         costs=None if costs is None else costs.steps,
+        prompt_deadline=prompt_due,
+        tpot=tpot if rules.by_deadline else float("inf"),
     )
 
 

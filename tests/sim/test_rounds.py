@@ -7,8 +7,11 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prism.sim.decoding import DecodeGroup
+from prism.sim.jobs import Job
 from prism.sim.rounds import Part, Rounds
 from prism.sim.runs import _bank
+from prism.types import ModelId, RequestId
 from prism.worker.foresight import BANKED
 
 parts = st.lists(st.tuples(st.integers(1, 10**10), st.integers(0, 10**6)), min_size=1, max_size=4)
@@ -70,7 +73,10 @@ def test_what_streams_are_ahead_is_the_same_at_once_and_step_by_step(
     first: int, growth: int, counts: list[int], ahead: int, idle: int
 ) -> None:
     """Of a member of rounds of two, however the steps are put together."""
-    at_once, one_by_one = (SimpleNamespace(tpot=100, ahead=ahead, last_end=1000 - idle) for _ in range(2))
+    group = DecodeGroup(16)
+    group.join(Job(RequestId("r"), ModelId("m"), 0, 10, 10_000, 0), ahead)
+    at_once = SimpleNamespace(tpot=100, decodes=group, last_end=1000 - idle)
+    last_end = 1000 - idle
     both: Rounds[object] = Rounds([Part(at_once, first, growth), Part(None, 30, 1)], 1000, 2 * sum(counts))
     before = 0
     for count in counts:
@@ -79,6 +85,6 @@ def test_what_streams_are_ahead_is_the_same_at_once_and_step_by_step(
         at_once.last_end = both.end_of_member(0, before)
     for step in range(1, before + 1):
         end = both.end_of_member(0, step)
-        one_by_one.ahead = min(one_by_one.ahead + 100 - (end - one_by_one.last_end), BANKED * 100)
-        one_by_one.last_end = end
-    assert (at_once.ahead, at_once.last_end) == (one_by_one.ahead, one_by_one.last_end)
+        ahead = min(ahead + 100 - (end - last_end), BANKED * 100)
+        last_end = end
+    assert (group.ahead, at_once.last_end) == (ahead, last_end)

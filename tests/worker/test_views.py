@@ -3,7 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from prism.types import ModelId
-from prism.worker.views import admission_snapshot
+from prism.worker.snapshot import Runnable
+from prism.worker.views import admission_snapshot, turn_snapshot
 from tests.support.checkpoints import make_model, save
 from tests.support.local_worker import LocalWorker
 
@@ -23,5 +24,32 @@ def test_choices_share_their_prompt_before_they_start_too(tmp_path: Path) -> Non
     assert load.num_blocks_to_come + model.kv.num_used == 51 + 3, (
         "a prompt and the first choice's output, three more"
     )
+    local.run()
+    local.close()
+
+
+def _runnable(local: LocalWorker) -> Runnable:
+    worker = local.worker
+    (lane,) = worker.device.lanes
+    snapshot = turn_snapshot(worker.models, worker.requests, worker.costs, worker.rules, 64, lane, local.now)
+    (model,) = snapshot.runnable
+    return model
+
+
+def test_a_turn_sees_when_prompts_are_due_and_how_quick_streams_must_be(tmp_path: Path) -> None:
+    """Where a lane has too many streams they are put off, and not the prompts beside them."""
+    path = save(make_model("llama", seed=0), tmp_path / "llama")
+    local = LocalWorker({"llama": path}, num_slabs=6, host_kv=0, max_batch_tokens=64)
+    local.submit("first", "llama", [1, 2, 3], max_tokens=20)
+    local.run(until=lambda: len(local.outbox.tokens.get(("first", 0), ())) > 2)
+    stream = _runnable(local)
+    (ticket,) = local.worker.requests
+    assert (stream.num_decodes, stream.tpot) == (1, ticket.submit.slo.tpot)
+    assert stream.decode_share > 0 and stream.prompt_deadline == float("inf")
+    local.submit("second", "llama", [1 + i % 50 for i in range(200)], max_tokens=20)
+    local.run(until=lambda: all(ticket.is_running for ticket in local.worker.requests))
+    both = _runnable(local)
+    assert both.prompt_tokens and both.prompt_deadline == list(local.worker.requests)[1].next_deadline
+    assert both.decode_deadline != both.prompt_deadline
     local.run()
     local.close()

@@ -1,0 +1,30 @@
+"""More than a device has time for: what is given up, and that the rest is in time."""
+
+from __future__ import annotations
+
+from prism.modes import Mode
+from prism.sim.jobs import End, Job
+from tests.sim.random_loads import serve
+
+
+def _is_in_time(job: Job, tpot: float) -> bool:
+    assert job.end is End.SERVED and job.first_token is not None
+    return (job.last_token - job.first_token) / 1e12 <= tpot * (job.output - 1)
+
+
+def test_too_many_streams_do_not_all_come_late() -> None:
+    """Eight models need a quarter of a lane each. They took turns, and none of them was in time."""
+    shapes = [(1, 1024, 1e-3, 0.0, 4e-3)] * 8
+    asked = [(0.0, i, 1, 120) for i in range(8)]
+    served = serve(Mode.PRISM, shapes, asked, 1, 16)
+    assert sum(_is_in_time(job, 4e-3) for job in served) == 3
+
+
+def test_a_prompt_is_in_time_beside_streams_that_are_late() -> None:
+    """Prompts waited for decodes whose deadlines had passed, and came in pieces of 128 tokens."""
+    shapes = [(1, 1024, 1e-3, 0.0, 1e-3), (1, 1024, 1e-3, 0.0, 1e-3)]
+    asked = [(0.0, 0, 1, 120), (0.0, 0, 1, 120), *((0.02 + i / 50, 1, 200, 1) for i in range(3))]
+    served = serve(Mode.PRISM, shapes, asked, 1, 16)
+    for job in served[2:]:
+        assert job.first_token is not None
+        assert (job.first_token - job.arrival) / 1e12 <= 20e-3
