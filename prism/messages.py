@@ -220,6 +220,10 @@ class WeightsFailed(Message, frozen=True, kw_only=True):
 # --- controller, workers and gateways --------------------------------------------------------------
 
 
+WAITS = tuple(0.001 * 2**power for power in range(10))
+"""Seconds that a request may have to wait for the end of another model's step."""
+
+
 class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """One model as its worker sees it. Sizes in bytes."""
 
@@ -250,12 +254,16 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: float = 0.0
     """How long its last activation took; 0 if there was none."""
     num_started: int = 0
-    """Requests that started. This and the next three count from the worker's start."""
+    """Requests that started. This and all below count from the worker's start."""
     prompt_tokens: int = 0
     """Theirs."""
     decoded_tokens: int = 0
     device_seconds: float = 0.0
     """The part of the device's time that its steps had."""
+    needed_seconds: float = 0.0
+    """What of it the objectives asked for."""
+    blocked_seconds: list[float] = []
+    """How long who came had to wait longer than each of `WAITS` for the end of a step."""
 
 
 class TenantReport(msgspec.Struct, frozen=True, kw_only=True):

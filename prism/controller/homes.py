@@ -21,7 +21,7 @@ class Homes:
     def __init__(self, snapshot: PlacementSnapshot, now: float) -> None:
         self.policy = snapshot.policy
         self.models = {model.model: model for model in snapshot.models}
-        self.fleet = fleet = Fleet(snapshot.devices)
+        self.fleet = fleet = Fleet(snapshot.devices, sum(model.request_rate for model in snapshot.models))
         self.entries: dict[ModelId, Entry] = {}
         self.crowded: set[ModelId] = set()
         self.infeasible: set[ModelId] = set()

@@ -23,7 +23,13 @@ class ModelNeed:
     token_rate: float = 0.0
     """Prompt tokens of requests that started, and decoded ones, a second."""
     compute: float = 0.0
-    """Share of the time of a device of speed 1 that its steps take."""
+    """Share of the time of a device of speed 1 that its objectives ask for."""
+    ttft: float = 2.0
+    """Objective of the first token, in seconds."""
+    request_rate: float = 0.0
+    """Requests that started, a second."""
+    blocked: tuple[float, ...] = ()
+    """Shares of the time in which who comes waits longer than each of `WAITS` for the end of its steps."""
     noise: float = 0.0
     """Relative standard deviation of both, as measured: requests come at random."""
     move_seconds: float = 0.0

@@ -86,13 +86,15 @@ def _need(
     load_seconds = max((report.load_seconds for report in reports), default=0.0) or weights / LINK_BYTES
     cached = max((report.kv_cached_bytes for report in reports), default=0)
     num_cached = cached / max(1, model.kv_bytes_per_token)
-    recompute = num_cached * load.compute / load.token_rate if load.token_rate else 0.0
+    recompute = num_cached * load.busy / load.token_rate if load.token_rate else 0.0
     return replace(
         model,
         weights_bytes=weights,
         kv_floor_bytes=max((report.kv_floor_bytes for report in reports), default=model.kv_floor_bytes),
         token_rate=load.token_rate,
         compute=load.compute,
+        request_rate=load.request_rate,
+        blocked=load.blocked,
         noise=load.noise,
         move_seconds=load_seconds + recompute,
         is_wanted=is_asked_for or is_warm or is_pinned,

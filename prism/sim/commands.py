@@ -118,4 +118,6 @@ def _model_report(device: SimDevice, model: SimModel, now: int) -> ModelReport:
         prompt_tokens=usage.prompt_tokens,
         decoded_tokens=usage.decoded_tokens,
         device_seconds=usage.device_seconds,
+        needed_seconds=usage.needed_seconds,
+        blocked_seconds=usage.blocked_seconds,
     )

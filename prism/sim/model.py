@@ -64,7 +64,7 @@ class SimModel:
         self.num_activations = 0
         self.num_evictions = 0
         self.num_preemptions = 0
-        self.usage = Usage()
+        self.usage = Usage(self.tpot)
         self._ticks = StepTicks(served.costs.steps)
 
     @property
@@ -104,6 +104,11 @@ class SimModel:
     def num_sequences(self) -> int:
         """Admitted and not ended."""
         return self.decodes.size + len(self.prompts) + len(self.waiting)
+
+    @property
+    def has_waiting(self) -> bool:
+        """A request of it has not been admitted."""
+        return len(self.tickets) > self.num_sequences
 
     @property
     def can_step(self) -> bool:
