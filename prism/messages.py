@@ -244,6 +244,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     max_len: int | None
     """Longest context in tokens that the model and its memory limit allow; None while unknown."""
     pinned: bool
+    is_ahead: bool = False
+    """It is in memory though nobody has asked for it: it reserves nothing."""
     error: str | None = None
     registered_bytes: int = 0
     """Packed weights in host memory from which this worker can load at full speed."""
@@ -359,6 +361,13 @@ class SetLimits(Command, frozen=True, kw_only=True):
     kv_limit_bytes: int | None
 
 
+class Homes(Message, frozen=True, kw_only=True):
+    """The models that live at a worker: those that it may load before anybody asks."""
+
+    epoch: int
+    models: list[str]
+
+
 class CommandDone(Message, frozen=True, kw_only=True):
     """The command was carried out, or `error` says why not."""
 
@@ -367,7 +376,7 @@ class CommandDone(Message, frozen=True, kw_only=True):
     error: str | None = None
 
 
-ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits
+ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits | Homes
 FromWorker = Started | Outputs | Rejected | Returned | Report | CommandDone
 ToAgent = Hello | Ready | WeightsWanted
 FromAgent = ProcessUp | ProcessEnded | Stop | WeightsProgress | WeightsReady | WeightsHeld | WeightsFailed

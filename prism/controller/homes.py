@@ -110,7 +110,8 @@ class Homes:
             self._decisions.append(Move(model.model, here, there, gain))
         else:
             self._decisions.append(Rehome(model.model, here, there))
-        moved = home.moved(there, self._now, self.policy.cooldown) if is_migration else Home(there, self._now)
+        is_counted = is_migration or model.is_ahead  # that one is loaded again
+        moved = home.moved(there, self._now, self.policy.cooldown) if is_counted else Home(there, self._now)
         self._set(model.model, (*self._without(model, here), moved))
 
     def replicate(self, model: ModelNeed, place: int) -> None:

@@ -41,7 +41,9 @@ class ModelNeed:
     is_wanted: bool = False
     """It has unfinished requests, is in memory and was used not long ago, or must be kept loaded."""
     resident: frozenset[WorkerId] = frozenset()
-    """Where it is in memory, or on its way there."""
+    """Where it is in memory, or on its way there, because somebody has asked for it."""
+    is_ahead: bool = False
+    """It is in memory somewhere though nobody has."""
 
     @property
     def is_live(self) -> bool:

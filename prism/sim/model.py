@@ -15,7 +15,7 @@ from prism.engine.scheduler import Want
 from prism.errors import ConfigError
 from prism.sim.decoding import DecodeGroup
 from prism.sim.jobs import Chunk, Job, Served, policy_rank
-from prism.sim.ticks import StepTicks, to_ticks
+from prism.sim.ticks import StepTicks, to_seconds, to_ticks
 from prism.sim.usage import Usage
 from prism.types import Bytes, ModelId, ModelState, RequestId
 from prism.worker.foresight import GROWTH, IdleTimes, OutputLengths
@@ -39,6 +39,10 @@ class SimModel:
         self.is_pinned = False
         self.is_wanted = False
         """It was told to load, whether or not there are requests."""
+        self.is_at_home = False
+        """It lives here, as the controller has said."""
+        self.is_ahead = False
+        """It is in memory, or on its way there, though nobody has asked for it since it was not."""
         self.is_open = True
         """It takes more requests."""
         self.state = ModelState.COLD
@@ -62,6 +66,8 @@ class SimModel:
         self.output_lengths = OutputLengths()
         self.active_since = 0
         self.num_activations = 0
+        self.num_ahead = 0
+        """Of the activations, those before anybody asked."""
         self.num_evictions = 0
         self.num_preemptions = 0
         self.usage = Usage(self.tpot)
@@ -97,6 +103,10 @@ class SimModel:
     def capacity(self, num_slabs: int) -> int:
         """Tokens that so many slabs hold."""
         return num_slabs * self.layout.blocks_per_slab * self.layout.tokens_per_block
+
+    def return_chance(self, now: int, threshold: float | None) -> float:
+        """That it gets a request soon, if it has none."""
+        return self.idle_times.return_chance(to_seconds(now - self.last_used), threshold)
 
     # --- the queue ------------------------------------------------------------------------------------
 

@@ -26,11 +26,12 @@ from prism.messages import (
     Command,
     CommandDone,
     Evict,
+    Homes,
     ResumedChoice,
     SetLimits,
     Submit,
 )
-from prism.modes import RULES
+from prism.modes import RULES, Mode
 from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelId, ModelState, RequestId, WorkerId
 from prism.weights.link import Link
 from prism.weights.registrations import Registrations
@@ -52,6 +53,7 @@ from prism.worker.rate import MOST_SECONDS, CompletionRate
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
 from prism.worker.residency import Residency, load_error
+from prism.worker.spare_room import SpareRoom
 from prism.worker.standstill import STANDSTILL_SECONDS, Standstill
 from prism.worker.stepper import Stepper
 from prism.worker.tenancy import Tenancy, settle_residents
@@ -129,6 +131,15 @@ class Worker:
             idle_threshold=config.scheduling.idle_threshold,
         )
         self.reclaimer = Reclaimer(device, self.models, self.holdings, self.evict, self.host)
+        self._spare_room = SpareRoom(
+            device,
+            self.models,
+            self.holdings,
+            self.residency,
+            self.reclaimer,
+            self.evict,
+            is_used=config.scheduling.load_ahead and config.scheduling.mode is Mode.PRISM,
+        )
         self._stepper = Stepper(
             device,
             self.models,
@@ -202,9 +213,12 @@ class Worker:
     def on_packed(self, model: str) -> None:
         """The agent holds a model's packed weights."""
         self.residency.packed(self.models[model])
+        self._spare_room.changed()
 
     def on_held(self, model: str, size: Bytes) -> None:
         """The agent holds a model's packed weights, whoever asked for them."""
+        self.models[model].is_held = True
+        self._spare_room.changed()
         device = self.models[model].config.device
         if self.registrations is not None and device in (None, index_of(self.name)):
             self.registrations.announce(ModelId(model), size)
@@ -243,6 +257,11 @@ class Worker:
         if command.epoch >= self.epoch:
             self.epoch = Epoch(command.epoch)
             carry_out(self, command)
+
+    def on_homes(self, homes: Homes) -> None:
+        """Which models live here, as the controller tells at each change."""
+        if homes.epoch >= self.epoch:
+            self._spare_room.on_homes(homes.models)
 
     def command_done(self, command: Command, error: str | None) -> None:
         """Tell the controller how a command ended."""
@@ -331,6 +350,7 @@ class Worker:
             wanted = self._tenancy.wanted(self, now)
         for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
             before = model.state
+            model.is_ahead = model.is_sent_away = False
             self.learn(model)
             self.residency.want(model)
             self.residency.try_load(model, self.reclaimer, now)
@@ -344,6 +364,7 @@ class Worker:
                 model.load.deadline = min((t.next_deadline for t in tickets), default=NEVER)
                 if not model.is_readable and model.load.groups_arrived:
                     self._first_weights_arrived(model)
+        self._spare_room.fill(now)
 
     def _first_weights_arrived(self, model: Model) -> None:
         """Its requests may enter, and what its steps gain by can be prepared."""
@@ -449,6 +470,7 @@ class Worker:
         """What could not run for want of memory is worth another look."""
         self._needs_admission = True
         self.reclaimer.memory_changed()
+        self._spare_room.changed()
         for model in self.models.values():
             model.stalled_until = 0.0
 

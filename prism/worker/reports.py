@@ -52,6 +52,7 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         num_activations=model.num_activations,
         max_len=worker.max_len(model),
         pinned=model.pinned,
+        is_ahead=model.is_ahead,
         error=model.error,
         estimated_wait=estimate(worker, model, float("inf")).seconds if tickets else 0.0,
         load_seconds=model.load_seconds,

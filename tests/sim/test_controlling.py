@@ -92,14 +92,15 @@ def story(controlled: Controlled, jobs: list[Job]) -> tuple[Any, ...]:
     return ends, controlled.homes(), controlled.done
 
 
-@given(models, requests, st.integers(1, 3), st.integers(0, 12), st.integers(1, 3))
+@given(models, requests, st.integers(1, 3), st.integers(0, 12), st.integers(1, 3), st.booleans())
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_jumping_equals_stepping_under_the_controller(
-    shapes: list[Any], asked: list[Any], num_devices: int, slabs: int, lanes: int
+    shapes: list[Any], asked: list[Any], num_devices: int, slabs: int, lanes: int, is_ahead: bool
 ) -> None:
     """To the picosecond, with models that move, and replicas."""
+    options = {"num_lanes": lanes, "load_ahead": is_ahead}
     jumped, stepped = (
-        story(*run(shapes, asked, num_devices, slabs, num_lanes=lanes, is_stepping=flag))
+        story(*run(shapes, asked, num_devices, slabs, is_stepping=flag, **options))
         for flag in (False, True)
     )
     assert jumped == stepped
