@@ -12,6 +12,8 @@ from prism.types import ModelId, WorkerId
 
 BUCKET = 1.0
 """Seconds that are kept as one sum."""
+BEYOND = 1 / 4
+"""Of the time that a model takes though its objectives do not ask for it: others are slower meanwhile."""
 LEAST_SHARE = 1 / 3
 """Share of the window that must have been seen before rates are what was seen; they grow until then."""
 
@@ -22,7 +24,7 @@ class Load:
 
     token_rate: float = 0.0
     compute: float = 0.0
-    """Seconds a second of a device of speed 1 that the objectives ask for."""
+    """Seconds a second of a device of speed 1: what the objectives ask for, and `BEYOND` of what is taken."""
     busy: float = 0.0
     """The same as measured: steps may come sooner than they must."""
     request_rate: float = 0.0
@@ -95,7 +97,8 @@ class DemandWindow:
         sums = [sum(parts) for parts in zip(*(bucket.sums for bucket in buckets), strict=True)]
         requests, tokens, needed, busy, *blocked = (each / seen for each in sums)
         noise = max(1.0, buckets[0].num_running + sums[0]) ** -0.5
-        return Load(tokens, needed, busy, requests, tuple(blocked), noise)
+        compute = needed + BEYOND * (busy - needed)
+        return Load(tokens, compute, busy, requests, tuple(blocked), noise)
 
 
 def _counters(incarnation: int, model: ModelReport) -> _Counters:

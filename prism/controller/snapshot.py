@@ -23,7 +23,7 @@ class ModelNeed:
     token_rate: float = 0.0
     """Prompt tokens of requests that started, and decoded ones, a second."""
     compute: float = 0.0
-    """Share of the time of a device of speed 1 that its objectives ask for."""
+    """Share of the time of a device of speed 1 that its objectives ask for, and a part of what it takes."""
     ttft: float = 2.0
     """Objective of the first token, in seconds."""
     request_rate: float = 0.0

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from prism.controller.demand import DemandWindow, Load
+from prism.controller.demand import BEYOND, DemandWindow, Load
 from prism.messages import WAITS
 from prism.types import ModelId, WorkerId
 from tests.controller.reports import model_report, report
@@ -31,7 +31,8 @@ def test_rates_are_differences_within_the_window() -> None:
     for second in range(101):
         tell(demand, 1000.0 + second, 5000 + 20 * second)
     load = demand.load(A, 1100.0)
-    assert load.token_rate == pytest.approx(20) and load.compute == pytest.approx(0.2)
+    assert load.token_rate == pytest.approx(20)
+    assert load.compute == pytest.approx(0.2 + BEYOND * 0.2), "what is needed, and some of the rest"
     assert load.busy == pytest.approx(0.4), "what steps took, needed or not"
     assert load.blocked == pytest.approx((0.1,) * len(WAITS))
     assert load.request_rate == pytest.approx(2)
@@ -47,7 +48,7 @@ def test_all_workers_count_and_fast_ones_more() -> None:
         tell(demand, second, 10 * second, "worker-1")
     load = demand.load(A, 60.0)
     assert load.token_rate == pytest.approx(40)
-    assert load.compute == pytest.approx(0.3 + 2 * 0.1)
+    assert load.compute == pytest.approx((0.3 + 2 * 0.1) * (1 + BEYOND))
     assert load.blocked == pytest.approx((0.15 + 0.05,) * len(WAITS)), "as measured where it ran"
 
 

@@ -100,8 +100,7 @@ def test_jumping_equals_stepping_under_the_controller(
     """To the picosecond, with models that move, and replicas."""
     options = {"num_lanes": lanes, "load_ahead": is_ahead}
     jumped, stepped = (
-        story(*run(shapes, asked, num_devices, slabs, is_stepping=flag, **options))
-        for flag in (False, True)
+        story(*run(shapes, asked, num_devices, slabs, is_stepping=flag, **options)) for flag in (False, True)
     )
     assert jumped == stepped
 
