@@ -461,7 +461,8 @@ async def test_placement_looks_now_and_then(world: World, gateway: Gateway) -> N
     """A model that fills its device gets another one."""
     first, second = await both(world)
     for now in range(61):
-        busy = {"needed_seconds": float(now), "num_started": 10 * now, "decoded_tokens": 100 * now}
+        busy = {"num_started": 10 * now, "decoded_tokens": 100 * now}
+        busy |= {"device_seconds": float(now), "needed_seconds": float(now)}
         first.say(report("worker-0", model_report("a", state=ModelState.ACTIVE, **busy), num_free_slabs=now))
         await world.until(lambda now=now: world.service.state.reports[HOME].num_free_slabs == now)
         await world.pass_time(1)
