@@ -166,6 +166,8 @@ class SchedulingConfig(_Section):
     idle_threshold: Duration | None = None
     """A model without requests keeps its weights for so long, and is the first to give them from then on;
     None decides by how soon it came back before. The published system has 45 s."""
+    load_ahead: bool = True
+    """Mode prism: models come into free memory before anybody asks, and leave when somebody needs it."""
     placement_interval: Duration = 10.0
     """Between two looks at all models and devices; 0 moves nothing by itself."""
     demand_window: Annotated[Duration, Field(ge=1)] = 60.0

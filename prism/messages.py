@@ -220,6 +220,10 @@ class WeightsFailed(Message, frozen=True, kw_only=True):
 # --- controller, workers and gateways --------------------------------------------------------------
 
 
+WAITS = tuple(0.001 * 2**power for power in range(10))
+"""Seconds that a request may have to wait for the end of another model's step."""
+
+
 class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """One model as its worker sees it. Sizes in bytes."""
 
@@ -240,6 +244,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     max_len: int | None
     """Longest context in tokens that the model and its memory limit allow; None while unknown."""
     pinned: bool
+    is_ahead: bool = False
+    """It is in memory though nobody has asked for it: it reserves nothing."""
     error: str | None = None
     registered_bytes: int = 0
     """Packed weights in host memory from which this worker can load at full speed."""
@@ -250,12 +256,16 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: float = 0.0
     """How long its last activation took; 0 if there was none."""
     num_started: int = 0
-    """Requests that started. This and the next three count from the worker's start."""
+    """Requests that started. This and all below count from the worker's start."""
     prompt_tokens: int = 0
     """Theirs."""
     decoded_tokens: int = 0
     device_seconds: float = 0.0
     """The part of the device's time that its steps had."""
+    needed_seconds: float = 0.0
+    """What of it the objectives asked for."""
+    blocked_seconds: list[float] = []
+    """How long who came had to wait longer than each of `WAITS` for the end of a step."""
 
 
 class TenantReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -351,6 +361,13 @@ class SetLimits(Command, frozen=True, kw_only=True):
     kv_limit_bytes: int | None
 
 
+class Homes(Message, frozen=True, kw_only=True):
+    """The models that live at a worker: those that it may load before anybody asks."""
+
+    epoch: int
+    models: list[str]
+
+
 class CommandDone(Message, frozen=True, kw_only=True):
     """The command was carried out, or `error` says why not."""
 
@@ -359,7 +376,7 @@ class CommandDone(Message, frozen=True, kw_only=True):
     error: str | None = None
 
 
-ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits
+ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits | Homes
 FromWorker = Started | Outputs | Rejected | Returned | Report | CommandDone
 ToAgent = Hello | Ready | WeightsWanted
 FromAgent = ProcessUp | ProcessEnded | Stop | WeightsProgress | WeightsReady | WeightsHeld | WeightsFailed

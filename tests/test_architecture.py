@@ -61,6 +61,7 @@ PURE = [
     "engine/randomness.py",
     "worker/snapshot.py",
     "worker/admission.py",
+    "worker/ahead.py",
     "worker/on_time.py",
     "worker/shares.py",
     "worker/timeshare.py",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add, sub
 
-from prism.messages import ModelReport, Report
+from prism.messages import WAITS, ModelReport, Report
 from prism.types import ModelId, WorkerId
 
 BUCKET = 1.0
 """Seconds that are kept as one sum."""
+BEYOND = 1 / 4
+"""Of the time that a model takes though its objectives do not ask for it: others are slower meanwhile."""
 LEAST_SHARE = 1 / 3
 """Share of the window that must have been seen before rates are what was seen; they grow until then."""
 
@@ -20,10 +24,19 @@ class Load:
 
     token_rate: float = 0.0
     compute: float = 0.0
-    """Seconds a second of a device of speed 1."""
+    """Seconds a second of a device of speed 1: what the objectives ask for, and `BEYOND` of what is taken."""
+    busy: float = 0.0
+    """The same as measured: steps may come sooner than they must."""
+    request_rate: float = 0.0
+    blocked: tuple[float, ...] = (0.0,) * len(WAITS)
+    """Seconds a second in which who comes waits longer than each of `WAITS` for the end of a step."""
     noise: float = 1.0
     """Relative standard deviation: requests come at random, so it is one over the root of how many were seen,
     those that began in the window and those that ran when it began."""
+
+
+_Sums = tuple[float, ...]
+"""Requests that began, tokens, seconds needed, seconds busy, and for each of `WAITS` seconds blocked."""
 
 
 @dataclass(slots=True)
@@ -31,18 +44,14 @@ class _Bucket:
     begin: float
     num_running: int
     """Requests that ran when it began."""
-    num_tokens: float = 0.0
-    seconds: float = 0.0
-    num_requests: int = 0
+    sums: _Sums
 
 
 @dataclass(frozen=True, slots=True)
 class _Counters:
     incarnation: int
-    num_tokens: int
-    seconds: float
-    num_requests: int
     num_running: int
+    sums: _Sums
 
 
 class DemandWindow:
@@ -72,11 +81,10 @@ class DemandWindow:
     def _add(self, model: ModelId, last: _Counters, new: _Counters, speed: float, now: float) -> None:
         buckets = self._buckets.setdefault(model, deque())
         if not buckets or now >= buckets[-1].begin + BUCKET:
-            buckets.append(_Bucket(now, self._running[model]))
-        bucket = buckets[-1]
-        bucket.num_tokens += new.num_tokens - last.num_tokens
-        bucket.seconds += (new.seconds - last.seconds) * speed
-        bucket.num_requests += new.num_requests - last.num_requests
+            buckets.append(_Bucket(now, self._running[model], (0.0,) * len(new.sums)))
+        requests, tokens, needed, busy, *blocked = map(sub, new.sums, last.sums)
+        parts = requests, tokens, needed * speed, busy * speed, *blocked
+        buckets[-1].sums = tuple(map(add, buckets[-1].sums, parts))
 
     def load(self, model: ModelId, now: float) -> Load:
         """Its rates at this time."""
@@ -86,14 +94,19 @@ class DemandWindow:
         if not buckets or self._since is None:
             return Load()
         seen = min(self._window, max(now - self._since, self._window * LEAST_SHARE))
-        num_requests = buckets[0].num_running + sum(bucket.num_requests for bucket in buckets)
-        return Load(
-            sum(bucket.num_tokens for bucket in buckets) / seen,
-            sum(bucket.seconds for bucket in buckets) / seen,
-            max(1, num_requests) ** -0.5,
-        )
+        sums = [sum(parts) for parts in zip(*(bucket.sums for bucket in buckets), strict=True)]
+        requests, tokens, needed, busy, *blocked = (each / seen for each in sums)
+        noise = max(1.0, buckets[0].num_running + sums[0]) ** -0.5
+        compute = needed + BEYOND * (busy - needed)
+        return Load(tokens, compute, busy, requests, tuple(blocked), noise)
 
 
 def _counters(incarnation: int, model: ModelReport) -> _Counters:
     tokens = model.prompt_tokens + model.decoded_tokens
-    return _Counters(incarnation, tokens, model.device_seconds, model.num_started, model.num_running)
+    seconds = model.needed_seconds, model.device_seconds, *_blocked(model.blocked_seconds)
+    return _Counters(incarnation, model.num_running, (model.num_started, tokens, *seconds))
+
+
+def _blocked(seconds: Sequence[float]) -> Sequence[float]:
+    """A worker that has run nothing may leave them out."""
+    return seconds or (0.0,) * len(WAITS)

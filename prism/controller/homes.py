@@ -21,7 +21,7 @@ class Homes:
     def __init__(self, snapshot: PlacementSnapshot, now: float) -> None:
         self.policy = snapshot.policy
         self.models = {model.model: model for model in snapshot.models}
-        self.fleet = fleet = Fleet(snapshot.devices)
+        self.fleet = fleet = Fleet(snapshot.devices, sum(model.request_rate for model in snapshot.models))
         self.entries: dict[ModelId, Entry] = {}
         self.crowded: set[ModelId] = set()
         self.infeasible: set[ModelId] = set()
@@ -110,7 +110,8 @@ class Homes:
             self._decisions.append(Move(model.model, here, there, gain))
         else:
             self._decisions.append(Rehome(model.model, here, there))
-        moved = home.moved(there, self._now, self.policy.cooldown) if is_migration else Home(there, self._now)
+        is_counted = is_migration or model.is_ahead  # that one is loaded again
+        moved = home.moved(there, self._now, self.policy.cooldown) if is_counted else Home(there, self._now)
         self._set(model.model, (*self._without(model, here), moved))
 
     def replicate(self, model: ModelNeed, place: int) -> None:

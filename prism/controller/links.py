@@ -11,9 +11,9 @@ import zmq.asyncio
 
 from prism import transport
 from prism.errors import EngineFailure, Unavailable
-from prism.messages import Activate, CommandDone, Evict, Hello, Report, Role, SetLimits
+from prism.messages import Activate, CommandDone, Evict, Hello, Homes, Report, Role, SetLimits
 from prism.transport import Envelope
-from prism.types import WorkerId
+from prism.types import ModelId, WorkerId
 
 COMMAND_SECONDS = 120.0
 
@@ -81,6 +81,11 @@ class WorkerLinks:
                     known[1].set_result(done)
             case _:
                 pass  # of requests: that is the gateways' affair
+
+    def tell_homes(self, worker: WorkerId, models: list[ModelId]) -> None:
+        """Which models live there, if it is up."""
+        if (link := self._links.get(worker)) is not None:
+            transport.asend(link.socket, Homes(epoch=self._epoch, models=[str(model) for model in models]))
 
     async def command(self, worker: WorkerId, command: Activate | Evict | SetLimits) -> None:
         """Returns when it is done. Raises `Unavailable`, or `EngineFailure` with the worker's words."""

@@ -114,6 +114,7 @@ def _need(model: ModelConfig) -> ModelNeed:
         kv_bytes_per_token=0 if spec is None else spec.kv_bytes_per_token,
         kv_floor_bytes=model.memory.floor,
         tpot=model.slo.tpot,
+        ttft=model.slo.ttft,
         compute=model.expected_load or 0.0,
         device=None if model.device is None else WorkerId(f"worker-{model.device}"),
     )

@@ -4,15 +4,22 @@ The pressure of a device is its tighter resource, and a tenth of the other, whic
 
     kv       = KV_HELD * KV_TPOT * sum(token_rate * kv_bytes_per_token / tpot) / (memory - weights)
     compute  = sum(compute) / speed
-    pressure = max(kv, compute) + 0.1 * min(kv, compute)
+    late     = LATE * sum over two models of it: asked(one) * blocked(other, ttft of one)
+    pressure = max(kv, compute) + 0.1 * min(kv, compute) + late
 
 The sum in `kv` is the published KV pressure ratio. Its factor makes it comparable with a share of time: at an
 objective of `KV_TPOT`, with tokens that are held for `KV_HELD`, 1 means that what runs fills the memory.
+
+`late` are the requests whose first token is late for a neighbour's step alone: `blocked` is the share of the
+time in which a request that comes has to wait longer than its objective for the end of such a step, and
+`asked` a model's requests, where the mean of all devices is 1. `compute` is what objectives ask for, so it
+says how much more fits; `late` goes by how long steps really were.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prism.controller.snapshot import DeviceState, ModelNeed
+from prism.messages import WAITS
 
 KV_HELD = 10.0
 KV_TPOT = 0.1
@@ -28,6 +36,9 @@ LEAST_TPOT = 1e-3
 """An objective of 0 is none that counts."""
 SECOND = 0.1
 """Weight of the resource that is not the tighter one."""
+
+LATE = 1.0
+"""What it is worth that no request is late for a neighbour's step, in devices."""
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -43,6 +54,26 @@ class Entry:
     compute: float
     noise: float
     is_live: bool
+    asked: Floats
+    """Its requests a second by the longest wait that they can bear, in steps of `WAITS`."""
+    blocked: Floats
+    """Shares of the time in which others have to wait longer than each of `WAITS` for it."""
+
+
+_NOTHING = np.zeros(len(WAITS))
+
+
+def _by_wait(rate: float, wait: float) -> Floats:
+    """Split among the two of `WAITS` around it, so that what is between two of them is read off a line."""
+    asked = np.zeros(len(WAITS))
+    place = bisect_left(WAITS, wait)
+    if place in (0, len(WAITS)):
+        asked[min(place, len(WAITS) - 1)] = rate
+        return asked
+    low, high = WAITS[place - 1 : place + 1]
+    asked[place] = rate * (wait - low) / (high - low)
+    asked[place - 1] = rate - asked[place]
+    return asked
 
 
 def entry_of(model: ModelNeed, num_homes: int) -> Entry:
@@ -56,6 +87,8 @@ def entry_of(model: ModelNeed, num_homes: int) -> Entry:
         model.compute / count,
         model.noise,
         model.is_live,
+        _by_wait(model.request_rate / count, model.ttft) if model.request_rate else _NOTHING,
+        np.array(model.blocked) / count if model.blocked else _NOTHING,
     )
 
 
@@ -67,7 +100,8 @@ def pressure_of(kv: Any, compute: Any) -> Any:
 class Fleet:
     """Sums for each device of what lives there, kept while models come and go."""
 
-    def __init__(self, devices: Sequence[DeviceState]) -> None:
+    def __init__(self, devices: Sequence[DeviceState], request_rate: float = 0.0) -> None:
+        """`request_rate` is that of all models together."""
         self.workers = tuple(device.worker for device in devices)
         self.index = {worker: place for place, worker in enumerate(self.workers)}
         self._slab: Floats = np.array([float(device.slab_bytes) for device in devices])
@@ -82,6 +116,13 @@ class Fleet:
         self._compute: Floats = np.zeros(len(devices))
         self._kv_variance: Floats = np.zeros(len(devices))
         self._compute_variance: Floats = np.zeros(len(devices))
+        self._asked: Floats = np.zeros((len(devices), len(WAITS)))
+        self._blocked: Floats = np.zeros((len(devices), len(WAITS)))
+        self._late: Floats = np.zeros(len(devices))
+        """Requests a second that are late for a neighbour's step."""
+        self._asked_variance: Floats = np.zeros((len(devices), len(WAITS)))
+        self._blocked_variance: Floats = np.zeros((len(devices), len(WAITS)))
+        self._per_request = LATE * len(devices) / request_rate if request_rate else 0.0
         self._pressures: Floats | None = None
         self._idle: Floats = np.zeros(len(devices))
 
@@ -99,6 +140,16 @@ class Fleet:
         self._compute[place] += sign * entry.compute
         self._kv_variance[place] += sign * (entry.kv * entry.noise) ** 2
         self._compute_variance[place] += sign * (entry.compute * entry.noise) ** 2
+        self._late[place] += sign * self._late_with(entry, place, is_there=sign < 0)
+        self._asked[place] += sign * entry.asked
+        self._blocked[place] += sign * entry.blocked
+        self._asked_variance[place] += sign * (entry.asked * entry.noise) ** 2
+        self._blocked_variance[place] += sign * (entry.blocked * entry.noise) ** 2
+
+    def _late_with(self, entry: Entry, place: int, *, is_there: bool) -> float:
+        """Requests that are late because a model is beside the others of its device, its own and theirs."""
+        late = float(self._blocked[place] @ entry.asked + self._asked[place] @ entry.blocked)
+        return late - 2 * float(entry.asked @ entry.blocked) if is_there else late
 
     def remove(self, entry: Entry, place: int) -> None:
         """It leaves."""
@@ -135,7 +186,7 @@ class Fleet:
     def pressures(self) -> Floats:
         """Of all devices as they are."""
         if self._pressures is None:
-            self._pressures = np.asarray(pressure_of(*self.parts()))
+            self._pressures = np.asarray(pressure_of(*self.parts()) + self._late * self._per_request)
         return self._pressures
 
     def parts(self) -> tuple[Floats, Floats]:
@@ -147,18 +198,33 @@ class Fleet:
         both = [place, other]
         kv = self._kv_variance[both] / self._shared(0.0)[both] ** 2
         compute = self._compute_variance[both] / self.speed[both] ** 2
-        return math.sqrt(max(0.0, float(np.maximum(kv, compute).sum())))
+        late = sum(self._late_noise(each) ** 2 for each in both)
+        return math.sqrt(max(0.0, float(np.maximum(kv, compute).sum())) + late)
+
+    def _late_noise(self, place: int) -> float:
+        """Of the part of the pressure that is late requests. What a model asks of itself is in the sums, but
+        counts in proportion only."""
+        asked, blocked = self._asked[place], self._blocked[place]
+        if (both := float(asked @ blocked)) <= 0 or self._late[place] <= 0:
+            return 0.0
+        of_asked = float(np.maximum(0.0, self._asked_variance[place]) @ blocked**2)
+        of_blocked = float(np.sqrt(np.maximum(0.0, self._blocked_variance[place])) @ asked)
+        share = float(self._late[place]) / both
+        return math.hypot(math.sqrt(of_asked), of_blocked) * share * self._per_request
 
     def with_added(self, entry: Entry) -> Floats:
         """Pressure that each device would have with the entry on it."""
         kv = (self._kv + entry.kv) / self._shared(entry.weights)
-        return np.asarray(pressure_of(kv, (self._compute + entry.compute) / self.speed))
+        late = self._late + self._blocked @ entry.asked + self._asked @ entry.blocked
+        pressure = pressure_of(kv, (self._compute + entry.compute) / self.speed)
+        return np.asarray(pressure + late * self._per_request)
 
     def with_removed(self, entry: Entry, place: int) -> float:
         """Pressure that its device would have without it."""
         shared = max(self._slab[place], self.capacity[place] - self._weights[place] + entry.weights)
         compute = (self._compute[place] - entry.compute) / self.speed[place]
-        return float(pressure_of((self._kv[place] - entry.kv) / shared, compute))
+        late = float(self._late[place]) - self._late_with(entry, place, is_there=True)
+        return float(pressure_of((self._kv[place] - entry.kv) / shared, compute) + late * self._per_request)
 
     def _shared(self, added: float) -> Floats:
         """Memory for KV; where weights leave none it is one slab, which makes the pressure very high."""

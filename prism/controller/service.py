@@ -110,6 +110,12 @@ class ControllerService:
         self.state.version += 1
         for gateway in self._gateways:
             self._send_routes(gateway)
+        for worker in self.links.up:
+            self._tell_homes(worker)
+
+    def _tell_homes(self, worker: WorkerId) -> None:
+        if self._is_rebuilt:
+            self.links.tell_homes(worker, self.state.living_at(worker))
 
     def _rebuilt(self) -> None:
         self._is_rebuilt = True
@@ -122,6 +128,7 @@ class ControllerService:
             return
         self.planner.on_report(report)
         if known is None:
+            self._tell_homes(worker)
             for model in self.planner.to_preload(worker):
                 self._spawn(self._preload(worker, model))
         if not self._is_rebuilt and self.state.reports.keys() >= self.planner.workers:

@@ -23,7 +23,13 @@ class ModelNeed:
     token_rate: float = 0.0
     """Prompt tokens of requests that started, and decoded ones, a second."""
     compute: float = 0.0
-    """Share of the time of a device of speed 1 that its steps take."""
+    """Share of the time of a device of speed 1 that its objectives ask for, and a part of what it takes."""
+    ttft: float = 2.0
+    """Objective of the first token, in seconds."""
+    request_rate: float = 0.0
+    """Requests that started, a second."""
+    blocked: tuple[float, ...] = ()
+    """Shares of the time in which who comes waits longer than each of `WAITS` for the end of its steps."""
     noise: float = 0.0
     """Relative standard deviation of both, as measured: requests come at random."""
     move_seconds: float = 0.0
@@ -35,7 +41,9 @@ class ModelNeed:
     is_wanted: bool = False
     """It has unfinished requests, is in memory and was used not long ago, or must be kept loaded."""
     resident: frozenset[WorkerId] = frozenset()
-    """Where it is in memory, or on its way there."""
+    """Where it is in memory, or on its way there, because somebody has asked for it."""
+    is_ahead: bool = False
+    """It is in memory somewhere though nobody has."""
 
     @property
     def is_live(self) -> bool:

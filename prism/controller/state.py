@@ -80,6 +80,10 @@ class ControllerState:
         """What the model's first home says of it."""
         return self.report_of(self.workers(model)[0], model)
 
+    def living_at(self, worker: WorkerId) -> list[ModelId]:
+        """The models that have a home there."""
+        return sorted(model for model in self.homes if worker in self.workers(model))
+
     def places(self, model: ModelId) -> tuple[WorkerId, ...]:
         """Its homes, and beside them where it comes from, goes to, or is."""
         migration = self.migrations.get(model)
@@ -94,7 +98,7 @@ class ControllerState:
 
     def _state(self, worker: WorkerId, model: ModelId) -> ModelState | None:
         report = self.report_of(worker, model)
-        return None if report is None else report.state
+        return None if report is None or report.is_ahead else report.state
 
     # --- what is so, whoever decided it ---------------------------------------------------------------
 

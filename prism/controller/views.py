@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from prism.controller.demand import DemandWindow
 from prism.controller.snapshot import DeviceState, Home, ModelNeed, PlacementSnapshot, Policy
 from prism.controller.state import ControllerState
+from prism.messages import ModelReport
 from prism.types import ModelId, ModelState, WorkerId
 
 WARM = 3.0
@@ -68,6 +69,11 @@ def _device(state: ControllerState, device: DeviceState, up: frozenset[WorkerId]
     return replace(device, memory_bytes=memory, slab_bytes=report.slab_bytes, is_up=is_up)
 
 
+def _is_warm(report: ModelReport, warm: float) -> bool:
+    """In memory, and used not long ago."""
+    return report.state is ModelState.ACTIVE and not report.is_ahead and report.idle_seconds < warm
+
+
 def _need(
     catalog: Catalog,
     state: ControllerState,
@@ -80,21 +86,24 @@ def _need(
     found = [state.report_of(worker, model.model) for worker in state.reports]
     reports = [report for report in found if report is not None]
     is_asked_for = any(report.num_running + report.num_waiting for report in reports)
-    is_warm = any(report.state is ModelState.ACTIVE and report.idle_seconds < warm for report in reports)
+    is_warm = any(_is_warm(report, warm) for report in reports)
     is_pinned = any(report.pinned for report in reports) if reports else model.model in catalog.pinned
     weights = max((report.weights_bytes for report in reports), default=0) or model.weights_bytes
     load_seconds = max((report.load_seconds for report in reports), default=0.0) or weights / LINK_BYTES
     cached = max((report.kv_cached_bytes for report in reports), default=0)
     num_cached = cached / max(1, model.kv_bytes_per_token)
-    recompute = num_cached * load.compute / load.token_rate if load.token_rate else 0.0
+    recompute = num_cached * load.busy / load.token_rate if load.token_rate else 0.0
     return replace(
         model,
         weights_bytes=weights,
         kv_floor_bytes=max((report.kv_floor_bytes for report in reports), default=model.kv_floor_bytes),
         token_rate=load.token_rate,
         compute=load.compute,
+        request_rate=load.request_rate,
+        blocked=load.blocked,
         noise=load.noise,
         move_seconds=load_seconds + recompute,
         is_wanted=is_asked_for or is_warm or is_pinned,
         resident=state.resident(model.model),
+        is_ahead=any(report.is_ahead for report in reports),
     )

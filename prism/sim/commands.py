@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prism.messages import ModelReport, Report
 from prism.sim.device import SimDevice
@@ -16,6 +16,22 @@ def activate(device: SimDevice, served: Served, now: int) -> None:
     """Load a model now, behind those that have requests."""
     device.begin(now)
     device.learn(served).is_wanted = True
+    device.poke()
+
+
+def settle(device: SimDevice, living: Sequence[Served], now: int) -> None:
+    """These models live here, and may come before anybody asks; others that have come so leave."""
+    at_home = {device.learn(served) for served in living}
+    if at_home == {model for model in device.models.values() if model.is_at_home}:
+        return
+    device.begin(now)
+    for model in device.models.values():
+        model.is_at_home = model in at_home
+        if model.is_ahead and not model.is_at_home:
+            if model.is_active:
+                device.evict(model)
+            else:
+                device.cancel_load(model)
     device.poke()
 
 
@@ -113,9 +129,12 @@ def _model_report(device: SimDevice, model: SimModel, now: int) -> ModelReport:
         num_activations=model.num_activations,
         max_len=None,
         pinned=model.is_pinned,
+        is_ahead=model.is_ahead,
         load_seconds=model.served.costs.activation if model.num_activations else 0.0,
         num_started=usage.num_requests,
         prompt_tokens=usage.prompt_tokens,
         decoded_tokens=usage.decoded_tokens,
         device_seconds=usage.device_seconds,
+        needed_seconds=usage.needed_seconds,
+        blocked_seconds=usage.blocked_seconds,
     )

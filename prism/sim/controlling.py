@@ -184,3 +184,5 @@ class Controlled:
         """See `Hands`."""
         self.state.version += 1
         self._gateway.update(self.state.version, self.state.routes())
+        for device, living in zip(self._devices.values(), self.homes(), strict=True):
+            commands.settle(device, [self._served[model] for model in living], self._now)

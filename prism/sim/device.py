@@ -48,17 +48,17 @@ class SimDevice:
         )
         self.stepper = Stepper(self.memory, rules, limits, together, self)
         for one in served:
-            self.learn(one, None if shares is None else shares[one.model])
+            self.learn(one, None if shares is None else shares[one.model]).is_at_home = True
         self.loader = Loader(self.models, self.memory, rules, limits, self)
         self.now = 0
         self._waiting: dict[Job, WaitingRequest] = {}
         """Not admitted."""
         self._timers = Timers(limits, self._waiting)
-        self._poke = NEVER
+        self._poke = 0 if served and limits.load_ahead else NEVER
         """When something has been done to it from outside."""
         self._owed_to_late = 0.0
         self._needs_admission = False
-        self._needs_moves = False
+        self._needs_moves = self._poke == 0
         self.num_events = 0
 
     def learn(self, served: Served, share: int | None = None) -> SimModel:
@@ -106,7 +106,7 @@ class SimDevice:
         self.num_events += 1
         self.begin(now)
         if self.loader.arrived(now):
-            self._needs_admission = True
+            self._needs_admission = self._needs_moves = True
         if self.loader.wake_at <= now:
             self.memory_changed()
         while (job := self._timers.arrived(now)) is not None:
@@ -138,7 +138,7 @@ class SimDevice:
         if job.prompt + job.output > model.capacity(self.loader.most_kv(model)):
             job.finish(End.TOO_LONG, self.now)
             return
-        if not model.tickets and model.num_activations:
+        if not model.tickets and model.last_used:
             model.idle_times.add(to_seconds(self.now - model.last_used))
         model.take(job)
         self._wait(job, model)
@@ -228,7 +228,7 @@ class SimDevice:
             self._wait(job, model)
         self.memory.release(model)
         model.state = ModelState.COLD
-        model.is_wanted = False
+        model.is_wanted = model.is_ahead = False
         model.num_evictions += 1
         self.memory_changed()
 

@@ -39,6 +39,11 @@ class Link:
         self._num_loads += 1
         self._loads[model] = Load(model, copy, to_ticks(costs.loads.fixed), due, self._num_loads)
 
+    def hurry(self, model: SimModel, due: int, now: int) -> None:
+        """Somebody waits for a load that has begun without."""
+        self.advance(now)
+        self._loads[model].due = min(self._loads[model].due, due)
+
     def cancel(self, model: SimModel) -> None:
         """Nobody wants it any more."""
         del self._loads[model]

@@ -11,12 +11,12 @@ from typing import Protocol
 from prism.modes import Rules
 from prism.sim.jobs import Job
 from prism.sim.link import Link
-from prism.sim.memory import Memory, rank_of
+from prism.sim.memory import Memory, rank_of, slabs_to_activate
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
 from prism.sim.ticks import NEVER, first_after, to_seconds
 from prism.types import ModelId, ModelState
-from prism.worker import timeshare
+from prism.worker import ahead, timeshare
 
 
 class Device(Protocol):
@@ -73,8 +73,12 @@ class Loader:
         models = self.link.arrived(now)
         for model in models:
             model.state = ModelState.ACTIVE
-            model.active_since = model.last_used = now
+            model.active_since = now
             model.num_activations += 1
+            if model.is_ahead:
+                model.num_ahead += 1
+            else:
+                model.last_used = now
             if model is self._current:
                 self._since = now
         return models
@@ -84,9 +88,13 @@ class Loader:
         self.link.cancel(model)
         self._memory.release(model)
         model.state = ModelState.COLD
+        model.is_ahead = False
 
     def want(self, model: SimModel, now: int) -> bool:
         """Load a model unless it is here or coming; whether it is."""
+        if model.state is ModelState.LOADING and model.is_ahead:
+            self.link.hurry(model, _due(model), now)
+        model.is_ahead = False
         if model.state in (ModelState.ACTIVE, ModelState.LOADING):
             return True
         model.state = ModelState.FETCHING
@@ -111,10 +119,29 @@ class Loader:
         """Those with the oldest requests first; who finds no room looks again when memory changes, or when
         a busy model has been here for as long as it may count on."""
         absent = (ModelState.COLD, ModelState.FETCHING)
-        wanted = [m for m in self._models.values() if m.state in absent and (m.tickets or m.is_wanted)]
+        asked_for = [m for m in self._models.values() if m.tickets or m.is_wanted]
+        wanted = [m for m in asked_for if m.state in absent or m.is_ahead]
         results = [self.want(m, now) for m in sorted(wanted, key=lambda m: (rank_of(m), m.name))]
         if not all(results):
             self.wake_at = self._end_of_residency(now)
+        elif self._limits.load_ahead and not len(self.link):
+            self._load_ahead(now)
+
+    def _load_ahead(self, now: int) -> None:
+        """One that lives here comes before anybody asks, if there is room."""
+        memory, threshold = self._memory, self._limits.idle_threshold
+        absent = [
+            ahead.Absent(m.name, slabs_to_activate(m), m.return_chance(now, threshold))
+            for m in self._models.values()
+            if m.is_at_home and m.state is ModelState.COLD and slabs_to_activate(m) < memory.free
+        ]
+        chosen = ahead.choose(absent, memory.free, memory.num_slabs, memory.expected_demand(now))
+        if chosen is not None:
+            model = self._models[chosen]
+            model.is_ahead = True
+            memory.activate(model)
+            model.state = ModelState.LOADING
+            self.link.start(model, NEVER, now)
 
     def _end_of_residency(self, now: int) -> int:
         least = self._limits.min_residency

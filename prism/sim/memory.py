@@ -175,6 +175,10 @@ class Memory:
             expected_demand=self._demand.within_horizon(to_seconds(now)),
         )
 
+    def expected_demand(self, now: int) -> float:
+        """Slabs that are going to be asked for soon."""
+        return self._demand.within_horizon(to_seconds(now))
+
     def obtainable(self, model: SimModel) -> int:
         """Slabs that a model could still get without touching a running sequence, within its limit."""
         slabs = self.free
@@ -214,7 +218,6 @@ def slabs_to_activate(model: SimModel) -> int:
 def _holding(model: SimModel, idle_threshold: float | None, now: int) -> Holding:
     costs = model.served.costs
     has_share = model.kv_limit is not None
-    idle = to_seconds(now - model.last_used)
     block_seconds = costs.steps.prefill(TYPICAL_PROMPT) / TYPICAL_PROMPT * model.layout.tokens_per_block
     return Holding(
         model=model.name,
@@ -232,7 +235,7 @@ def _holding(model: SimModel, idle_threshold: float | None, now: int) -> Holding
         reuse_chance=0.0,
         weight_slabs=model.weight_slabs,
         load_seconds=costs.activation,
-        return_chance=model.idle_times.return_chance(idle, idle_threshold),
+        return_chance=model.return_chance(now, idle_threshold),
         active_since=to_seconds(model.active_since),
         oldest_request=rank_of(model) if model.tickets else None,
         running=tuple(_running(model, block_seconds, now)),

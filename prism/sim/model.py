@@ -15,7 +15,7 @@ from prism.engine.scheduler import Want
 from prism.errors import ConfigError
 from prism.sim.decoding import DecodeGroup
 from prism.sim.jobs import Chunk, Job, Served, policy_rank
-from prism.sim.ticks import StepTicks, to_ticks
+from prism.sim.ticks import StepTicks, to_seconds, to_ticks
 from prism.sim.usage import Usage
 from prism.types import Bytes, ModelId, ModelState, RequestId
 from prism.worker.foresight import GROWTH, IdleTimes, OutputLengths
@@ -40,6 +40,10 @@ class SimModel:
         self.is_pinned = False
         self.is_wanted = False
         """It was told to load, whether or not there are requests."""
+        self.is_at_home = False
+        """It lives here, as the controller has said."""
+        self.is_ahead = False
+        """It is in memory, or on its way there, though nobody has asked for it since it was not."""
         self.is_open = True
         """It takes more requests."""
         self.state = ModelState.COLD
@@ -61,9 +65,11 @@ class SimModel:
         self.output_lengths = OutputLengths()
         self.active_since = 0
         self.num_activations = 0
+        self.num_ahead = 0
+        """Of the activations, those before anybody asked."""
         self.num_evictions = 0
         self.num_preemptions = 0
-        self.usage = Usage()
+        self.usage = Usage(self.tpot)
         self._ticks = StepTicks(served.costs.steps)
 
     @property
@@ -97,12 +103,21 @@ class SimModel:
         """Tokens that so many slabs hold."""
         return num_slabs * self.layout.blocks_per_slab * self.layout.tokens_per_block
 
+    def return_chance(self, now: int, threshold: float | None) -> float:
+        """That it gets a request soon, if it has none."""
+        return self.idle_times.return_chance(to_seconds(now - self.last_used), threshold)
+
     # --- the queue ------------------------------------------------------------------------------------
 
     @property
     def num_sequences(self) -> int:
         """Admitted and not ended."""
         return self.decodes.size + len(self.prompts) + len(self.waiting)
+
+    @property
+    def has_waiting(self) -> bool:
+        """A request of it has not been admitted."""
+        return len(self.tickets) > self.num_sequences
 
     @property
     def can_step(self) -> bool:

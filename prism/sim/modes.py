@@ -20,6 +20,8 @@ class Limits:
     min_residency: float = 2.0
     idle_threshold: float | None = None
     """As `scheduling.idle_threshold`."""
+    load_ahead: bool = True
+    """As `scheduling.load_ahead`."""
     horizon: float = 0.1
     """Seconds of prompts that engines may hold when requests go by deadlines."""
     quantum: float = 10.0
@@ -40,6 +42,7 @@ def limits_of(config: Config, *, is_stepping: bool) -> Limits:
         request_timeout=limits.request_timeout,
         min_residency=limits.min_residency,
         idle_threshold=scheduling.idle_threshold,
+        load_ahead=scheduling.load_ahead,
         quantum=scheduling.quantum,
         is_stepping=is_stepping,
     )

@@ -86,6 +86,7 @@ def needs_of(
             one.costs.shape.weight_bytes,
             one.costs.shape.kv_bytes_per_token,
             tpot=one.slo.tpot,
+            ttft=one.slo.ttft,
             compute=demand[model] if demand else 0.0,
         )
         for model, one in sorted(served.items())

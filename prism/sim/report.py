@@ -52,7 +52,7 @@ def report(
             "slo_ttft_s": served.slo.ttft,
             "slo_tpot_s": served.slo.tpot,
             "device": homes.get(model),
-            **asdict(counts.get(model, ModelCounts(0, 0, 0))),
+            **asdict(counts.get(model, ModelCounts(0, 0, 0, 0))),
         }
     return {
         **_figures(outcomes, load.served, span),
@@ -61,6 +61,7 @@ def report(
         "device_hours": devices * span / 3600,
         "busy_share": sum(r.busy for r in results) / (span * devices * setup.limits.num_lanes),
         "activations": sum(c.activations for c in counts.values()),
+        "ahead": sum(c.ahead for c in counts.values()),
         **{kind.value: sum(each.kind is kind for each in done) for kind in Kind},
         "evictions": sum(c.evictions for c in counts.values()),
         "preemptions": sum(c.preemptions for c in counts.values()),
@@ -79,9 +80,10 @@ def _counts(results: Iterable[DeviceResult]) -> dict[ModelId, ModelCounts]:
     counts: dict[ModelId, ModelCounts] = {}
     for result in results:
         for model, more in result.counts.items():
-            one = counts.get(model, ModelCounts(0, 0, 0))
+            one = counts.get(model, ModelCounts(0, 0, 0, 0))
             counts[model] = ModelCounts(
                 one.activations + more.activations,
+                one.ahead + more.ahead,
                 one.evictions + more.evictions,
                 one.preemptions + more.preemptions,
             )

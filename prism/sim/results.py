@@ -17,6 +17,8 @@ class ModelCounts:
     """What happened to a model on a device."""
 
     activations: int
+    ahead: int
+    """Of the activations, those before anybody asked."""
     evictions: int
     preemptions: int
 
@@ -49,7 +51,7 @@ def result_of(device: SimDevice, jobs: Iterable[Job]) -> DeviceResult:
     """Of a device that has done its work."""
     device.check()
     counts = {
-        m.name: ModelCounts(m.num_activations, m.num_evictions, m.num_preemptions)
+        m.name: ModelCounts(m.num_activations, m.num_ahead, m.num_evictions, m.num_preemptions)
         for m in device.models.values()
     }
     stepper = device.stepper

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Generic, TypeVar
 
+from prism.sim.usage import Series
+
 M = TypeVar("M")
 
 
@@ -37,14 +39,15 @@ class Rounds(Generic[M]):
         self.begun = 1
         """Steps that have got their blocks; the first one has them when this is made."""
         self._first = sum(part.first for part in parts)
-        self._growth = sum(part.growth for part in parts)
+        self.growth = sum(part.growth for part in parts)
+        """Ticks by which each round takes longer than the one before."""
         self.end = self.end_of(num_steps)
 
     def end_of(self, steps: int) -> int:
         """When the first `steps` steps have run."""
         size = len(self.parts)
         rounds, rest = (steps, 0) if size == 1 else divmod(steps, size)
-        end = self.start + rounds * self._first + self._growth * (rounds * (rounds - 1) // 2)
+        end = self.start + rounds * self._first + self.growth * (rounds * (rounds - 1) // 2)
         for part in self.parts[:rest]:
             end += part.first + rounds * part.growth
         return end
@@ -87,14 +90,14 @@ class Rounds(Generic[M]):
         """When the member's first `count` steps have run; one at least."""
         return self.end_of((count - 1) * len(self.parts) + index + 1)
 
-    def ticks_of(self, index: int, steps: int) -> int:
-        """How long the member's own steps among the first `steps` take."""
-        part, count = self.parts[index], self.steps_of(index, steps)
-        return count * part.first + part.growth * (count * (count - 1) // 2)
+    def series_of(self, index: int, before: int, count: int) -> Series:
+        """How long `count` of the member's own steps take, those behind its first `before`."""
+        part = self.parts[index]
+        return Series(part.first, part.growth, before + count).without(before)
 
     def _rounds_within(self, ticks: int) -> int:
         """Most whole rounds that take no longer: `first * n + growth * n * (n - 1) / 2 <= ticks`."""
-        growth, linear = self._growth, 2 * self._first - self._growth
+        growth, linear = self.growth, 2 * self._first - self.growth
         if growth == 0:
             return ticks // self._first
         return (isqrt(linear * linear + 8 * growth * ticks) - linear) // (2 * growth)

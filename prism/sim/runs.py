@@ -10,6 +10,7 @@ from prism.sim.jobs import Chunk, Job
 from prism.sim.model import SimModel
 from prism.sim.overlap import Pulls
 from prism.sim.rounds import Rounds
+from prism.sim.usage import Gaps, Series
 from prism.worker.foresight import BANKED
 
 
@@ -63,11 +64,21 @@ def advance(run: Run, now: int) -> None:
         if ends:
             model.decodes.run(ends)
             model.usage.decoded_tokens += ends * model.decodes.size
-            ticks = rounds.ticks_of(index, ended) - rounds.ticks_of(index, rounds.done)
-            model.usage.add_ticks(ticks, len(run.others) + 1)
-            _bank(model, rounds, index, rounds.steps_of(index, rounds.done), ends)
+            before = rounds.steps_of(index, rounds.done)
+            _count(model, run, index, before, ends)
+            _bank(model, rounds, index, before, ends)
             model.last_end = model.last_used = rounds.end_of_member(index, rounds.steps_of(index, ended))
     rounds.done, rounds.begun = ended, begun
+
+
+def _count(model: SimModel, run: Run, index: int, before: int, count: int) -> None:
+    """Tell of the time that `count` more steps took."""
+    rounds = run.rounds
+    steps = rounds.series_of(index, before, count)
+    end = rounds.end_of_member(index, before + 1)
+    next_gap = rounds.end_of_member(index, before + 2) - end if count > 1 else 0
+    gaps = Gaps(end - model.last_end, Series(next_gap, rounds.growth, count - 1))
+    model.usage.ran_decodes(steps, None if model.has_waiting else gaps, len(run.others) + 1)
 
 
 def _bank(model: SimModel, rounds: Rounds[SimModel], index: int, before: int, count: int) -> None:
@@ -121,7 +132,7 @@ def _close_prompts(model: SimModel, run: Run, listener: Listener, now: int) -> N
         gain = model.tpot - (now - model.last_end)
         model.decodes.bank(gain, BANKED * model.tpot - gain)
     model.last_end = model.last_used = now
-    model.usage.add_ticks(run.rounds.end - run.rounds.start, 1)
+    model.usage.ran_prompts(run.rounds.end - run.rounds.start)
     for chunk in run.chunks:
         job = chunk.job
         if chunk.num_restarts != job.num_restarts or job.missing:

@@ -10,8 +10,8 @@ from prism.sim.jobs import Job, policy_rank
 from prism.sim.link import Link
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
-from prism.sim.overlap import Longer, alone
 from prism.sim.modes import Limits
+from prism.sim.overlap import Longer, alone
 from prism.sim.ticks import NEVER, to_seconds, to_ticks
 from prism.types import ModelId, ModelState, Rank
 from prism.worker.snapshot import FAR, MOST_DECODES, AdmissionSnapshot, ModelLoad, Runnable, WaitingRequest

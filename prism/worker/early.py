@@ -35,7 +35,7 @@ class Listener(Protocol):
         """Tell gateways what starts."""
         ...
 
-    def commit(self, flight: Flight) -> None:
+    def commit(self, flight: Flight) -> float:
         """Account for a step that has run."""
         ...
 

@@ -45,6 +45,10 @@ class Holdings:
         """By a request, a command or the configuration."""
         return model.is_wanted or bool(self._requests.of_model(model.name))
 
+    def return_chance(self, model: Model, now: float) -> float:
+        """That a model without requests gets one soon."""
+        return model.idle_times.return_chance(max(0.0, now - model.last_used), self._idle_threshold)
+
     def _oldest(self, model: Model) -> Rank | None:
         tickets = self._requests.of_model(model.name)
         return min(((t.submit.arrival, t.request_id, 0) for t in tickets), default=None)
@@ -69,7 +73,6 @@ class Holdings:
         kv, costs = model.kv, self._costs.of(model.name)
         assert kv is not None
         block_seconds = self._host.block_seconds(model.name)
-        idle = max(0.0, now - model.last_used)
         return Holding(
             model=model.name,
             is_active=model.is_settled,
@@ -86,7 +89,7 @@ class Holdings:
             reuse_chance=reuse_chance(model.use_times.age(kv.oldest_use, now)),
             weight_slabs=len(model.weight_slabs),
             load_seconds=0.0 if costs is None else costs.activation,
-            return_chance=model.idle_times.return_chance(idle, self._idle_threshold),
+            return_chance=self.return_chance(model, now),
             active_since=model.active_since,
             oldest_request=self._oldest(model),
             running=tuple(self._running(model, block_seconds, now)),

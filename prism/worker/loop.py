@@ -25,11 +25,12 @@ from prism.messages import (
     Command,
     CommandDone,
     Evict,
+    Homes,
     ResumedChoice,
     SetLimits,
     Submit,
 )
-from prism.modes import RULES
+from prism.modes import RULES, Mode
 from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelId, ModelState, RequestId, WorkerId
 from prism.weights.link import Link
 from prism.weights.registrations import Registrations
@@ -54,6 +55,7 @@ from prism.worker.requests import Requests, Ticket
 from prism.worker.rescue import end_standstill
 from prism.worker.residency import Residency, load_error
 from prism.worker.snapshot import FAR
+from prism.worker.spare_room import SpareRoom
 from prism.worker.standstill import STANDSTILL_SECONDS, Standstill
 from prism.worker.stepper import Stepper
 from prism.worker.tenancy import Tenancy, settle_residents
@@ -118,6 +120,7 @@ class Worker:
         self.residency.worker_id = name
         self.holdings = self._make_holdings(config.scheduling.idle_threshold)
         self.reclaimer = Reclaimer(device, self.models, self.holdings, self.evict, self.host)
+        self._spare_room = self._make_spare_room(is_used=config.scheduling.load_ahead)
         self._stepper = self._make_stepper()
         self._endings = Endings(self, self._delivery, self._stepper, clock)
         if self.rules.is_resident:
@@ -132,6 +135,17 @@ class Worker:
             self.costs,
             min_residency=self.limits.min_residency,
             idle_threshold=idle_threshold,
+        )
+
+    def _make_spare_room(self, *, is_used: bool) -> SpareRoom:
+        return SpareRoom(
+            self.device,
+            self.models,
+            self.holdings,
+            self.residency,
+            self.reclaimer,
+            self.evict,
+            is_used=is_used and self.rules is RULES[Mode.PRISM],
         )
 
     def _make_stepper(self) -> Stepper:
@@ -206,9 +220,12 @@ class Worker:
     def on_packed(self, model: str) -> None:
         """The agent holds a model's packed weights."""
         self.residency.packed(self.models[model])
+        self._spare_room.changed()
 
     def on_held(self, model: str, size: Bytes) -> None:
         """The agent holds a model's packed weights, whoever asked for them."""
+        self.models[model].is_held = True
+        self._spare_room.changed()
         device = self.models[model].config.device
         if self.registrations is not None and device in (None, index_of(self.name)):
             self.registrations.announce(ModelId(model), size)
@@ -247,6 +264,11 @@ class Worker:
         if command.epoch >= self.epoch:
             self.epoch = Epoch(command.epoch)
             carry_out(self, command)
+
+    def on_homes(self, homes: Homes) -> None:
+        """Which models live here, as the controller tells at each change."""
+        if homes.epoch >= self.epoch:
+            self._spare_room.on_homes(homes.models)
 
     def command_done(self, command: Command, error: str | None) -> None:
         """Tell the controller how a command ended."""
@@ -300,6 +322,7 @@ class Worker:
             wanted = self.tenancy.wanted(self, now)
         for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
             before = model.state
+            model.is_ahead = model.is_sent_away = False
             self.learn(model)
             self.residency.want(model)
             self.residency.try_load(model, self.reclaimer, now)
@@ -313,6 +336,7 @@ class Worker:
                 model.load.deadline = min((t.next_deadline for t in tickets), default=NEVER)
                 if not model.is_readable and model.load.groups_arrived:
                     self._first_weights_arrived(model)
+        self._spare_room.fill(now)
 
     def _first_weights_arrived(self, model: Model) -> None:
         """Its requests may enter, and what its steps gain by can be prepared."""
@@ -381,6 +405,7 @@ class Worker:
         """What could not run for want of memory is worth another look."""
         self._needs_admission = True
         self.reclaimer.memory_changed()
+        self._spare_room.changed()
         for model in self.models.values():
             model.stalled_until = 0.0
 

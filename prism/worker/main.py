@@ -27,6 +27,7 @@ from prism.messages import (
     CommandDone,
     Evict,
     Hello,
+    Homes,
     Outputs,
     ProcessEnded,
     Ready,
@@ -207,6 +208,8 @@ class Process:
                 self._worker.on_submit(GatewayId(sender), message)
             case CancelChoice():
                 self._worker.on_cancel(GatewayId(sender), message)
+            case Homes():
+                self._worker.on_homes(message)
             case Activate() | Evict() | SetLimits():
                 self._worker.on_command(message)
                 self._report_due = 0.0

@@ -95,6 +95,14 @@ class Model:
     """How much of its weights has been packed."""
     is_packed: bool = False
     """The agent holds its packed weights in host memory."""
+    is_held: bool = False
+    """The agent has told, unasked, that it holds them."""
+    is_at_home: bool = False
+    """It lives here, as the controller has said."""
+    is_ahead: bool = False
+    """It is in memory, or on its way there, though nobody has asked for it since it was not."""
+    is_sent_away: bool = False
+    """By command; it comes back when somebody asks for it."""
     is_open: bool = True
     """It takes requests in; in mode timeshare only one model does."""
     is_barred: bool = False

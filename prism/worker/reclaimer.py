@@ -49,6 +49,10 @@ class Reclaimer:
         """What was refused may be had now."""
         self._refused.clear()
 
+    def expected_demand(self, now: float) -> float:
+        """Slabs that are going to be asked for soon."""
+        return self._demand.within_horizon(now)
+
     # --- getting memory -----------------------------------------------------------------------------
 
     def ensure_kv(self, model: Model, wants: Sequence[Want], now: float) -> None:

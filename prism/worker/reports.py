@@ -52,6 +52,7 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         num_activations=model.num_activations,
         max_len=worker.max_len(model),
         pinned=model.pinned,
+        is_ahead=model.is_ahead,
         error=model.error,
         estimated_wait=estimate(worker, model, float("inf")).seconds if tickets else 0.0,
         load_seconds=model.load_seconds,
@@ -59,6 +60,8 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         prompt_tokens=model.usage.prompt_tokens,
         decoded_tokens=model.usage.decoded_tokens,
         device_seconds=model.usage.device_seconds,
+        needed_seconds=model.usage.needed_seconds,
+        blocked_seconds=list(model.usage.blocked_seconds),
         registered_bytes=(
             0 if worker.registrations is None else worker.registrations.registered_bytes(model.name)
         ),

@@ -124,6 +124,10 @@ class Requests:
         """A model's tickets in order of arrival here."""
         return tuple(self._by_model.get(model, {}).values())
 
+    def has_waiting(self, model: ModelId) -> bool:
+        """One of a model's is outside of its engine."""
+        return any(not ticket.is_running for ticket in self._by_model.get(model, {}).values())
+
     def of_gateway(self, gateway: GatewayId) -> tuple[Ticket, ...]:
         """What one gateway has sent."""
         return tuple(t for t in self._tickets.values() if t.gateway == gateway)

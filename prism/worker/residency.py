@@ -195,9 +195,11 @@ class Residency:
         self._host.open(model, load.digest)
         now = self._clock()
         model.state = ModelState.ACTIVE
-        model.active_since = model.last_used = now
+        model.active_since = now
         model.num_activations += 1
-        model.load_seconds = now - model.load_started
+        if not model.is_ahead:  # that one came when there was nothing else to do
+            model.last_used = now
+            model.load_seconds = now - model.load_started
         model.num_failures = 0
         model.error = None
         log.info(
@@ -219,6 +221,10 @@ class Residency:
         if isinstance(error, LoadCancelled):
             self._become_cold(model)
             return
+        model.is_held = model.is_held and not isinstance(error, NotHeld)
+        if isinstance(error, NotHeld) and model.is_ahead:
+            self._become_cold(model)
+            return
         if isinstance(error, NotHeld):  # it waited for slabs for so long that the store took it for idle
             model.is_packed = False
             model.state = ModelState.FETCHING
@@ -231,7 +237,7 @@ class Residency:
         wait = RETRY_SECONDS[min(model.num_failures, len(RETRY_SECONDS) - 1)]
         model.num_failures += 1
         model.state = ModelState.FAILED
-        model.is_packed = False
+        model.is_packed = model.is_ahead = False
         model.is_wanted = model.pinned  # a pinned model is tried again for ever
         model.error = str(error)
         model.retry_at = self._clock() + wait
@@ -254,7 +260,7 @@ class Residency:
         reclaimer.release_kv(model)
         model.kv = None
         model.state = ModelState.EVICTING
-        model.is_wanted = False
+        model.is_wanted = model.is_ahead = False
         model.num_evictions += 1
         log.info("model %s evicted", model.name)
         self._release(model)
@@ -302,7 +308,7 @@ class Residency:
 
     def _become_cold(self, model: Model) -> None:
         model.state = ModelState.COLD
-        model.is_packed = False
+        model.is_packed = model.is_ahead = False
         self._answer(model.evict_commands, None)
 
     def _release(self, model: Model) -> None:

@@ -231,33 +231,39 @@ class Stepper:
             lane.last_end = now
             if self._models[flight.model].early is flight:
                 return  # its model is not active yet, and it was launched as weights arrived
-            self._models[flight.model].usage.device_seconds += self._device_time.ended(flight.begin, now)
             self._host.prompts_ran(flight.model, flight.num_prompt_tokens, seconds)
             self._costs.ran(ModelId(flight.model), flight.step.step, seconds)
-        self.commit(flight)
+            share = self._device_time.ended(flight.begin, now)
+            is_urgent = flight.has_prompts or self._requests.has_waiting(flight.model)
+            tpot = self.commit(flight)
+            self._models[flight.model].usage.ran(share, seconds, now, None if is_urgent else tpot)
+        else:
+            self.commit(flight)
 
-    def commit(self, flight: Flight) -> None:
-        """Account for work that has run."""
+    def commit(self, flight: Flight) -> float:
+        """Account for work that has run; the tightest objective of the streams that have drawn a token."""
         model = self._models[flight.model]
-        if flight.step is not None:
-            assert model.engine is not None
-            model.stalled_until = 0.0  # what waited for these tokens, or for a place, may go on
-            if flight.has_prompts:
-                self._listener.prompts_computed()
-            self._account(model, model.engine.commit(flight.step))
+        if flight.step is None:
+            return float("inf")
+        assert model.engine is not None
+        model.stalled_until = 0.0  # what waited for these tokens, or for a place, may go on
+        if flight.has_prompts:
+            self._listener.prompts_computed()
+        return self._account(model, model.engine.commit(flight.step))
 
-    def _account(self, model: Model, drawn: list[Drawn]) -> None:
-        """Send a step's tokens and close what has ended."""
+    def _account(self, model: Model, drawn: list[Drawn]) -> float:
+        """Send a step's tokens and close what has ended; the tightest objective of its streams."""
         now = self._clock()
         model.last_used = now
         if model.kv is not None:
             model.use_times.saw(model.kv.num_uses, now)
         model.usage.decoded_tokens += len(drawn)
-        pairs = []
+        pairs, tpot = [], float("inf")
         for item in drawn:
             ticket = self._requests.get(item.sequence.request_id)
             assert ticket is not None
             ticket.got_tokens(now)
+            tpot = min(tpot, ticket.submit.slo.tpot)
             pairs.append((ticket, item))
             if item.finish is not None:
                 model.output_lengths.add(item.sequence.num_output)
@@ -265,3 +271,4 @@ class Stepper:
                 if not ticket.open_choices:
                     self._listener.request_completed(ticket)
         self._delivery.outputs(pairs)
+        return tpot

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from prism.messages import WAITS
+
+
+def needed(seconds: float, gap: float, tpot: float) -> float:
+    """The part of a decode step's time that the objective of its streams asks for.
+
+    They need one step every `tpot`. One that ends `gap` after the model's step before it, sooner than that,
+    counts by so much less: what stays is the share of the device that the streams would take at the pace that
+    they were promised. Of several streams the tightest objective counts, since the others share its steps.
+    """
+    return seconds if gap >= tpot else seconds * gap / tpot
 
 
 @dataclass(slots=True)
@@ -15,6 +27,25 @@ class Usage:
     """Theirs, what the prefix cache had included."""
     decoded_tokens: int = 0
     device_seconds: float = 0.0
+    needed_seconds: float = 0.0
+    """What of them the objectives asked for: decode steps by `needed`, all else in full."""
+    blocked_seconds: list[float] = field(default_factory=lambda: [0.0] * len(WAITS))
+    """For each of `WAITS`, how long who came had to wait longer than that for the end of a step."""
+    _last_end: float = 0.0
+
+    def ran(self, share: float, length: float, end: float, tpot: float | None) -> None:
+        """A step has run: its part of the device's time, how long it took, and its streams' objective.
+
+        None says that all of it is needed: it had prompts, or requests of its model wait for what its streams
+        hold. A step whose streams have all been cancelled has an infinite one.
+        """
+        self.device_seconds += share
+        self.needed_seconds += share if tpot is None else needed(share, end - self._last_end, tpot)
+        self._last_end = end
+        for place, wait in enumerate(WAITS):
+            if length <= wait:
+                break
+            self.blocked_seconds[place] += length - wait
 
 
 class DeviceTime:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from prism.controller.demand import DemandWindow, Load
+from prism.controller.demand import BEYOND, DemandWindow, Load
+from prism.messages import WAITS
 from prism.types import ModelId, WorkerId
 from tests.controller.reports import model_report, report
 
@@ -18,7 +19,9 @@ def tell(
     demand: DemandWindow, now: float, tokens: int, worker: str = "worker-0", incarnation: int = 1
 ) -> None:
     counters = {"num_started": tokens // 10, "prompt_tokens": tokens // 2, "decoded_tokens": tokens // 2}
-    model = model_report("a", device_seconds=tokens / 100, **counters)
+    blocked = [tokens / 200] * len(WAITS)
+    seconds = {"device_seconds": tokens / 50, "needed_seconds": tokens / 100, "blocked_seconds": blocked}
+    model = model_report("a", **seconds, **counters)
     demand.on_report(report(worker, model, incarnation=incarnation), now)
 
 
@@ -28,7 +31,11 @@ def test_rates_are_differences_within_the_window() -> None:
     for second in range(101):
         tell(demand, 1000.0 + second, 5000 + 20 * second)
     load = demand.load(A, 1100.0)
-    assert load.token_rate == pytest.approx(20) and load.compute == pytest.approx(0.2)
+    assert load.token_rate == pytest.approx(20)
+    assert load.compute == pytest.approx(0.2 + BEYOND * 0.2), "what is needed, and some of the rest"
+    assert load.busy == pytest.approx(0.4), "what steps took, needed or not"
+    assert load.blocked == pytest.approx((0.1,) * len(WAITS))
+    assert load.request_rate == pytest.approx(2)
     assert load.noise == pytest.approx(120**-0.5)
     assert demand.load(A, 1130.0).token_rate == pytest.approx(10, abs=0.5)
     assert demand.load(A, 1200.0) == Load()
@@ -41,7 +48,8 @@ def test_all_workers_count_and_fast_ones_more() -> None:
         tell(demand, second, 10 * second, "worker-1")
     load = demand.load(A, 60.0)
     assert load.token_rate == pytest.approx(40)
-    assert load.compute == pytest.approx(0.3 + 2 * 0.1)
+    assert load.compute == pytest.approx((0.3 + 2 * 0.1) * (1 + BEYOND))
+    assert load.blocked == pytest.approx((0.15 + 0.05,) * len(WAITS)), "as measured where it ran"
 
 
 def test_a_new_incarnation_counts_from_its_first_report() -> None:

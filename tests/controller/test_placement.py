@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from prism.controller.decisions import Decision, Merge, Move, Plan, Rehome, Replicate
 from prism.controller.placement import decide, first_homes
+from prism.controller.pressure import Fleet, entry_of
 from prism.controller.snapshot import DeviceState, Home, ModelNeed, PlacementSnapshot, Policy
+from prism.messages import WAITS
 from prism.types import ModelId, WorkerId
 
 NOW = 1000.0
@@ -113,6 +116,63 @@ def test_kv_counts_by_tokens_their_size_and_the_objective() -> None:
     assert [type(d) for d in run(models, [device(0), device(1)], together).decisions] == [Move]
     patient = [replace(each, tpot=1.0) for each in models]
     assert run(patient, [device(0), device(1)], together).decisions == ()
+
+
+def blocking(share: float, step: float) -> dict[str, Any]:
+    """So much of the time it is in a step of this length."""
+    return {"compute": share, "blocked": tuple(share * max(0.0, 1 - wait / step) for wait in WAITS)}
+
+
+def test_a_model_leaves_a_neighbour_whose_steps_outlast_its_objective() -> None:
+    """A 1B with 13 ms to its first token stood beside a 14B whose single steps take longer, and the other
+    device was a little busier."""
+    quick = model("quick", 10, W0, ttft=0.013, request_rate=5.0, compute=0.02)
+    long = model("long", 10, W0, ttft=2.0, request_rate=1.0, **blocking(0.5, 0.05))
+    short = model("short", 10, W1, ttft=0.013, request_rate=5.0, **blocking(0.6, 0.004))
+    homes = {"quick": at(W0), "long": at(W0), "short": at(W1)}
+    devices = [device(0), device(1)]
+    (move,) = run([quick, long, short], devices, homes).decisions
+    assert isinstance(move, Move) and move.model == "quick" and move.target == W1
+    patient = replace(quick, ttft=0.2)
+    assert not run([patient, long, short], devices, homes).decisions, "it can wait"
+    rare = replace(quick, request_rate=0.1)
+    assert not run([rare, long, short], devices, homes).decisions, "hardly anybody is late"
+    unsure = [replace(each, noise=0.6) for each in (quick, long, short)]
+    assert not run(unsure, devices, homes).decisions, "chance may explain it"
+
+
+def test_who_has_room_nowhere_else_stays_with_such_a_neighbour() -> None:
+    quick = model("quick", 10, W0, ttft=0.013, request_rate=5.0, compute=0.02)
+    long = model("long", 10, W0, ttft=2.0, request_rate=1.0, **blocking(1.0, 0.5))
+    plan = run([quick, long], [device(0), device(1, 8)], {"long": at(W0)})
+    assert workers_of(plan, "quick") == [W0]
+    assert not plan.infeasible and not plan.crowded
+    assert plan.pressures[W0] > 2.0
+
+
+def test_steps_of_its_own_make_no_request_late() -> None:
+    alone = model("m", 10, W0, ttft=0.013, request_rate=5.0, **blocking(0.5, 0.05))
+    assert run([alone], [device(0)], {"m": at(W0)}).pressures[W0] == pytest.approx(0.5)
+
+
+def test_a_bilinear_sum_is_kept_while_models_come_and_go() -> None:
+    rng = random.Random(1)
+    made = [
+        model(str(i), 1, ttft=rng.choice(WAITS), request_rate=rng.random(), **blocking(rng.random(), 0.1))
+        for i in range(6)
+    ]
+    entries = [entry_of(each, 1) for each in made]
+    fleet = Fleet([device(0)], 6.0)
+    for entry in entries:
+        fleet.add(entry, 0)
+    without = fleet.with_removed(entries[2], 0)
+    fleet.remove(entries[2], 0)
+    assert fleet.pressures()[0] == pytest.approx(without)
+    pairs = [(a, b) for a in made for b in made if a is not b and made[2] not in (a, b)]
+    late = sum(a.request_rate * b.blocked[WAITS.index(a.ttft)] for a, b in pairs) / 6.0
+    compute = sum(each.compute for each in made) - made[2].compute
+    assert without == pytest.approx(compute + late)
+    assert fleet.with_added(entries[2])[0] > without
 
 
 def test_pressure_counts_after_adding() -> None:

@@ -21,10 +21,12 @@ from prism.controller.views import Catalog
 from prism.errors import Conflict, EngineFailure, InvalidRequest, Unavailable
 from prism.messages import (
     Activate,
+    AnyMessage,
     CommandDone,
     Demand,
     Evict,
     Hello,
+    Homes,
     ProcessEnded,
     ProcessUp,
     Role,
@@ -45,6 +47,17 @@ pytestmark = pytest.mark.anyio
 A = ModelId("a")
 HOME = WorkerId("worker-0")
 EPOCH = 1
+
+
+class WorkerPeer(Peer):
+    """Keeps apart what it hears of homes."""
+
+    homes: list[str] | None = None
+
+    def react(self, message: AnyMessage) -> None:
+        if isinstance(message, Homes):
+            self.heard.remove(message)
+            self.homes = message.models
 
 
 class World:
@@ -84,9 +97,9 @@ class World:
     async def until(self, condition: Callable[[], object]) -> None:
         await eventually(condition, "it is so", pause=0.001)
 
-    async def worker(self, incarnation: int = 1, name: str = "worker-0") -> Peer:
+    async def worker(self, incarnation: int = 1, name: str = "worker-0") -> WorkerPeer:
         """A worker that is up, and to which the controller has connected."""
-        worker = Peer(self.context, self.run_dir, f"{name}.{incarnation}")
+        worker = WorkerPeer(self.context, self.run_dir, f"{name}.{incarnation}")
         self.peers.append(worker)
         await self.until(lambda: self.agent.sender)
         up = {"role": Role.WORKER, "name": name, "incarnation": incarnation}
@@ -267,7 +280,7 @@ async def test_stop(world: World) -> None:
 # --- moving ---------------------------------------------------------------------------------------------
 
 
-async def both(world: World) -> tuple[Peer, Peer]:
+async def both(world: World) -> tuple[WorkerPeer, WorkerPeer]:
     """Two workers; the model is active on the first."""
     first, second = await world.worker(), await world.worker(name="worker-1")
     first.say(report("worker-0", model_report("a", state=ModelState.ACTIVE, num_running=1)))
@@ -436,11 +449,20 @@ async def test_preloaded_models_are_loaded_at_home_alone(
     await world.close()
 
 
+async def test_workers_hear_which_models_live_with_them(world: World, gateway: Gateway) -> None:
+    first, second = await both(world)
+    await world.until(lambda: first.homes == ["a"] and second.homes == [])
+    active = model_report("a", state=ModelState.ACTIVE)
+    second.say(report("worker-1", active))  # as a later controller finds it
+    await world.until(lambda: second.homes == ["a"])
+
+
 async def test_placement_looks_now_and_then(world: World, gateway: Gateway) -> None:
     """A model that fills its device gets another one."""
     first, second = await both(world)
     for now in range(61):
-        busy = {"device_seconds": float(now), "num_started": 10 * now, "decoded_tokens": 100 * now}
+        busy = {"num_started": 10 * now, "decoded_tokens": 100 * now}
+        busy |= {"device_seconds": float(now), "needed_seconds": float(now)}
         first.say(report("worker-0", model_report("a", state=ModelState.ACTIVE, **busy), num_free_slabs=now))
         await world.until(lambda now=now: world.service.state.reports[HOME].num_free_slabs == now)
         await world.pass_time(1)

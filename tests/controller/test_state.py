@@ -61,6 +61,14 @@ def active(known: ControllerState, worker: WorkerId, model: str = "a", **fields:
     return known.adopt(worker, now=100.0)
 
 
+def test_what_came_before_anybody_asked_is_no_home_and_not_in_memory() -> None:
+    """Its home may change without a migration, and where it came by itself it does not live."""
+    state = new_state()
+    assert not active(state, OTHER, is_ahead=True)
+    assert state.workers(A) == (HOME,) and not state.resident(A)
+    assert state.living_at(HOME) == [A] and state.living_at(OTHER) == [B]
+
+
 def test_routes_have_weights_if_devices_differ_and_name_who_drains() -> None:
     state = new_state()
     state.speeds = {HOME: 1.0, OTHER: 2.0}

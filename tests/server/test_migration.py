@@ -114,9 +114,10 @@ async def test_a_controller_that_dies_in_a_migration_leaves_one_home(
 
 
 async def test_two_busy_models_come_apart_by_themselves(client: httpx.AsyncClient) -> None:
-    """They were put on one device by hand; the other one is free."""
+    """They were put on one device by hand; the other one is free. They need all they can get."""
     scheduling = {"placement_interval": "1s", "demand_window": "10s", "migration_cooldown": "1s"}
-    with Server(devices=[DEVICE, DEVICE], scheduling=scheduling) as server:
+    hurried = {"slo": {"tpot": "1ms"}}
+    with Server(devices=[DEVICE, DEVICE], scheduling=scheduling, model=hurried) as server:
         await eventually(lambda: both_up(server), "both workers are up")
         are_done = asyncio.Event()
 

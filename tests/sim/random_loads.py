@@ -17,7 +17,7 @@ from prism.types import Bytes, MiB, ModelId, RequestId, Seconds, Slo
 
 SLAB = 2 * MiB
 LIMITS = Limits(slab_bytes=SLAB, max_batch_tokens=64, max_batch_size=6, max_wait=2.0, min_residency=0.1)
-LIMITS = replace(LIMITS, horizon=0.02, quantum=0.3, request_timeout=5.0)
+LIMITS = replace(LIMITS, horizon=0.02, quantum=0.3, request_timeout=5.0, load_ahead=False)
 
 
 def served(index: int, slabs: int, kv: int, base: float, slope: float, tpot: float) -> Served:

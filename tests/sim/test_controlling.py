@@ -92,15 +92,15 @@ def story(controlled: Controlled, jobs: list[Job]) -> tuple[Any, ...]:
     return ends, controlled.homes(), controlled.done
 
 
-@given(models, requests, st.integers(1, 3), st.integers(0, 12), st.integers(1, 3))
+@given(models, requests, st.integers(1, 3), st.integers(0, 12), st.integers(1, 3), st.booleans())
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_jumping_equals_stepping_under_the_controller(
-    shapes: list[Any], asked: list[Any], num_devices: int, slabs: int, lanes: int
+    shapes: list[Any], asked: list[Any], num_devices: int, slabs: int, lanes: int, is_ahead: bool
 ) -> None:
     """To the picosecond, with models that move, and replicas."""
+    options = {"num_lanes": lanes, "load_ahead": is_ahead}
     jumped, stepped = (
-        story(*run(shapes, asked, num_devices, slabs, num_lanes=lanes, is_stepping=flag))
-        for flag in (False, True)
+        story(*run(shapes, asked, num_devices, slabs, is_stepping=flag, **options)) for flag in (False, True)
     )
     assert jumped == stepped
 
@@ -166,12 +166,31 @@ def test_a_source_ends_what_it_has_or_returns_it(drain: float, has_returned: boo
 
 
 def test_a_model_that_fills_a_device_gets_another_home_and_requests_go_to_both() -> None:
-    controlled = make([(1, 1024, 2e-3, 1e-8, 5e-3)], 2, 40, EAGER)
+    controlled = make([(1, 1024, 2e-3, 1e-8, 1e-3)], 2, 40, EAGER)
     jobs = jobs_of(controlled, [(i / 200, 0, 100, 20) for i in range(800)], 1)
     controlled.run(jobs)
     assert count(controlled, Kind.REPLICA) == 1 and len(set(controlled.homes())) == 1
     late = [sum(job.arrival > 3e12 for job in each) for _, each in controlled.ended()]
     assert min(late) > 0.3 * sum(late), late
+
+
+def test_streams_that_are_quicker_than_they_must_get_no_replica() -> None:
+    """Few long streams keep a device busy whatever their objective: a 14B got five replicas, each as busy."""
+    controlled = make([(1, 1024, 2e-3, 1e-8, 2e-2)], 3, 400, EAGER)
+    jobs = jobs_of(controlled, [(i / 4, 0, 10, 300) for i in range(16)], 1)
+    controlled.run(jobs)
+    assert count(controlled, Kind.REPLICA) == 0
+
+
+def test_a_model_is_moved_away_from_steps_that_outlast_its_objective() -> None:
+    """The first must begin within 20 ms; a step of the second takes 50. Both ask little of the device."""
+    shapes = [(1, 1024, 1e-3, 1e-8, 2e-2), (1, 1024, 5e-2, 1e-8, 1.0)]
+    controlled = make(shapes, 2, 40, EAGER.model_copy(update={"migration_gain": 0.4}))
+    all_on_the_first_device(controlled)
+    asked = [(0.0, 1, 4, 90), *((0.01 + i / 50, 0, 4, 2) for i in range(200))]
+    controlled.run(jobs_of(controlled, asked, 2))
+    assert count(controlled, Kind.MIGRATION) == 1
+    assert all(controlled.homes()), controlled.homes()
 
 
 def test_two_runs_are_the_same() -> None:

@@ -17,14 +17,15 @@ MODES = st.sampled_from(list(Mode))
 WAITS = st.sampled_from([0.02, 0.1, 0.5, 2.0])
 
 
-@given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12), WAITS)
+@given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12), WAITS, st.booleans())
 @settings(max_examples=150)
 def test_jumping_equals_stepping(
-    mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int, wait: float
+    mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int, wait: float, is_ahead: bool
 ) -> None:
     """To the picosecond, in every mode, with memory short and models coming and going."""
     jumped, stepped = (
-        serve(mode, shapes, asked, lanes, slabs, max_wait=wait, is_stepping=flag) for flag in (False, True)
+        serve(mode, shapes, asked, lanes, slabs, max_wait=wait, load_ahead=is_ahead, is_stepping=flag)
+        for flag in (False, True)
     )
     assert [_story(job) for job in jumped] == [_story(job) for job in stepped]
 
@@ -61,6 +62,25 @@ def test_one_request_alone(mode: Mode) -> None:
     assert job.first_token / 1e12 == pytest.approx(0.5 + activation + prompt)
     decodes = sum(1e-3 + 1e-8 * (65 + i) for i in range(10))
     assert (job.last_token - job.first_token) / 1e12 == pytest.approx(decodes)
+
+
+def test_what_has_come_ahead_waits_for_nothing_and_gives_way() -> None:
+    """Two models on a device that holds one of them, and without room to spare none comes by itself."""
+    shapes = [(4, 1024, 1e-3, 0.0, 5e-3), (4, 1024, 1e-3, 0.0, 5e-3)]
+    asked = [(0.5, 0, 64, 3), (0.9, 1, 64, 3)]
+    waits = {
+        slabs: [to_wait(job) for job in serve(Mode.PRISM, shapes, asked, 1, slabs, load_ahead=True)]
+        for slabs in (0, 2, 10)
+    }
+    activation = 0.01 + 4 * (2 << 20) / 1e9
+    assert waits[0] == pytest.approx([2e-3 + activation] * 2, rel=0.02)
+    assert waits[2] == pytest.approx([2e-3, 2e-3 + activation], rel=0.02)
+    assert waits[10] == pytest.approx([2e-3] * 2, rel=0.02)
+
+
+def to_wait(job: Any) -> float:
+    assert job.end is End.SERVED
+    return float(job.first_token - job.arrival) / 1e12
 
 
 def test_two_lanes_overlap() -> None:

@@ -16,6 +16,15 @@ def model(index: int, slabs: int) -> SimModel:
     return SimModel(served(index, slabs, 1024, 1e-3, 0.0, 1e-3), SLAB)
 
 
+def test_a_load_that_somebody_waits_for_goes_before_what_was_due_earlier() -> None:
+    link, ahead, slow = Link(), model(0, 2), model(1, 4)
+    link.start(ahead, NEVER, 0)
+    link.start(slow, 100, 0)
+    assert (link.ready_at(slow), link.ready_at(ahead)) == (4 * COPY + FIXED, 6 * COPY + FIXED)
+    link.hurry(ahead, 50, COPY)
+    assert (link.ready_at(ahead), link.ready_at(slow)) == (3 * COPY + FIXED, 6 * COPY + FIXED)
+
+
 def test_the_earliest_deadline_has_the_link() -> None:
     link, slow, urgent = Link(), model(0, 4), model(1, 2)
     link.start(slow, 100, 0)

@@ -200,16 +200,15 @@ class LocalWorker:
         settings = {"max_tokens": max_tokens, "temperature": 0.0, "seed": 0} | params
         extra = {
             k: settings.pop(k)
-            for k in ("alone", "resumed", "attempt", "clip_max_tokens", "tenant", "weight")
+            for k in ("alone", "resumed", "attempt", "clip_max_tokens", "tenant", "weight", "slo")
             if k in settings
         }
         self.now += 0.001
         message = Submit(
-            **({"request_id": request_id, "attempt": 0} | extra),
+            **({"request_id": request_id, "attempt": 0, "slo": Slo(2.0, 0.2)} | extra),
             model=model,
             prompt=prompt,
             params=SamplingParams(**settings),
-            slo=Slo(2.0, 0.2),
             arrival=self.now,
             latest_end=self.now + 600,
         )
