@@ -100,11 +100,14 @@ class Loader:
         model.state = ModelState.FETCHING
         if not self._memory.ensure_weights(model, now):
             return False
+        self._load(model, _due(model), now)
+        return True
+
+    def _load(self, model: SimModel, due: int, now: int) -> None:
         self._memory.activate(model)
         self._device.bind(model)
         model.state = ModelState.LOADING
-        self.link.start(model, _due(model), now)
-        return True
+        self.link.start(model, due, now)
 
     def most_kv(self, model: SimModel) -> int:
         """Slabs of KV that the model can have at best; residents keep what they need at the least."""
@@ -139,9 +142,7 @@ class Loader:
         if chosen is not None:
             model = self._models[chosen]
             model.is_ahead = True
-            memory.activate(model)
-            model.state = ModelState.LOADING
-            self.link.start(model, NEVER, now)
+            self._load(model, NEVER, now)
 
     def _end_of_residency(self, now: int) -> int:
         least = self._limits.min_residency
