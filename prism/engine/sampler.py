@@ -1,8 +1,8 @@
 """Draws the next token of each sequence from its logits.
 
 Order of operations: logit_bias, penalties, min_tokens; then greedy, or temperature, min_p, top_k, top_p.
-A draw inverts the cumulative distribution at one uniform number, so it depends on nothing but the row's
-own logits and (seed, choice, position). Reported log-probabilities are of the raw logits.
+A draw inverts the cumulative distribution, in the order of the tokens, at one uniform number, so it depends on
+nothing but the row's own logits and (seed, choice, position). Reported log-probabilities are of the raw logits.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ def sample(logits: Tensor, rows: Seq[Sequence]) -> list[Sampled]:
     for index, row in enumerate(rows):
         _adjust(logits[index], row)
     tokens = torch.argmax(logits, dim=-1)
-    for needs_order in (False, True):  # apart, since an inversion depends on the order of the tokens
-        drawn = [i for i, r in enumerate(rows) if r.params.temperature > 0 and is_cut(r) is needs_order]
-        if drawn:
-            tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn], needs_order)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if drawn:
+        tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
     chosen = tokens.tolist()
     logprobs: dict[int, TokenLogprob] = {}
     if raw is not None:
@@ -65,12 +64,7 @@ def _adjust(logits: Tensor, row: Sequence) -> None:
         logits[list(params.stop_token_ids)] = -torch.inf
 
 
-def is_cut(row: Sequence) -> bool:
-    """Whether only the likeliest tokens can be drawn."""
-    return bool(row.params.top_k) or row.params.top_p < 1.0
-
-
-def _draw(logits: Tensor, rows: Seq[Sequence], needs_order: bool) -> Tensor:
+def _draw(logits: Tensor, rows: Seq[Sequence]) -> Tensor:
     params = [row.params for row in rows]
 
     def on_device(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,7 +77,7 @@ def _draw(logits: Tensor, rows: Seq[Sequence], needs_order: bool) -> Tensor:
         top_p=on_device([p.top_p for p in params]),
         min_p=on_device([p.min_p for p in params]),
         uniforms=on_device([uniform(r.params.seed, r.choice, r.draw_index) for r in rows], torch.float64),
-        needs_order=needs_order,
+        are_cut=any(p.top_k or p.top_p < 1.0 for p in params),
     )
 
 
@@ -95,19 +89,17 @@ def draw(
     top_p: Tensor,
     min_p: Tensor,
     uniforms: Tensor,
-    needs_order: bool,
+    are_cut: bool,
 ) -> Tensor:
     """Tokens `[rows]` by inversion of each row's filtered distribution; nothing waits for the device.
 
-    `logits [rows, vocabulary]`, all else `[rows]`; `top_k` 0 keeps all. Rows of one call have all some
-    top_k or top_p (`needs_order`) or none. Only so many rows are drawn at a time as `DRAW_NUMBERS` allows.
+    `logits [rows, vocabulary]`, all else `[rows]`; `top_k` 0 keeps all. Without `are_cut` no row has a top_k or
+    top_p. Only so many rows are drawn at a time as `DRAW_NUMBERS` allows.
     """
     size = max(1, DRAW_NUMBERS // logits.shape[-1])
     given = (logits, temperature, top_k, top_p, min_p, uniforms)
     parts = [slice(start, start + size) for start in range(0, len(logits), size)]
-    return torch.cat(
-        [_draw_group(*(tensor[part] for tensor in given), needs_order=needs_order) for part in parts]
-    )
+    return torch.cat([_draw_group(*(tensor[part] for tensor in given), are_cut=are_cut) for part in parts])
 
 
 def _draw_group(
@@ -118,22 +110,19 @@ def _draw_group(
     min_p: Tensor,
     uniforms: Tensor,
     *,
-    needs_order: bool,
+    are_cut: bool,
 ) -> Tensor:
     logits = logits.float()
     probs = torch.softmax(logits / temperature.clamp_min(1e-5)[:, None], dim=-1)
-    order = None
-    if needs_order:
-        probs, order = probs.sort(dim=-1, descending=True, stable=True)
     probs = probs.masked_fill(probs < min_p[:, None] * probs.amax(dim=-1, keepdim=True), 0.0)
-    if order is not None:
-        probs = _filter_sorted(probs, top_k, top_p)
+    if are_cut:
+        highest, order = probs.sort(dim=-1, descending=True, stable=True)
+        probs = torch.zeros_like(probs).scatter_(-1, order, _filter_sorted(highest, top_k, top_p))
     cumulative = probs.double().cumsum(dim=-1)
     places = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     numbers = torch.arange(probs.shape[-1], device=probs.device)
     last = (probs > 0).long().mul(numbers).amax(dim=-1, keepdim=True)
-    places = torch.minimum(places, last)
-    return (places if order is None else order.gather(-1, places)).squeeze(-1)
+    return torch.minimum(places, last).squeeze(-1)
 
 
 def _filter_sorted(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

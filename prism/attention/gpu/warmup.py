@@ -18,6 +18,7 @@ from prism.attention.gpu.fp8 import norm_quantised, quantised, silu_mul_quantise
 from prism.attention.gpu.linear import choose_tile, is_supported, vector_linear
 from prism.attention.gpu.prefill import Chunk, prefill_attention, tiles_of
 from prism.attention.gpu.rows import decode_inputs, rms_norm, rotate_and_store, silu_mul
+from prism.attention.gpu.sampling import draw_random
 from prism.attention.kernels import HeadNorms, Stream, Weight
 from prism.memory.tensors import torch_dtype
 from prism.modelspec import ModelSpec
@@ -129,4 +130,18 @@ def _attention(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens
         tiles = torch.tensor(tiles_of([Chunk(0, rows, rows, 0)]), dtype=torch.int32, device=device)
         prefill_attention(q, pages, tables, tiles, out)
         best, place = zeros(rows, PARTS, kind=torch.float32), zeros(rows, PARTS, kind=torch.int32)
-        draw_greedy(zeros(rows, spec.vocab_size), best, place, slots, slots, last_tokens)
+        logits = zeros(rows, spec.vocab_size)
+        draw_greedy(logits, best, place, slots, slots, last_tokens)
+    numbers = zeros(1, kind=torch.float32)
+    draw_random(
+        logits,
+        slots[:1],
+        temperature=numbers,
+        top_k=slots[:1],
+        top_p=numbers,
+        min_p=numbers,
+        uniforms=numbers.double(),
+        slots=slots,
+        out=slots,
+        last_tokens=last_tokens,
+    )

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prism.attention.gpu.sampling import draw_random
 from prism.engine.gpu.staging import Staging
 from prism.engine.randomness import uniform
-from prism.engine.sampler import draw, is_cut
 from prism.engine.sequence import Sequence
 
 
@@ -22,35 +22,41 @@ class RandomDraws:
     """The rows of a step that are drawn at random; made while its inputs are staged."""
 
     def __init__(self, staging: Staging, rows: Seq[Sequence]) -> None:
-        self._groups = []
-        for cut in (False, True):  # apart, since an inversion depends on the order of the tokens
-            places = [i for i, r in enumerate(rows) if r.params.temperature > 0 and is_cut(r) is cut]
-            if places:
-                self._groups.append((cut, staging.ints(places), _numbers(staging, [rows[i] for i in places])))
+        places = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+        self._places = staging.ints(places)
+        self._numbers = _numbers(staging, [rows[i] for i in places]) if places else None
 
-    def apply(self, words: Tensor, logits: Tensor, tokens: Tensor) -> bool:
-        """Overwrite the greedy `tokens [rows]` of these rows, if any; `logits [rows, vocabulary]`."""
-        for cut, places, numbers in self._groups:
-            index = words[places].long()
-            temperature, top_p, min_p = words[numbers.floats].view(torch.float32).view(3, -1)
-            drawn = draw(
-                logits[index],
-                temperature=temperature,
-                top_k=words[numbers.top_k],
-                top_p=top_p,
-                min_p=min_p,
-                uniforms=words[numbers.uniforms].view(torch.float64),
-                needs_order=cut,
-            )
-            tokens.index_copy_(0, index, drawn.to(tokens.dtype))
-        return bool(self._groups)
+    def apply(
+        self, words: Tensor, logits: Tensor, slots: Tensor, tokens: Tensor, last_tokens: Tensor
+    ) -> None:
+        """Put tokens for these rows, if any, in the place of the likeliest ones.
+
+        `logits [rows, vocabulary]`; `tokens [rows]` and `slots [rows]` of `last_tokens` int32.
+        """
+        numbers = self._numbers
+        if numbers is None:
+            return
+        draw_random(
+            logits,
+            words[self._places],
+            temperature=words[numbers.temperature].view(torch.float32),
+            top_k=words[numbers.top_k],
+            top_p=words[numbers.top_p].view(torch.float32),
+            min_p=words[numbers.min_p].view(torch.float32),
+            uniforms=words[numbers.uniforms].view(torch.float64),
+            slots=slots,
+            out=tokens,
+            last_tokens=last_tokens,
+        )
 
 
 class _Numbers(NamedTuple):
-    """Where a group's numbers lie."""
+    """Where the rows' numbers lie."""
 
     uniforms: slice
-    floats: slice
+    temperature: slice
+    top_p: slice
+    min_p: slice
     top_k: slice
 
 
@@ -58,8 +64,8 @@ def _numbers(staging: Staging, rows: Seq[Sequence]) -> _Numbers:
     params = [row.params for row in rows]
     return _Numbers(
         staging.doubles([uniform(r.params.seed, r.choice, r.draw_index) for r in rows]),
-        staging.floats(
-            [*(p.temperature for p in params), *(p.top_p for p in params), *(p.min_p for p in params)]
-        ),
+        staging.floats([p.temperature for p in params]),
+        staging.floats([p.top_p for p in params]),
+        staging.floats([p.min_p for p in params]),
         staging.ints([p.top_k for p in params]),
     )

@@ -259,8 +259,8 @@ class GpuRunner:
             known = sample(logits.float(), sampled)
             drawn.copy_(torch.tensor([draw.token for draw in known], dtype=torch.int32))
             lane.last_tokens.index_copy_(0, slots.long(), drawn)
-        elif draws.apply(words, logits, drawn):
-            lane.last_tokens.index_copy_(0, slots.long(), drawn)
+        else:
+            draws.apply(words, logits, slots, drawn, lane.last_tokens)
         tokens[: len(sampled)].copy_(drawn, non_blocking=True)
         return known
 
