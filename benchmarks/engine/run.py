@@ -1,6 +1,6 @@
 """Prism's engine on one GPU: decode steps, first tokens, offline throughput, models side by side.
 
-Usage: scripts/bench engine [--only decode,ttft,offline,busy,together,processes] [--shapes 8b,1b]
+Usage: scripts/bench engine [--only decode,draws,ttft,offline,busy,together,processes] [--shapes 8b,1b]
                             [--output results.json]
 Weights and prompts are random. A floor is the bytes that a step reads over the bandwidth of a device copy.
 """
@@ -22,6 +22,11 @@ from local import LocalModel, drive, open_device
 from prism.types import Bytes, GiB
 
 CONTEXT = 1024
+DRAWS: tuple[dict[str, float], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.7},
+    {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
+)
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -44,11 +49,13 @@ def copy_bandwidth() -> float:
     return 3 * 2 * (4 << 30) / (start.elapsed_time(end) / 1e3)
 
 
-def decode(model: LocalModel, batch: int, bandwidth: float, steps: int = 128) -> dict[str, Any]:
+def decode(
+    model: LocalModel, batch: int, bandwidth: float, steps: int = 128, **params: Any
+) -> dict[str, Any]:
     """Median milliseconds between tokens at `batch` sequences of about `CONTEXT` tokens."""
     times: list[float] = []
     for i in range(batch):
-        model.add(f"d{i}", prompt(i, CONTEXT), steps)
+        model.add(f"d{i}", prompt(i, CONTEXT), steps, **params)
     stats = drive([model], on_drawn=lambda _m, drawn, now: times.append(now) if len(drawn) == batch else None)
     gaps = [b - a for a, b in pairwise(times)][16:]
     context = CONTEXT + steps // 2 + 8
@@ -216,7 +223,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if set(wanted) & {"decode", "ttft", "offline", "busy"}:
+        if set(wanted) & {"decode", "draws", "ttft", "offline", "busy"}:
             shapes = options.shapes.split(",")
             memory = min(124, torch.cuda.mem_get_info()[0] // GiB - 10)
             device = open_device(Bytes(memory * GiB))
@@ -228,6 +235,10 @@ def main() -> None:
                     decode(model, batch, bandwidth)
                     model.settle()
                     note(f"decode_{shape}", decode(model, batch, bandwidth))
+                for batch in (1, 64) if "draws" in wanted else ():
+                    for params in DRAWS:
+                        figures = decode(model, batch, bandwidth, **params)
+                        note(f"draws_{shape}", params | figures)
                 for length in (512, 4000) if "ttft" in wanted else ():
                     note(f"ttft_{shape}", first_token(model, length))
                 if "offline" in wanted:

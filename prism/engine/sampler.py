@@ -1,8 +1,9 @@
 """Draws the next token of each sequence from its logits.
 
 Order of operations: logit_bias, penalties, min_tokens; then greedy, or temperature, min_p, top_k, top_p.
-A draw inverts the cumulative distribution, in the order of the tokens, at one uniform number, so it depends on
-nothing but the row's own logits and (seed, choice, position). Reported log-probabilities are of the raw logits.
+A draw inverts the cumulative distribution, in the order of the tokens, at one uniform number, so it depends
+on nothing but the row's own logits and (seed, choice, position). Reported log-probabilities are of the raw
+logits.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def draw(
 ) -> Tensor:
     """Tokens `[rows]` by inversion of each row's filtered distribution; nothing waits for the device.
 
-    `logits [rows, vocabulary]`, all else `[rows]`; `top_k` 0 keeps all. Without `are_cut` no row has a top_k or
-    top_p. Only so many rows are drawn at a time as `DRAW_NUMBERS` allows.
+    `logits [rows, vocabulary]`, all else `[rows]`; `top_k` 0 keeps all. Without `are_cut` no row has a top_k
+    or top_p. Only so many rows are drawn at a time as `DRAW_NUMBERS` allows.
     """
     size = max(1, DRAW_NUMBERS // logits.shape[-1])
     given = (logits, temperature, top_k, top_p, min_p, uniforms)
