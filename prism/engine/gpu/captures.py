@@ -12,6 +12,7 @@ and the loop replays graphs, launches, copies and looks at events on other strea
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import OrderedDict, deque
 from enum import Enum, auto
 
@@ -71,7 +72,8 @@ class _Capture:
         """End it without a graph."""
         if self._stage is _Stage.CAPTURING:
             try:
-                with torch.cuda.stream(self._lane.capture_stream):
+                with warnings.catch_warnings(), torch.cuda.stream(self._lane.capture_stream):
+                    warnings.simplefilter("ignore")  # that the graph is empty
                     self._graph.capture_end()
             except RuntimeError as error:  # what was captured may be invalid, which is said here once more
                 log.debug("a capture ended: %s", error)
