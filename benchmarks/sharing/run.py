@@ -28,7 +28,6 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
 from shapes import CONTEXT, write_shape
 
-PORT, ADMIN = 8370, 8371
 PRISM = [sys.executable, "-c", "from prism.cli.main import main; main()"]
 FIGURES = ("ttft_attainment", "tpot_attainment", "attainment")
 
@@ -41,6 +40,8 @@ class Setup:
     device: dict[str, Any]
     trace: dict[str, float]
     """Options of `prism simulate` that make it."""
+    port: int
+    """Of the server; the next one is its admin port."""
 
     @property
     def models(self) -> dict[str, str]:
@@ -54,11 +55,13 @@ SETUPS = {
         (SMALL, BIG, SMALL, SMALL, BIG, SMALL, SMALL, SMALL),
         {"kind": "cuda", "memory": "30GiB"},
         {"rate": 6.0, "alpha": 2.1, "cv": 2.0, "on": 8.0, "off": 8.0, "prompt": 300.0, "answer": 120.0},
+        8370,
     ),
     "cpu": Setup(
         ("cpu-30m", "cpu-110m", "cpu-110m", "cpu-30m"),
         {"kind": "cpu", "memory": "448MiB", "slab": "2MiB", "threads": 1},
         {"rate": 0.8, "alpha": 3.0, "cv": 2.0, "on": 8.0, "off": 8.0, "prompt": 60.0, "answer": 20.0},
+        8380,
     ),
 }
 
@@ -81,7 +84,7 @@ def write_config(
             for name in names
         ],
         "devices": [setup.device],
-        "server": {"port": PORT, "admin_port": ADMIN},
+        "server": {"port": setup.port, "admin_port": setup.port + 1},
         "host_memory": {"budget": "60GiB" if setup.device["kind"] == "cuda" else "2GiB"},
         "scheduling": {"mode": mode, "profile": str(profile) if profile.exists() else None},
     }
@@ -91,13 +94,13 @@ def write_config(
 
 
 @contextmanager
-def server(config: Path, log: Path, num_models: int) -> Iterator[None]:
+def server(config: Path, log: Path, setup: Setup) -> Iterator[None]:
     """Up, with all weights packed."""
     process = subprocess.Popen([*PRISM, "serve", str(config)], stderr=log.open("ab"))
     try:
         end = time.monotonic() + 150
         while time.monotonic() < end and process.poll() is None:
-            if log.read_text().count(" is packed") >= num_models and _is_healthy():
+            if log.read_text().count(" is packed") >= len(setup.shapes) and _is_healthy(setup.port):
                 break
             time.sleep(0.1)
         else:
@@ -109,9 +112,9 @@ def server(config: Path, log: Path, num_models: int) -> Iterator[None]:
         process.wait(60)
 
 
-def _is_healthy() -> bool:
+def _is_healthy(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{PORT}/health").status_code == 200
+        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -121,10 +124,10 @@ def prism(*arguments: str) -> None:
     subprocess.run([*PRISM, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def bench(folder: Path, *arguments: str) -> None:
+def bench(folder: Path, port: int, *arguments: str) -> None:
     """`prism bench` with the trace."""
     traffic = ["--models", str(folder / "models.json"), "--dataset-name", "trace"]
-    traffic += ["--dataset-path", str(folder / "trace.csv"), "--base-url", f"http://127.0.0.1:{PORT}"]
+    traffic += ["--dataset-path", str(folder / "trace.csv"), "--base-url", f"http://127.0.0.1:{port}"]
     prism("bench", *traffic, *arguments)
 
 
@@ -142,12 +145,12 @@ def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path
     """What `prism bench` says of a server; the first one measures the models alone, too."""
     mode, log = config.stem, config.with_suffix(".log")
     log.unlink(missing_ok=True)
-    with server(config, log, len(setup.shapes)):
+    with server(config, log, setup):
         if not alone.exists():
-            bench(folder, "--baseline", str(alone), "--baseline-requests", "8")
+            bench(folder, setup.port, "--baseline", str(alone), "--baseline-requests", "8")
         saved = ["--save-result", "--result-dir", str(folder), "--result-filename", f"{mode}.json"]
-        bench(folder, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
-        steps = steps_of(httpx.get(f"http://127.0.0.1:{PORT}/metrics").text)
+        bench(folder, setup.port, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
+        steps = steps_of(httpx.get(f"http://127.0.0.1:{setup.port}/metrics").text)
     result: dict[str, Any] = json.loads((folder / f"{mode}.json").read_text())
     return result | {"steps": steps}
 
