@@ -137,7 +137,7 @@ class Engine:
         self.num_queued -= 1
         for chunk in flight.step.chunks:
             chunk.sequence.is_started = True
-        drawn = []
+        drawn: list[Drawn] = []
         for sequence, draw in zip(flight.sampled, flight.draws(), strict=True):
             sequence.num_pending -= 1
             if not sequence.is_ended:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prism.engine.randomness import uniform
+from prism.engine.randomness import uniforms
 from prism.engine.sequence import Sequence
 from prism.messages import TokenLogprob
 
@@ -67,6 +67,7 @@ def _adjust(logits: Tensor, row: Sequence) -> None:
 
 def _draw(logits: Tensor, rows: Seq[Sequence]) -> Tensor:
     params = [row.params for row in rows]
+    numbers = uniforms([row.random_stream for row in rows], [row.draw_index for row in rows])
 
     def on_device(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device)
@@ -77,7 +78,7 @@ def _draw(logits: Tensor, rows: Seq[Sequence]) -> Tensor:
         top_k=on_device([p.top_k for p in params], torch.int32),
         top_p=on_device([p.top_p for p in params]),
         min_p=on_device([p.min_p for p in params]),
-        uniforms=on_device([uniform(r.params.seed, r.choice, r.draw_index) for r in rows], torch.float64),
+        uniforms=torch.from_numpy(numbers).to(logits.device),
         are_cut=any(p.top_k or p.top_p < 1.0 for p in params),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from prism.engine.kv_blocks import ROOT_KEY, BlockKey, block_key
+from prism.engine.randomness import stream
 from prism.types import BlockId, FinishReason, Rank, RequestId, SamplingParams
 
 
@@ -48,11 +49,14 @@ class Sequence:
     is_started: bool = False
     counts: dict[int, int] = field(default_factory=dict)
     """Occurrences of each output token, kept where penalties may want them."""
+    random_stream: int = field(init=False)
+    """Of its draws; see `randomness.stream`."""
     needs_history: bool = field(init=False)
     """Its draws need its earlier tokens on the host, or report more than a token."""
 
     def __post_init__(self) -> None:
         p = self.params
+        self.random_stream = stream(p.seed, self.choice)
         penalties = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
         self.needs_history = bool(penalties or p.logit_bias or p.min_tokens or p.logprobs is not None)
 

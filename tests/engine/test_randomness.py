@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import statistics
 
-from prism.engine.randomness import uniform
+from prism.engine.randomness import stream, uniforms
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    return float(uniforms([stream(seed, choice)], [position])[0])
 
 
 def test_depends_on_all_three() -> None:
@@ -11,7 +15,7 @@ def test_depends_on_all_three() -> None:
 
 
 def test_is_uniform() -> None:
-    numbers = [uniform(1, 0, position) for position in range(20000)]
+    numbers = uniforms([stream(1, 0)] * 20000, range(20000)).tolist()
     assert all(0 <= x < 1 for x in numbers)
     assert abs(statistics.mean(numbers) - 0.5) < 0.01
     assert abs(statistics.pvariance(numbers) - 1 / 12) < 0.002

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prism.attention.gpu.sampling import draw_random
 from prism.engine.gpu.staging import Staging
-from prism.engine.randomness import uniform
+from prism.engine.randomness import uniforms
 from prism.engine.sequence import Sequence
 
 
@@ -63,7 +63,7 @@ class _Numbers(NamedTuple):
 def _numbers(staging: Staging, rows: Seq[Sequence]) -> _Numbers:
     params = [row.params for row in rows]
     return _Numbers(
-        staging.doubles([uniform(r.params.seed, r.choice, r.draw_index) for r in rows]),
+        staging.doubles(uniforms([row.random_stream for row in rows], [row.draw_index for row in rows])),
         staging.floats([p.temperature for p in params]),
         staging.floats([p.top_p for p in params]),
         staging.floats([p.min_p for p in params]),

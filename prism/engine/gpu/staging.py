@@ -34,7 +34,7 @@ class Staging:
         """Append fp32 values."""
         return self._place(np.asarray(values, np.float32).view(np.int32), len(values))
 
-    def doubles(self, values: Sequence[float]) -> slice:
+    def doubles(self, values: Sequence[float] | NDArray[np.float64]) -> slice:
         """Append fp64 values."""
         return self._place(np.asarray(values, np.float64).view(np.int32), 2 * len(values))
 
