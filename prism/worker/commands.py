@@ -35,6 +35,7 @@ def _activate(worker: Worker, model: Model, command: Activate) -> None:
     model.pinned = model.pinned if command.pinned is None else command.pinned
     worker.capacities_changed()
     if model.is_active:
+        model.is_ahead = False
         worker.command_done(command, None)
         return
     model.is_wanted = True

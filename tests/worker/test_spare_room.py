@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prism.errors import NotHeld
-from prism.messages import Evict, Homes
+from prism.messages import Activate, Evict, Homes
 from prism.types import Bytes, ModelState
 from prism.weights.transfers import NEVER
 from prism.worker.models import Model
@@ -157,6 +157,16 @@ def test_it_leaves_when_it_lives_elsewhere(start: Any) -> None:
     local.worker.on_homes(Homes(epoch=1, models=[]))
     settle(local)
     assert states(local) == (ModelState.COLD, ModelState.ACTIVE), "what is in use is the controller's to move"
+
+
+def test_a_command_to_load_it_counts_as_asking_though_it_is_there(start: Any) -> None:
+    """A model that had come ahead left again, pinned or not, when its home was elsewhere."""
+    local = start(12, A)
+    settle(local)
+    local.worker.on_command(Activate(epoch=1, command_id=1, model=A, pinned=True))
+    local.worker.on_homes(Homes(epoch=1, models=[]))
+    settle(local)
+    assert model(local, A).is_active and not make_report(local.worker, local.now).models[0].is_ahead
 
 
 def test_what_was_sent_away_comes_back_when_it_is_asked_for(start: Any) -> None:
