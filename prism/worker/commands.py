@@ -58,7 +58,7 @@ def _evict(worker: Worker, model: Model, command: Evict) -> None:
     if worker.requests.of_model(model.name) and not command.returns:
         worker.command_done(command, f"model {model.name} has unfinished requests")
         return
-    model.is_wanted, model.is_sent_away = False, True
+    model.is_wanted, model.is_sent_away = False, not command.moved
     if command.moved and model.pinned:
         model.pinned = False
         worker.capacities_changed()

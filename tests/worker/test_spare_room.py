@@ -180,6 +180,19 @@ def test_what_was_sent_away_comes_back_when_it_is_asked_for(start: Any) -> None:
     assert model(local, A).is_active
 
 
+def test_what_was_moved_away_comes_when_it_lives_here_again(start: Any) -> None:
+    """A move counted as an unloading, after which nothing came until somebody asked."""
+    local = start(12, A)
+    settle(local)
+    local.worker.on_homes(Homes(epoch=1, models=[]))
+    local.worker.on_command(Evict(epoch=1, command_id=1, model=A, returns=True, moved=True))
+    settle(local)
+    assert model(local, A).state is ModelState.COLD
+    local.worker.on_homes(Homes(epoch=1, models=[A]))
+    settle(local)
+    assert model(local, A).is_active
+
+
 def test_what_the_store_has_lost_meanwhile_is_not_waited_for(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
