@@ -220,7 +220,7 @@ class WeightsFailed(Message, frozen=True, kw_only=True):
 # --- controller, workers and gateways --------------------------------------------------------------
 
 
-WAITS = tuple(0.001 * 2**power for power in range(10))
+WAITS = tuple(0.001 * 2**power for power in range(12))
 """Seconds that a request may have to wait for the end of another model's step."""
 
 

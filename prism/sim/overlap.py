@@ -20,9 +20,8 @@ blocks, which find room first. On the same H100 a 1B at batch 16 takes 4.9 times
 
 Pulls = tuple[float, ...]
 """Mean times of a kernel on the other lanes that decode, in seconds a layer."""
-
-
 Longer = Callable[[SimModel], float]
+"""How many times its time alone a model's decode step takes."""
 
 
 class Overlap:

@@ -25,13 +25,20 @@ class Absent(NamedTuple):
     """That somebody asks for it soon."""
 
 
-def choose(absent: Sequence[Absent], num_free: int, num_slabs: int, expected_demand: float) -> ModelId | None:
-    """The likeliest of those that leave enough free; of equals the smallest.
+def room(num_free: int, num_slabs: int, expected_demand: float) -> float:
+    """Slabs that may be filled; there may be none.
 
-    `expected_demand` are slabs that are going to be asked for soon, as far as the recent past tells. To be
-    asked only while nothing is loaded and nobody waits for memory.
+    `expected_demand` are those that are going to be asked for soon, as far as the recent past tells.
     """
-    room = num_free - max(num_slabs * SPARE, expected_demand)
-    fitting = [each for each in absent if each.slabs <= room]
+    return num_free - max(num_slabs * SPARE, expected_demand)
+
+
+def choose(absent: Sequence[Absent], num_free: int, num_slabs: int, expected_demand: float) -> ModelId | None:
+    """The likeliest of those for which there is room; of equals the smallest.
+
+    To be asked only while nothing is loaded and nobody waits for memory.
+    """
+    most = room(num_free, num_slabs, expected_demand)
+    fitting = [each for each in absent if each.slabs <= most]
     best = min(fitting, key=lambda each: (-each.return_chance, each.slabs, each.model), default=None)
     return None if best is None else best.model

@@ -35,6 +35,7 @@ def _activate(worker: Worker, model: Model, command: Activate) -> None:
     model.pinned = model.pinned if command.pinned is None else command.pinned
     worker.capacities_changed()
     if model.is_active:
+        model.is_ahead = False
         worker.command_done(command, None)
         return
     model.is_wanted = True
@@ -57,7 +58,7 @@ def _evict(worker: Worker, model: Model, command: Evict) -> None:
     if worker.requests.of_model(model.name) and not command.returns:
         worker.command_done(command, f"model {model.name} has unfinished requests")
         return
-    model.is_wanted, model.is_sent_away = False, True
+    model.is_wanted, model.is_sent_away = False, not command.moved
     if command.moved and model.pinned:
         model.pinned = False
         worker.capacities_changed()

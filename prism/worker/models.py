@@ -102,7 +102,7 @@ class Model:
     is_ahead: bool = False
     """It is in memory, or on its way there, though nobody has asked for it since it was not."""
     is_sent_away: bool = False
-    """By command; it comes back when somebody asks for it."""
+    """By an administrator; it comes back when somebody asks for it."""
     is_open: bool = True
     """It takes requests in; in mode timeshare only one model does."""
     is_barred: bool = False

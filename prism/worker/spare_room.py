@@ -66,15 +66,20 @@ class SpareRoom:
         self._next_look = now + LOOK_SECONDS
         moving = [m for m in self._models.values() if m.load is not None or m.state is ModelState.FETCHING]
         if not moving:
-            chosen = self._choose([m for m in self._models.values() if self._may_come(m)], now)
-            if chosen is not None:
-                self._models[chosen].is_ahead = True
-                self._residency.want(self._models[chosen])
+            self._begin(now)
         elif len(moving) == 1 and moving[0].is_ahead and moving[0].is_waiting_for_slabs:
             if self._choose(moving, now) is None:
                 self._residency.forget(moving[0])
             else:
                 self._residency.try_load(moving[0], self._reclaimer, now)
+
+    def _begin(self, now: float) -> None:
+        if ahead.room(self._pool.num_free, self._num_slabs, self._reclaimer.expected_demand(now)) <= 0:
+            return  # before each model is looked at: a full device asks whenever a request has ended
+        chosen = self._choose([m for m in self._models.values() if self._may_come(m)], now)
+        if chosen is not None:
+            self._models[chosen].is_ahead = True
+            self._residency.want(self._models[chosen])
 
     def _may_come(self, model: Model) -> bool:
         """Its packed weights are there, and no administrator has sent it away."""

@@ -150,6 +150,14 @@ def test_who_has_room_nowhere_else_stays_with_such_a_neighbour() -> None:
     assert plan.pressures[W0] > 2.0
 
 
+def test_who_can_wait_longer_than_a_step_is_not_late_for_it() -> None:
+    """Objectives beyond half a second, the default one too, counted as half a second."""
+    patient = model("patient", 10, W0, ttft=2.0, request_rate=5.0, compute=0.02)
+    slow = model("slow", 10, W0, ttft=2.0, request_rate=1.0, **blocking(0.5, 1.0))
+    both = {"patient": at(W0), "slow": at(W0)}
+    assert run([patient, slow], [device(0)], both).pressures[W0] == pytest.approx(0.52)
+
+
 def test_steps_of_its_own_make_no_request_late() -> None:
     alone = model("m", 10, W0, ttft=0.013, request_rate=5.0, **blocking(0.5, 0.05))
     assert run([alone], [device(0)], {"m": at(W0)}).pressures[W0] == pytest.approx(0.5)

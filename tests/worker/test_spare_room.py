@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prism.errors import NotHeld
-from prism.messages import Evict, Homes
+from prism.messages import Activate, Evict, Homes
 from prism.types import Bytes, ModelState
 from prism.weights.transfers import NEVER
 from prism.worker.models import Model
@@ -159,6 +159,16 @@ def test_it_leaves_when_it_lives_elsewhere(start: Any) -> None:
     assert states(local) == (ModelState.COLD, ModelState.ACTIVE), "what is in use is the controller's to move"
 
 
+def test_a_command_to_load_it_counts_as_asking_though_it_is_there(start: Any) -> None:
+    """A model that had come ahead left again, pinned or not, when its home was elsewhere."""
+    local = start(12, A)
+    settle(local)
+    local.worker.on_command(Activate(epoch=1, command_id=1, model=A, pinned=True))
+    local.worker.on_homes(Homes(epoch=1, models=[]))
+    settle(local)
+    assert model(local, A).is_active and not make_report(local.worker, local.now).models[0].is_ahead
+
+
 def test_what_was_sent_away_comes_back_when_it_is_asked_for(start: Any) -> None:
     local = start(12, A)
     settle(local)
@@ -167,6 +177,19 @@ def test_what_was_sent_away_comes_back_when_it_is_asked_for(start: Any) -> None:
     assert model(local, A).state is ModelState.COLD
     local.submit("r", A, PROMPT, max_tokens=2)
     local.run()
+    assert model(local, A).is_active
+
+
+def test_what_was_moved_away_comes_when_it_lives_here_again(start: Any) -> None:
+    """A move counted as an unloading, after which nothing came until somebody asked."""
+    local = start(12, A)
+    settle(local)
+    local.worker.on_homes(Homes(epoch=1, models=[]))
+    local.worker.on_command(Evict(epoch=1, command_id=1, model=A, returns=True, moved=True))
+    settle(local)
+    assert model(local, A).state is ModelState.COLD
+    local.worker.on_homes(Homes(epoch=1, models=[A]))
+    settle(local)
     assert model(local, A).is_active
 
 
