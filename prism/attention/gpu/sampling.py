@@ -49,7 +49,7 @@ def _last_reached(row, size, low, wanted, peak, scale, min_p, COUNTS: tl.constex
 
     Three patterns a pass leave a quarter of those in question.
     """
-    high = 32768
+    high = tl.full((), 32768, tl.int32)
     while high - low > 1:
         quarter = tl.maximum((high - low) // 4, 1)
         first, second, third = low + quarter, low + 2 * quarter, low + 3 * quarter
@@ -105,9 +105,11 @@ def _draw_kernel(
         best = tl.maximum(best, x.to(tl.float32))
     peak = tl.max(best, 0)
 
-    cut, num_ties = -32769, 0
+    cut, num_ties = tl.full((), -32769, tl.int32), tl.full((), 0, tl.int32)
     if (top_k > 0) & (top_k < size):
-        cut = _last_reached(row, size, -32768, top_k.to(tl.float32), peak, scale, min_p, True, BLOCK)
+        cut = _last_reached(
+            row, size, tl.full((), -32768, tl.int32), top_k.to(tl.float32), peak, scale, min_p, True, BLOCK
+        )
         above, _ = _from(row, size, cut + 1, peak, scale, min_p, BLOCK)
         num_ties = top_k - above
     _, mass = _from(row, size, cut + 1, peak, scale, min_p, BLOCK)
