@@ -214,9 +214,10 @@ def elastic() -> Figure:
 
 
 def sharing() -> Figure:
-    results = read("sharing", "results-cpu.json")["modes"]
-    made, axes = figure("Four models share one thread of an Intel Xeon, 185 requests in 60 s", (4.2, 4.2))
-    for axis, mode in zip(axes, ("prism", "timeshare"), strict=True):
+    results = read("sharing", "results-h200.json")["modes"]
+    title = f"Eight models of 1B and 8B share 30 GiB of {H200}, 247 requests in 30 s"
+    made, axes = figure(title, (2.9, 2.9, 2.9, 2.9))
+    for axis, mode in zip(axes, ("prism", "elastic", "static", "timeshare"), strict=True):
         compared = results[mode]["compared"]
         rows = [compared[name] for name in ("ttft_attainment", "tpot_attainment", "attainment")]
         series = {
@@ -224,7 +225,7 @@ def sharing() -> Figure:
             "predicted by prism simulate": ([row["predicted"] for row in rows], GREY),
         }
         bars(axis, ["TTFT", "TPOT", "both"], series, ".2f")
-        axis.set(title=f"mode {mode}", xlabel="share of requests in time", xlim=(0, 1.15))
+        axis.set(title=f"mode {mode}", xlabel="share of requests in time", xlim=(0, 1.2))
     legend(made, axes[0])
     return made
 

@@ -142,12 +142,16 @@ def make_trace(folder: Path, setup: Setup, options: argparse.Namespace) -> None:
 
 
 def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
-    """What `prism bench` says of a server; the first one measures the models alone, too."""
+    """What `prism bench` says of a server that has served each model alone before.
+
+    The first one's latencies alone make the objectives. All others are asked for them, too, so that each
+    server has captured its graphs and seen its models.
+    """
     mode, log = config.stem, config.with_suffix(".log")
     log.unlink(missing_ok=True)
     with server(config, log, setup):
-        if not alone.exists():
-            bench(folder, setup.port, "--baseline", str(alone), "--baseline-requests", "8")
+        file = folder / f"{mode}-alone.json" if alone.exists() else alone
+        bench(folder, setup.port, "--baseline", str(file), "--baseline-requests", "8")
         saved = ["--save-result", "--result-dir", str(folder), "--result-filename", f"{mode}.json"]
         bench(folder, setup.port, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
         steps = steps_of(httpx.get(f"http://127.0.0.1:{setup.port}/metrics").text)
