@@ -74,7 +74,7 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
     {**SAMPLED, "seed": 49},
     {**SAMPLED, "seed": 30, "model": "speller"},
     {**SAMPLED, "seed": 31, "n": 2},
-    {**VARIED, "seed": 72, "n": 2, "logprobs": True, "stop": ["orm·victo", "our·bravo"], "max_tokens": 458},
+    {**VARIED, "seed": 72, "n": 2, "logprobs": True, "stop": ["ur·sierra", "·bravo·mi"], "max_tokens": 458},
     {**VARIED, "seed": 73, "n": 3, "stream": False},
     {**VARIED, "seed": 74, "frequency_penalty": 0.1},
     {**VARIED, "seed": 15, "min_p": 0.05, "text": True},
