@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
 from shapes import CONTEXT, write_shape
 
 PRISM = [sys.executable, "-c", "from prism.cli.main import main; main()"]
+WARM_REQUESTS = "64"
 FIGURES = ("ttft_attainment", "tpot_attainment", "attainment")
 
 
@@ -142,16 +143,17 @@ def make_trace(folder: Path, setup: Setup, options: argparse.Namespace) -> None:
 
 
 def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
-    """What `prism bench` says of a server that has served each model alone before.
+    """What `prism bench` says of a server that has seen its models before, and captured graphs.
 
-    The first one's latencies alone make the objectives. All others are asked for them, too, so that each
-    server has captured its graphs and seen its models.
+    The first one measures the models alone; the others are sent the beginning of the trace.
     """
     mode, log = config.stem, config.with_suffix(".log")
     log.unlink(missing_ok=True)
     with server(config, log, setup):
-        file = folder / f"{mode}-alone.json" if alone.exists() else alone
-        bench(folder, setup.port, "--baseline", str(file), "--baseline-requests", "8")
+        if alone.exists():
+            bench(folder, setup.port, "--max-requests", WARM_REQUESTS)
+        else:
+            bench(folder, setup.port, "--baseline", str(alone), "--baseline-requests", "8")
         saved = ["--save-result", "--result-dir", str(folder), "--result-filename", f"{mode}.json"]
         bench(folder, setup.port, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
         steps = steps_of(httpx.get(f"http://127.0.0.1:{setup.port}/metrics").text)
