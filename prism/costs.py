@@ -69,6 +69,11 @@ class StepCosts:
     prompt_knots: Knots = ()
     """Of steps with prompts, where they differ."""
 
+    @property
+    def prompt_curve(self) -> Knots:
+        """Of steps with prompts in any case."""
+        return self.prompt_knots or self.knots
+
     def step(self, tokens: int, pairs: float = 0.0, context: float = 0.0) -> float:
         """Seconds of a step of `tokens`, prompt chunks and decodes together; without `pairs` of decodes."""
         gemm = self.gemm(tokens, has_prompts=pairs > 0)
@@ -76,7 +81,7 @@ class StepCosts:
 
     def gemm(self, tokens: int, *, has_prompts: bool = False) -> float:
         """Between knots and beyond the last one in straight lines."""
-        knots = (self.prompt_knots if has_prompts else ()) or self.knots
+        knots = self.prompt_curve if has_prompts else self.knots
         place = bisect_left(knots, (tokens, 0.0))
         if place == 0:
             return knots[0][1]
@@ -100,7 +105,7 @@ class StepCosts:
         """
         if self.prefill(1, start) > seconds:
             return 0
-        knots, place = self.prompt_knots or self.knots, 1
+        knots, place = self.prompt_curve, 1
         while place < len(knots) - 1 and self.prefill(knots[place][0], start) <= seconds:
             place += 1
         (n0, t0), (n1, t1) = knots[place - 1], knots[place]
@@ -219,7 +224,7 @@ class Corrections:
             _scaled(start.knots, self.decode),
             start.per_pair * self.prompt,
             start.per_context * self.decode,
-            _scaled(start.prompt_knots or start.knots, self.prompt),
+            _scaled(start.prompt_curve, self.prompt),
         )
         loads = LoadCosts(Seconds(costs.loads.fixed * self.load), costs.loads.bandwidth / self.load)
         return replace(costs, steps=steps, loads=loads)

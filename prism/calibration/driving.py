@@ -39,24 +39,6 @@ class Ran(NamedTuple):
     end: float
 
 
-class Work(NamedTuple):
-    """What a step's time depends on, as `worker.cost_book` counts it."""
-
-    tokens: int
-    pairs: float
-    context: int
-
-
-def work_of(step: Step) -> Work:
-    """Of any step."""
-    prompts = [chunk for chunk in step.chunks if chunk.length > 1]
-    return Work(
-        tokens=sum(chunk.length for chunk in step.chunks),
-        pairs=sum(chunk.length * (chunk.start + chunk.length / 2) for chunk in prompts),
-        context=sum(chunk.start + 1 for chunk in step.chunks if chunk.length == 1),
-    )
-
-
 @dataclass(slots=True)
 class _Lane:
     queue: deque[tuple[InFlight, float]] = field(default_factory=deque)

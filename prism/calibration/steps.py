@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prism.calibration.driving import Driver, Ran, Work, add_request, random_prompt, work_of
+from prism.calibration.driving import Driver, Ran, add_request, random_prompt
 from prism.calibration.models import LoadedModel
 from prism.calibration.plan import DecodeSize, Limits, PromptSize, decode_sizes, prompt_sizes
+from prism.worker.cost_book import Work, work_of
 
 WARM_STEPS = 4
 """Not counted: the first steps of a size load kernels, and what they lack is captured."""

@@ -82,7 +82,7 @@ class Stepper:
         for model in self._models.values():
             if model.is_stalled:
                 model.is_stalled = False
-                self._cut(model.lane, now, at_least=1)
+                self.disturb(model, now)
 
     # --- what has run -----------------------------------------------------------------------------------
 
@@ -148,7 +148,8 @@ class Stepper:
         A step that begins just now has its blocks and stays: else two models could take an empty slab from
         each other for ever.
         """
-        self._cut(model.lane, now, at_least=1)
+        if model.lane is not None:
+            self._cut(model.lane, now, at_least=1)
 
     def remove(self, model: SimModel, now: int) -> None:
         """The model loses its memory; what its present step draws is lost."""
@@ -159,8 +160,8 @@ class Stepper:
         if run is not None:
             run.gone.add(model)
 
-    def _cut(self, lane: int | None, now: int, at_least: int = 0) -> None:
-        run = None if lane is None else self._runs[lane]
+    def _cut(self, lane: int, now: int, at_least: int = 0) -> None:
+        run = self._runs[lane]
         if run is None or run.chunks:
             return
         advance(run, now)
@@ -170,7 +171,7 @@ class Stepper:
             if model not in run.gone:
                 model.decodes.forgo()
             model.last_turn = run.turn_before
-            self._runs[self._runs.index(run)] = None
+            self._runs[lane] = None
             self._has_emptied = True
 
     def _pulls(self) -> list[float | None]:
@@ -196,10 +197,11 @@ class Stepper:
         if len(members) == 1 and not with_prompts:
             return turns.Turn(members[0].name, self._limits.max_batch_tokens)
         others = self._neighbours(lane) if with_prompts else ()
+        longer = {each: self._beside(each) for each in {lane, *(model.lane for model in others)}}
         snapshot = TurnSnapshot(
-            tuple(runnable(model, self._rules, self._beside(lane)) for model in members),
+            tuple(runnable(model, self._rules, longer[lane]) for model in members),
             self._limits.max_batch_tokens,
-            tuple(runnable(model, self._rules, self._beside(model.lane)) for model in others),
+            tuple(runnable(model, self._rules, longer[model.lane]) for model in others),
         )
         self.num_decisions += 1
         turn = turns.decide(snapshot, to_seconds(now))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prism.costs import Corrections, Costs, DeviceRates, Shape, from_shape
 from prism.engine.scheduler import Step
@@ -26,10 +27,10 @@ class Steps:
     predicted: float = 0.0
     """By the profile, or by shape and rates, before corrections."""
 
-    def add(self, step: Step, seconds: float, predicted: float) -> None:
+    def add(self, num_tokens: int, seconds: float, predicted: float) -> None:
         """One more has run."""
         self.num_steps += 1
-        self.num_tokens += sum(chunk.length for chunk in step.chunks)
+        self.num_tokens += num_tokens
         self.seconds += seconds
         self.predicted += predicted
 
@@ -75,8 +76,9 @@ class CostBook:
         page = self._pages.get(model)
         if page is None:
             return
-        predicted = step_seconds(page.start, step)
-        page.steps["prompt" if step.has_prompts else "decode"].add(step, seconds, predicted)
+        work = work_of(step)
+        predicted = page.start.steps.step(*work)
+        page.steps["prompt" if step.has_prompts else "decode"].add(work.tokens, seconds, predicted)
         if seconds <= 0:
             return
         if step.has_prompts:
@@ -98,8 +100,16 @@ class CostBook:
             page.seen()
 
 
-def step_seconds(costs: Costs, step: Step) -> float:
-    """A step of any kind."""
+class Work(NamedTuple):
+    """What a step's time depends on; see `StepCosts.step`."""
+
+    tokens: int
+    pairs: float
+    context: int
+
+
+def work_of(step: Step) -> Work:
+    """Of any step."""
     tokens, pairs, context = 0, 0.0, 0
     for chunk in step.chunks:
         tokens += chunk.length
@@ -107,7 +117,12 @@ def step_seconds(costs: Costs, step: Step) -> float:
             context += chunk.start + 1
         else:
             pairs += chunk.length * (chunk.start + chunk.length / 2)
-    return costs.steps.step(tokens, pairs, context)
+    return Work(tokens, pairs, context)
+
+
+def step_seconds(costs: Costs, step: Step) -> float:
+    """A step of any kind."""
+    return costs.steps.step(*work_of(step))
 
 
 def chunk_seconds(costs: Costs, step: Step) -> list[float]:

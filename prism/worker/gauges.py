@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from prometheus_client import Counter
+
 from prism.memory.slabs import KvOwner, LaneOwner, WeightsOwner
 from prism.messages import TenantReport
 from prism.metrics import Metrics
@@ -42,9 +44,10 @@ class Gauges:
             self._count(model)
             self._steps(model, worker.costs)
             saved, fetched = worker.host.counts(model.name)
-            self._metrics.kv_blocks_saved.labels(model.name).inc(self._added(model.name, "saved", saved))
-            self._metrics.kv_blocks_fetched.labels(model.name).inc(
-                self._added(model.name, "fetched", fetched)
+            self._grow(
+                (self._metrics.kv_blocks_saved, "saved", saved),
+                (self._metrics.kv_blocks_fetched, "fetched", fetched),
+                labels=(model.name,),
             )
         for report in worker.accounts.report():
             self._tenant(report)
@@ -53,12 +56,12 @@ class Gauges:
         metrics, name = self._metrics, report.tenant
         metrics.tenant_requests_running.labels(name).set(report.num_running)
         metrics.tenant_requests_waiting.labels(name).set(report.num_waiting)
-        for counter, label, count in (
+        self._grow(
             (metrics.tenant_prompt_tokens, "tenant's prompts", report.prompt_tokens),
             (metrics.tenant_generation_tokens, "tenant's tokens", report.decoded_tokens),
             (metrics.tenant_device_seconds, "tenant's seconds", report.device_seconds),
-        ):
-            counter.labels(name).inc(self._added(name, label, count))
+            labels=(name,),
+        )
 
     def _count(self, model: Model) -> None:
         """Add to the counters what has come since the last time."""
@@ -69,23 +72,28 @@ class Gauges:
         metrics.evictions.labels(name).inc(self._added(name, "evictions", model.num_evictions))
         if model.engine is not None:
             scheduler = model.engine.scheduler
-            for counter, label, count in (
+            self._grow(
                 (metrics.num_preemptions, "preemptions", scheduler.num_preemptions),
                 (metrics.prefix_cache_queries, "queries", scheduler.num_prefix_queries),
                 (metrics.prefix_cache_hits, "hits", scheduler.num_prefix_hits),
-            ):
-                counter.labels(name).inc(self._added(name, label, count))
+                labels=(name,),
+            )
 
     def _steps(self, model: Model, costs: CostBook) -> None:
         metrics, name = self._metrics, model.name
         for kind, steps in costs.steps(name).items():
-            for counter, label, count in (
-                (metrics.steps, "steps", steps.num_steps),
-                (metrics.step_tokens, "step tokens", steps.num_tokens),
-                (metrics.step_seconds, "step seconds", steps.seconds),
-                (metrics.step_predicted_seconds, "step predicted", steps.predicted),
-            ):
-                counter.labels(name, kind).inc(self._added(name, f"{label} {kind}", count))
+            self._grow(
+                (metrics.steps, f"{kind} steps", steps.num_steps),
+                (metrics.step_tokens, f"{kind} step tokens", steps.num_tokens),
+                (metrics.step_seconds, f"{kind} step seconds", steps.seconds),
+                (metrics.step_predicted_seconds, f"{kind} step predicted", steps.predicted),
+                labels=(name, kind),
+            )
+
+    def _grow(self, *counts: tuple[Counter, str, float], labels: tuple[str, ...]) -> None:
+        """Add to counters with these labels, whose first one says whose they are, what has come since."""
+        for counter, name, count in counts:
+            counter.labels(*labels).inc(self._added(labels[0], name, count))
 
     def _added(self, whose: str, name: str, count: float) -> float:
         added = count - self._counted.get((whose, name), 0)

@@ -74,7 +74,7 @@ def estimate(worker: Worker, model: Model, deadline: float, tenant: str | None =
     It starts when its model is there, and when the prompts before it have been computed beside the decodes.
     Those of tenants over their share come behind the others. What memory is lacking for is not known.
     """
-    active, ahead, seconds = _active(worker), 0, 0.0
+    ahead, seconds = 0, 0.0
     over = worker.accounts.over_beside(tenant, worker.models)
     own = (tenant in over, deadline)
     for ticket in worker.requests:
@@ -83,9 +83,10 @@ def estimate(worker: Worker, model: Model, deadline: float, tenant: str | None =
             if (waiting.tenant in over, waiting.deadline) <= own:
                 ahead += 1
                 seconds += waiting.seconds
-    work = (_busy(worker, active) + seconds) * _stretch(worker, active)
     if worker.rules.is_exclusive:
         return Estimate(ahead + 1, worker.tenancy.starts_in(worker, model, deadline - FAR))
+    active = _active(worker)
+    work = (_busy(worker, active) + seconds) * _stretch(worker, active)
     return Estimate(ahead + 1, max(ready_in(worker, model), work))
 
 

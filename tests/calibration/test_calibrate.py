@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prism.calibration import calibrate, steps
-from prism.calibration.driving import Driver, NoRoom, Work, add_request, random_prompt, work_of
+from prism.calibration.driving import Driver, NoRoom, add_request, random_prompt
 from prism.calibration.models import LoadedModel, RandomWeights
 from prism.calibration.overlap import steps_per_second
 from prism.calibration.plan import DecodeSize, Limits, PromptSize
@@ -19,6 +19,7 @@ from prism.config import Config
 from prism.errors import ConfigError, DriverError, OutOfSlabs
 from prism.profile import read_profile
 from prism.types import MiB
+from prism.worker.cost_book import Work, work_of
 from prism.worker.device import Device
 from prism.worker.open_device import open_device
 from tests.support.checkpoints import make_model, save

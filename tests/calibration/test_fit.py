@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prism.calibration.driving import Work
 from prism.calibration.fit import TooFewPoints, errors, fit_steps
 from prism.calibration.steps import Point
 from prism.costs import StepCosts
+from prism.worker.cost_book import Work
 
 TRUE = StepCosts(((1, 0.001), (8, 0.0012), (64, 0.002)), 2e-9, 3e-8, prompt_knots=((64, 0.006), (512, 0.01)))
 WORKS = [
