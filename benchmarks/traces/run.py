@@ -1,6 +1,7 @@
 """Attainment of the four modes over load and over devices, simulated on a trace.
 
-Usage: scripts/bench traces --trace trace.csv [--devices 2] [--scales 0.5,1,2] [--most 8] [--output DIR]
+Usage: scripts/bench traces --trace trace.csv [--devices 2] [--scales 0.5,1,2] [--most 8]
+                            [--modes prism,elastic] [--output DIR]
 Each mode has the best placement that `prism plan` finds for it; mode prism also the controller that moves
 models. Columns of a trace: arrival_s, model_key, prompt_tokens, output_tokens. Writes NAME.json and NAME.png.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,16 @@ def values(trial: Trial) -> dict[str, Any]:
     return {"ttft": trial.ttft, "tpot": trial.tpot, "is_controlled": trial.is_controlled}
 
 
+def modes(options: argparse.Namespace) -> list[Mode]:
+    """Those asked for."""
+    return [Mode(name) for name in options.modes.split(",")]
+
+
 def over_load(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """At `--devices` devices."""
     result: dict[str, dict[str, Any]] = {}
-    for scale in map(float, options.scales.split(",")):
-        for mode in Mode:
+    for scale in map(float, filter(None, options.scales.split(","))):
+        for mode in modes(options):
             begin = time.monotonic()
             trial = planner(options, mode, scale, options.target).best(options.devices)
             result.setdefault(mode.value, {})[f"{scale:g}"] = values(trial)
@@ -63,8 +70,8 @@ def over_load(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def over_devices(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """At the trace's own load."""
     result: dict[str, dict[str, Any]] = {}
-    for mode in Mode:
-        plan = planner(options, mode, 1.0, options.target).search(options.most)
+    for mode in modes(options):
+        plan = planner(options, mode, 1.0, options.target).search(options.most, report(mode))
         tried = {str(n): values(trial) for n, trial in sorted(plan.trials.items())}
         result[mode.value] = {"fewest": plan.num_devices, "tried": tried}
         print(
@@ -74,13 +81,19 @@ def over_devices(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return result
 
 
+def report(mode: Mode) -> Callable[[int, Trial], None]:
+    """Prints each number of devices that was tried."""
+    return lambda n, trial: print(f"{n} devices {mode:9} {trial.ttft:.3f} {trial.tpot:.3f}", flush=True)
+
+
 def main() -> None:
     """Prints one line a point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--scales", default="0.25,0.5,1,2,4")
+    parser.add_argument("--scales", default="0.25,0.5,1,2,4", help="loads; none with an empty text")
     parser.add_argument("--most", type=int, default=8)
+    parser.add_argument("--modes", default=",".join(Mode))
     parser.add_argument("--target", type=float, default=0.99)
     parser.add_argument("--slo-scale", type=float, default=5.0)
     parser.add_argument("--profile", default="h100")
