@@ -128,6 +128,22 @@ async def measure_server(runs: int) -> dict[str, Any]:
         return await measure(client, runs)
 
 
+def link_bandwidth() -> float:
+    """Bytes a second of plain copies of 2 GiB of pinned memory to the device, the best of five."""
+    import torch
+
+    source = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(source, device="cuda")
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return source.numel() / min(times)
+
+
 def main() -> None:
     """Runs everything and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -158,6 +174,8 @@ def main() -> None:
         kept = (" active after ", " is up", " is packed")
         lines = [line for line in log.read_text().splitlines() if any(text in line for text in kept)]
         result["log"] = lines[:14] + lines[-14:]
+    if not options.rehearse:
+        result["link_gb_per_s"] = round(link_bandwidth() / 1e9, 1)
     text = json.dumps(result, indent=2)
     print(text)
     if options.output:

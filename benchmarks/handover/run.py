@@ -23,7 +23,7 @@ from local import ASIDE_SECONDS, LocalModel, open_device
 from run import prompt
 
 from prism.memory.slabs import KvOwner
-from prism.types import Bytes, GiB
+from prism.types import Bytes, GiB, RequestId
 
 
 class Decoding:
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        device = open_device(Bytes(80 * GiB), lanes=2, batch=64)
+        device = open_device(Bytes(56 * GiB), lanes=2, batch=64)
         folder = Path(name)
         a, c = LocalModel(device, "8b", "a", folder, options.gib), LocalModel(device, "1b", "c", folder, 4)
         b = LocalModel(device, "8b", "b", folder, 0.5)
@@ -97,7 +97,8 @@ def main() -> None:
     decoding = Decoding(c)
     c.add("warm", prompt(0, 512), 300)
     decoding.run_for(0.6)
-    c.add("c", prompt(1, 512), 7600)
+    neighbour = RequestId("c")
+    c.add(neighbour, prompt(1, 512), 7600)
     decoding.run_for(1.0)
     quiet = time.perf_counter()
     decoding.run_for(1.5)
@@ -106,6 +107,9 @@ def main() -> None:
     for turn in range(options.runs):
         giver, taker = (owners[turn % 2], owners[1 - turn % 2])
         fill(giver)
+        c.engine.cancel(neighbour)  # its context has an end
+        neighbour = RequestId(f"c{turn}")
+        c.add(neighbour, prompt(2 + turn, 512), 2000)
         decoding.run_for(0.1)
         begin = time.perf_counter()
         spans.append((pass_on(giver, taker, count), begin))

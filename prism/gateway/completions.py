@@ -115,7 +115,7 @@ class Answer:
             id=("chatcmpl-" if is_chat else "cmpl-") + self._requests[0].request_id,
             created=int(self._arrival),
             model=self._request.model,
-            texts=self._model.token_texts,
+            texts=self._model.vocabulary.token_texts,
             with_logprobs=self._request.num_logprobs is not None,
         )
         return ChatFormat(head) if is_chat else CompletionFormat(head)

@@ -49,7 +49,12 @@ async def serve(run_dir: Path, name: str, incarnation: int, config: Config, list
     links = ProcessLinks(name, incarnation, socket_address(run_dir, "agent"))
     gateway = Gateway(config, links, SystemClock(), Metrics())
     links.listener = gateway
-    server = Server(create_app(gateway), links.ready)
+
+    def on_started() -> None:
+        links.ready()
+        gateway.text_models.start()
+
+    server = Server(create_app(gateway), on_started)
     _on_signals(lambda: gateway.begin_stop(config.server.shutdown_grace))
     stopped = asyncio.create_task(gateway.stopped())
     stopped.add_done_callback(lambda _: server.exit_soon())

@@ -89,7 +89,7 @@ def _encode(text: str, model: TextModel, source: str, *, add_special_tokens: boo
             f"a prompt of {len(text)} characters cannot fit a context of {model.spec.max_position} tokens",
             param=source,
         )
-    tokens = model.encode(text, add_special_tokens=add_special_tokens)
+    tokens = model.vocabulary.encode(text, add_special_tokens=add_special_tokens)
     if not tokens:
         raise InvalidRequest("the prompt has no tokens", param=source)
     return tokens

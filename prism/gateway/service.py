@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 
 NUM_THREADS = 4
 """Render and tokenise."""
-NUM_READERS = 2
-"""Read model directories, a second each; apart, so that no prompt of a model that is there waits for it."""
 
 
 class Gateway:
@@ -39,8 +37,7 @@ class Gateway:
         self.clock = clock
         self.metrics = metrics
         self.executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
-        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read")
-        self.text_models = TextModels(config, self._readers)
+        self.text_models = TextModels(config)
         self.dispatcher = Dispatcher(links, config.limits.max_queue)
         self._num_http = 0
         self._arriving: Counter[TenantId | None] = Counter()
@@ -171,5 +168,5 @@ class Gateway:
 
     def close(self) -> None:
         """The threads end once they are idle."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self.text_models.close()
         self.executor.shutdown(wait=False, cancel_futures=True)

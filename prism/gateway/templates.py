@@ -83,7 +83,7 @@ def render_chat(
     model: TextModel, messages: list[dict[str, str]], variables: dict[str, Any], alarm: Alarm
 ) -> str:
     """The prompt of a conversation; raises `InvalidRequest` with what the template says."""
-    if not model.tokenizer.chat_template:
+    if not model.vocabulary.tokenizer.chat_template:
         text = f"model {model.name!r} has no chat template; use /v1/completions"
         raise InvalidRequest(text, param="messages")
 
@@ -92,7 +92,7 @@ def render_chat(
         raise InvalidRequest(text, param=f"chat_template_kwargs.{taken[0]}")
 
     def render() -> Any:
-        return model.tokenizer.apply_chat_template(
+        return model.vocabulary.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **variables
         )
 

@@ -39,7 +39,7 @@ class ChoiceText:
         self._min_tokens = min_tokens
         self.num_tokens = 0
         """Tokens that count for usage."""
-        self._detokenizer = model.detokenizer()
+        self._detokenizer = model.vocabulary.detokenizer()
         self._filter = StopFilter(stops)
         self._num_decoded = 0
         self._num_shown = 0

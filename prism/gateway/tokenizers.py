@@ -1,16 +1,20 @@
-"""Each model's tokenizer and shape, read once, in threads, when the gateway starts.
+"""Each model's tokenizer and shape, read once, in threads, after the gateway has started.
 
-A directory that cannot be read makes its own model unavailable, and nothing else.
+A directory that cannot be read makes its own model unavailable, and nothing else. Reading takes up to a
+second, most of it in Python: models whose files are the same, as fine-tunes often have them, share what was
+read, and whom somebody asks for is read first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Executor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -25,25 +29,23 @@ from prism.types import ModelId
 
 log = logging.getLogger(__name__)
 
+NUM_READERS = 2
+"""Threads of their own, so that no prompt of a model that is there waits for a directory."""
+READ_FROM = ("config.json", "*token*", "vocab*", "merges*", "chat_template*", "additional_chat_templates/*")
+"""Files of a directory that its tokenizer may depend on."""
 
-class TextModel:
-    """What the gateway knows of one model: its configuration, its shape and its tokenizer."""
 
-    def __init__(self, config: ModelConfig, spec: ModelSpec, tokenizer: Any) -> None:
-        self.config = config
-        self.name = ModelId(config.name)
-        self.spec = spec
+class Vocabulary:
+    """A tokenizer, and what follows from it."""
+
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self.token_texts = TokenTexts(self._backend)
         self._byte_tokens = self.token_texts.byte_tokens()
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(token for token, text in added.items() if text.special)
-        self._longest_token = max(map(len, self._backend.get_vocab()), default=1)
-
-    def is_surely_too_long(self, text: str) -> bool:
-        """Not even the longest tokens could make it fit; spares tokenising a flood."""
-        return len(text) > self.spec.max_position * self._longest_token
+        self.longest_token = max(map(len, self._backend.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Tokens of a text; takes long for a long one, and releases the interpreter meanwhile."""
@@ -60,37 +62,115 @@ class TextModel:
         return Detokenizer(self.decode, self._special, self._byte_tokens)
 
 
-def load_text_model(config: ModelConfig) -> TextModel:
-    """Read a model directory; raises `CheckpointError`. No code of the directory is run."""
+class _Shared:
+    """A vocabulary that is being read, or has been."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.vocabulary: Vocabulary | None = None
+
+
+class Vocabularies:
+    """Those that were read; directories with the same files share one. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._by_digest: dict[bytes, _Shared] = {}
+
+    def read(self, directory: Path) -> Vocabulary:
+        """A directory's; raises `CheckpointError`. No code of the directory is run."""
+        if not (directory / "tokenizer.json").is_file():
+            raise CheckpointError("no such file", file=str(directory / "tokenizer.json"))
+        transformers_logging.set_verbosity_error()
+        try:
+            digest = _digest(directory)
+            with self._lock:
+                shared = self._by_digest.setdefault(digest, _Shared())
+            with shared.lock:
+                if shared.vocabulary is None:
+                    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+                    shared.vocabulary = Vocabulary(tokenizer)
+                return shared.vocabulary
+        except Exception as error:  # whatever a broken file makes the libraries raise
+            raise CheckpointError(f"no usable tokenizer: {error}", file=str(directory)) from error
+
+
+def _digest(directory: Path) -> bytes:
+    digest = blake2b()
+    files = {file for pattern in READ_FROM for file in directory.glob(pattern) if file.is_file()}
+    for file in sorted(files):
+        data = file.read_bytes()
+        digest.update(f"{file.relative_to(directory)} {len(data)}\n".encode())
+        digest.update(data)
+    return digest.digest()
+
+
+class TextModel:
+    """What the gateway knows of one model: its configuration, its shape and its tokenizer."""
+
+    def __init__(self, config: ModelConfig, spec: ModelSpec, vocabulary: Vocabulary) -> None:
+        self.config = config
+        self.name = ModelId(config.name)
+        self.spec = spec
+        self.vocabulary = vocabulary
+
+    def is_surely_too_long(self, text: str) -> bool:
+        """Not even the longest tokens could make it fit; spares tokenising a flood."""
+        return len(text) > self.spec.max_position * self.vocabulary.longest_token
+
+
+def load_text_model(config: ModelConfig, vocabularies: Vocabularies) -> TextModel:
+    """Read a model directory; raises `CheckpointError`."""
     path = Path(config.path)
-    if not (path / "tokenizer.json").is_file():
-        raise CheckpointError("no such file", file=str(path / "tokenizer.json"))
-    transformers_logging.set_verbosity_error()
-    spec = read_spec(path, dtype=config.dtype, max_len=config.max_model_len)
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-        return TextModel(config, spec, tokenizer)
-    except Exception as error:  # whatever a broken file makes the libraries raise
-        raise CheckpointError(f"no usable tokenizer: {error}", file=str(path)) from error
+    vocabulary = vocabularies.read(path)
+    return TextModel(config, read_spec(path, dtype=config.dtype, max_len=config.max_model_len), vocabulary)
 
 
 class TextModels:
-    """All configured models; each is there once it has been read."""
+    """All configured models; each is there once it has been read. On the event loop."""
 
-    def __init__(self, config: Config, executor: Executor) -> None:
+    def __init__(self, config: Config) -> None:
         self.names = tuple(ModelId(model.name) for model in config.models)
-        self._loads = {
-            ModelId(model.name): asyncio.get_running_loop().run_in_executor(executor, load_text_model, model)
-            for model in config.models
+        self._threads = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read")
+        self._vocabularies = Vocabularies()
+        self._unread = OrderedDict((ModelId(model.name), model) for model in config.models)
+        loop = asyncio.get_running_loop()
+        self._loads: dict[ModelId, asyncio.Future[TextModel]] = {
+            name: loop.create_future() for name in self.names
         }
-        for name, load in self._loads.items():
-            load.add_done_callback(partial(_report, name))
+        self._readers: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._readers = [asyncio.create_task(self._read()) for _ in range(NUM_READERS)]
+
+    def close(self) -> None:
+        """Read no more."""
+        for task in self._readers:
+            task.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._unread:
+            name, config = self._unread.popitem(last=False)
+            load = self._loads[name]
+            try:
+                load.set_result(
+                    await loop.run_in_executor(self._threads, load_text_model, config, self._vocabularies)
+                )
+            except Exception as error:
+                log.error("model unavailable: %s", error, extra={"model": name})
+                load.set_exception(error)
+                load.exception()  # seen, whether anybody asks for the model or not
 
     async def get(self, name: str, timeout: float) -> TextModel:
         """A model's text side; raises the `RequestError` that says why there is none."""
         load = self._loads.get(ModelId(name))
         if load is None:
             raise ModelNotFound(f"The model {name!r} does not exist", param="model")
+        if name in self._unread:
+            self._unread.move_to_end(ModelId(name), last=False)
         try:
             return await asyncio.wait_for(asyncio.shield(load), timeout)
         except TimeoutError:
@@ -105,8 +185,3 @@ class TextModels:
         if not load.done() or load.cancelled() or (error := load.exception()) is None:
             return None
         return str(error)
-
-
-def _report(name: ModelId, load: asyncio.Future[TextModel]) -> None:
-    if not load.cancelled() and (error := load.exception()) is not None:
-        log.error("model unavailable: %s", error, extra={"model": name})

@@ -128,6 +128,9 @@ class GpuBackend:
         self._device = device
         self._lanes = lanes
         self._notices = Notices()
+        self._warmup_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._loaded: list[tuple[ModelSpec, int]] = []
+        """Whose kernels are there, and with how many tokens in a block."""
         self._captures = DeviceCaptures()
         self._graphs = [Graphs(self._captures) for _ in lanes]
         for lane, graphs in zip(lanes, self._graphs, strict=True):
@@ -201,12 +204,14 @@ class GpuBackend:
             )
 
     def prepare(self, spec: ModelSpec) -> None:
-        """See `Backend.prepare`. Compiles on the first use of a machine; later a matter of milliseconds."""
+        """See `Backend.prepare`. Compiles on the first use of a machine, loads in milliseconds later."""
         layout = plan_kv_layout(spec, self._slab_bytes)
         if spec.quantization == "fp8":
             self._notices.slow_fp8(UNUSUAL if not is_fused(spec) else slow_because(spec))
-        if is_fused(spec) and layout is not None:
-            load_kernels(self._device, spec, torch_dtype(spec.dtype), layout.tokens_per_block)
+        if not is_fused(spec) or layout is None or (spec, layout.tokens_per_block) in self._loaded:
+            return
+        load_kernels(self._warmup_stream, spec, torch_dtype(spec.dtype), layout.tokens_per_block)
+        self._loaded.append((spec, layout.tokens_per_block))
 
     def forget(self, runner: Runner) -> None:
         """See `Backend.forget`."""

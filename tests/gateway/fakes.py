@@ -185,6 +185,7 @@ async def running(
     if ready:
         gateway.on_routes(routes("w0"))
         gateway.on_worker_up(place())
+    gateway.text_models.start()
     timers = asyncio.create_task(gateway.run_timers())
     transport = httpx.ASGITransport(create_app(gateway))
     async with httpx.AsyncClient(transport=transport, base_url="http://prism") as client:

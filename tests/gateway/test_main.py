@@ -232,9 +232,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 import prism.gateway.main
 from prism.config import ModelConfig
-from prism.gateway.tokenizers import load_text_model
-model = load_text_model(ModelConfig(name="m", path={str(model_dir)!r}))
-model.tokenizer.apply_chat_template([{{"role": "user", "content": "x"}}], tokenize=False)
+from prism.gateway.tokenizers import Vocabularies, load_text_model
+model = load_text_model(ModelConfig(name="m", path={str(model_dir)!r}), Vocabularies())
+model.vocabulary.tokenizer.apply_chat_template([{{"role": "user", "content": "x"}}], tokenize=False)
 assert "torch" not in sys.modules, "torch"
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -157,6 +157,16 @@ def test_nobody_writes_to_what_was_given_up(paths: dict[str, Path]) -> None:
     local.close()
 
 
+LENGTHS = (40, 333, 900)
+"""Of prompts. With others all the time new numbers of rows come up for hundreds of rounds, for which cuBLAS
+loads kernels that it has not used yet: 2 MiB of the device every seven rounds or so."""
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+
+
 def test_five_hundred_rounds_leave_nothing_behind(paths: dict[str, Path]) -> None:
     """Activations, evictions and bursts at random: the device's own account does not grow."""
     from prism.worker.cuda_device import TORCH_RESERVE
@@ -165,10 +175,10 @@ def test_five_hundred_rounds_leave_nothing_behind(paths: dict[str, Path]) -> Non
     local = gpu_worker(paths, lanes=2, spare_slabs=26)
     rng = random.Random(2)
     used: list[int] = []
-    """Without what torch has reserved, which has a bound of its own, and graphs, which are counted."""
+    """Without graphs, which are counted."""
     for turn in range(500):
-        for i in range(rng.randint(1, 6)):
-            prompt = prompts(1, 900, seed=turn * 10 + i)[0]
+        for i in range(rng.randint(1, 4)):
+            prompt = random_prompt(rng.choice(LENGTHS), seed=turn * 10 + i)
             kind = {"temperature": 0.8, "top_p": 0.9} if rng.random() < 0.3 else {}
             local.submit(f"{turn}.{i}", FAMILIES[rng.random() < 0.5], prompt, max_tokens=8, **kind)
         local.run(rounds=10**6)
@@ -176,14 +186,13 @@ def test_five_hundred_rounds_leave_nothing_behind(paths: dict[str, Path]) -> Non
             model = local.worker.models[FAMILIES[rng.random() < 0.5]]
             if model.is_active:
                 local.worker.evict(model)
-        if turn >= 100:
-            rest(local)
-            info = local.device.driver.memory_info()
-            graphs = local.device.backend.graph_usage.num_bytes
-            used.append(info.total - info.free - torch.cuda.memory_reserved() - graphs)
+        rest(local)
+        info = local.device.driver.memory_info()
+        used.append(info.total - info.free - local.device.backend.graph_usage.num_bytes)
     evictions = sum(model.num_evictions for model in local.worker.models.values())
     assert evictions > 150
-    print(sorted({(u - used[0]) // MiB for u in used}), (used[-1] - used[0]) // MiB)
-    assert max(used[200:]) - max(used[:50]) <= 4 * MiB
-    assert torch.cuda.memory_reserved() <= TORCH_RESERVE
+    print([(u - used[0]) // MiB for u in used[::20]])
+    assert max(used[300:]) - max(used[100:200]) <= 4 * MiB
+    assert max(used[300:]) - used[50] <= 64 * MiB
+    assert torch.cuda.memory_reserved() <= TORCH_RESERVE // 4
     local.close()

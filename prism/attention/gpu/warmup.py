@@ -30,9 +30,11 @@ SPLITS = (
 )
 
 
-def load_kernels(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens_per_block: int) -> None:
-    """Use each kernel once. For any thread; it works on a stream of its own."""
-    stream = torch.cuda.Stream(device)
+def load_kernels(
+    stream: torch.cuda.Stream, spec: ModelSpec, dtype: torch.dtype, tokens_per_block: int
+) -> None:
+    """Use each kernel once, on `stream`: cuBLAS keeps 32 MiB for each stream that it has been used on."""
+    device = stream.device
     with torch.inference_mode(), torch.cuda.stream(stream):
         _products(device, spec, dtype)
         _rows(device, spec, dtype)
