@@ -374,6 +374,8 @@ class CommandDone(Message, frozen=True, kw_only=True):
     command_id: int
     worker: str
     error: str | None = None
+    conflicts: bool = False
+    """It is no failure: something else that is under way, or the mode, does not let it be."""
 
 
 ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits | Homes

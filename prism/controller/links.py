@@ -10,7 +10,7 @@ import msgspec
 import zmq.asyncio
 
 from prism import transport
-from prism.errors import EngineFailure, Unavailable
+from prism.errors import Conflict, EngineFailure, Unavailable
 from prism.messages import Activate, CommandDone, Evict, Hello, Homes, Report, Role, SetLimits
 from prism.transport import Envelope
 from prism.types import ModelId, WorkerId
@@ -88,7 +88,10 @@ class WorkerLinks:
             transport.asend(link.socket, Homes(epoch=self._epoch, models=[str(model) for model in models]))
 
     async def command(self, worker: WorkerId, command: Activate | Evict | SetLimits) -> None:
-        """Returns when it is done. Raises `Unavailable`, or `EngineFailure` with the worker's words."""
+        """Returns when it is done.
+
+        Raises `Unavailable`, or with the worker's words `Conflict` or `EngineFailure`.
+        """
         link = self._links.get(worker)
         if link is None:
             raise Unavailable(f"{worker}, where {command.model} lives, is not up", retry_after=1.0)
@@ -103,4 +106,4 @@ class WorkerLinks:
         finally:
             del self._commands[number]
         if done.error is not None:
-            raise EngineFailure(done.error)
+            raise Conflict(done.error, param="model") if done.conflicts else EngineFailure(done.error)

@@ -21,6 +21,8 @@ from typing import NamedTuple, assert_never
 
 from prism.types import ModelId, WorkerId
 
+CALLED_OFF = "called off"
+"""Why a migration has ended that an administrator did not want any more."""
 LOAD_SECONDS = 120.0
 EVICT_SECONDS = 30.0
 SETTLE_SECONDS = 1.0
@@ -176,7 +178,7 @@ def _loading(migration: Migration, event: Event, now: float) -> Step:
         case WorkerEnded(worker) if worker == source:
             return Step(None, (Switch(source, target), Over()))
         case CalledOff():
-            return Step(None, (EvictAt(target, returns=True), Over("called off")))
+            return Step(None, (EvictAt(target, returns=True), Over(CALLED_OFF)))
         case Tick() if now - migration.since >= LOAD_SECONDS:
             failure = f"{target} has not loaded it within {LOAD_SECONDS:g} s"
             return Step(None, (EvictAt(target, returns=True), Over(failure)))
@@ -221,6 +223,6 @@ def _after_switch(migration: Migration, event: Event) -> Step:
             failure = f"{worker} ended before the source was evicted"
             return Step(None, (Switch(migration.target, migration.source), Over(failure)))
         case CalledOff():
-            return Step(None, (Over("called off"),))
+            return Step(None, (Over(CALLED_OFF),))
         case _:
             return Step(migration)

@@ -12,6 +12,7 @@ from prism import transport
 from prism.clock import Clock
 from prism.controller.decisions import Plan
 from prism.controller.links import WorkerLinks
+from prism.controller.migration import CALLED_OFF
 from prism.controller.planner import Planner
 from prism.controller.state import ControllerState
 from prism.errors import Conflict, EngineFailure, InvalidRequest, RequestError, Unavailable
@@ -160,19 +161,19 @@ class ControllerService:
     async def load(self, model: ModelId, pinned: bool | None = None) -> None:
         """Have a model loaded at all its homes; returns when it is active.
 
-        Raises `Unavailable` or `EngineFailure`.
+        Raises `Unavailable`, `EngineFailure`, or `Conflict` if it is unloaded meanwhile.
         """
         for worker in self.state.workers(model):
             await self.links.command(worker, Activate(epoch=0, command_id=0, model=model, pinned=pinned))
 
     async def unload(self, model: ModelId) -> None:
-        """Have a model evicted wherever it is. Raises `Unavailable`, or `Conflict` while it is in use."""
+        """Have a model evicted wherever it is.
+
+        Raises `Unavailable`, `EngineFailure`, or `Conflict` while it is in use.
+        """
         self.planner.call_off(model)
         for worker in self.state.places(model):
-            try:
-                await self.links.command(worker, Evict(epoch=0, command_id=0, model=model))
-            except EngineFailure as error:
-                raise Conflict(error.message, param="model") from None
+            await self.links.command(worker, Evict(epoch=0, command_id=0, model=model))
 
     async def set_limits(self, model: ModelId, floor: int, limit: int | None) -> None:
         """Change a model's KV floor and limit, in bytes. Raises `InvalidRequest` for what can never be."""
@@ -196,6 +197,8 @@ class ControllerService:
         if target not in self.links.up:
             raise Unavailable(f"{target} is not up", retry_after=1.0)
         failure = await self.planner.move(model, target)
+        if failure == CALLED_OFF:
+            raise Conflict(f"the move was {CALLED_OFF} by another command", param="model")
         if failure is not None:
             raise EngineFailure(failure)
         return target

@@ -29,14 +29,18 @@ def carry_out(worker: Worker, command: Activate | Evict | SetLimits) -> None:
 
 
 def _activate(worker: Worker, model: Model, command: Activate) -> None:
-    if (reason := _never(worker, model, command)) is not None:
-        worker.command_done(command, reason)
+    if model.is_barred:
+        worker.command_done(command, f"model {model.name} cannot be loaded: {model.error}", conflicts=True)
+        return
+    if command.pinned and worker.rules.is_exclusive:
+        reason = "nothing can be pinned in this mode: one model has the device at a time"
+        worker.command_done(command, reason, conflicts=True)
         return
     model.pinned = model.pinned if command.pinned is None else command.pinned
     worker.capacities_changed()
     if model.is_active:
         model.is_ahead = False
-        worker.command_done(command, None)
+        worker.command_done(command)
         return
     model.is_wanted = True
     model.retry_at = 0.0
@@ -44,19 +48,10 @@ def _activate(worker: Worker, model: Model, command: Activate) -> None:
     worker.residency.want(model)
 
 
-def _never(worker: Worker, model: Model, command: Activate) -> str | None:
-    """Why the mode does not allow what is asked, however long one waits."""
-    if model.is_barred:
-        return f"model {model.name} cannot be loaded: {model.error}"
-    if command.pinned and worker.rules.is_exclusive:
-        return "nothing can be pinned in this mode: one model has the device at a time"
-    return None
-
-
 def _evict(worker: Worker, model: Model, command: Evict) -> None:
     """What runs is suspended with its tokens before it is returned: none is lost or repeated."""
     if worker.requests.of_model(model.name) and not command.returns:
-        worker.command_done(command, f"model {model.name} has unfinished requests")
+        worker.command_done(command, f"model {model.name} has unfinished requests", conflicts=True)
         return
     model.is_wanted, model.is_sent_away = False, not command.moved
     if command.moved and model.pinned:
@@ -75,7 +70,7 @@ def _evict(worker: Worker, model: Model, command: Evict) -> None:
         model.evict_commands.append(command.command_id)
     else:
         worker.residency.forget(model)
-        worker.command_done(command, None)
+        worker.command_done(command)
 
 
 def _set_limits(worker: Worker, model: Model, command: SetLimits) -> None:
@@ -85,4 +80,4 @@ def _set_limits(worker: Worker, model: Model, command: SetLimits) -> None:
     worker.reclaimer.trim(model)
     worker.capacities_changed()
     worker.memory_changed()
-    worker.command_done(command, None)
+    worker.command_done(command)

@@ -270,9 +270,12 @@ class Worker:
         if homes.epoch >= self.epoch:
             self._spare_room.on_homes(homes.models)
 
-    def command_done(self, command: Command, error: str | None) -> None:
+    def command_done(self, command: Command, error: str | None = None, *, conflicts: bool = False) -> None:
         """Tell the controller how a command ended."""
-        self._outbox.to_controller(CommandDone(command_id=command.command_id, worker=self.name, error=error))
+        number = command.command_id
+        self._outbox.to_controller(
+            CommandDone(command_id=number, worker=self.name, error=error, conflicts=conflicts)
+        )
 
     # --- work -----------------------------------------------------------------------------------------
 

@@ -182,7 +182,7 @@ class Residency:
         """Nobody wants a loading model any more: its slabs come back soon, and it is cold again."""
         assert model.load is not None
         model.load.cancel()
-        self._answer(model.load_commands, f"model {model.name} was unloaded meanwhile")
+        self._answer(model.load_commands, f"model {model.name} was unloaded meanwhile", conflicts=True)
 
     def loaded(self, model: Model, event: Loaded) -> None:
         """The load has ended, well or not. If not, what it was given to run has been dropped."""
@@ -247,7 +247,7 @@ class Residency:
     def forget(self, model: Model) -> None:
         """A model that holds nothing is not wanted any more."""
         if model.state is ModelState.FETCHING:
-            self._answer(model.load_commands, f"model {model.name} was unloaded meanwhile")
+            self._answer(model.load_commands, f"model {model.name} was unloaded meanwhile", conflicts=True)
             self._become_cold(model)
 
     # --- towards cold -------------------------------------------------------------------------------
@@ -326,9 +326,11 @@ class Residency:
                 pool.give_back(KvOwner(model.name), owned, None if model.lane is None else model.lane.stamp())
             model.kv = None
 
-    def _answer(self, commands: list[int], error: str | None) -> None:
+    def _answer(self, commands: list[int], error: str | None, *, conflicts: bool = False) -> None:
         for command in commands:
-            self._outbox.to_controller(CommandDone(command_id=command, worker=self.worker_id, error=error))
+            self._outbox.to_controller(
+                CommandDone(command_id=command, worker=self.worker_id, error=error, conflicts=conflicts)
+            )
         commands.clear()
 
 

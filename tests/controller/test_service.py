@@ -141,8 +141,10 @@ async def command(world: World, worker: Peer) -> Activate | Evict | SetLimits:
     return heard
 
 
-def done(heard: Activate | Evict | SetLimits, error: str | None = None) -> CommandDone:
-    return CommandDone(command_id=heard.command_id, worker="worker-0", error=error)
+def done(
+    heard: Activate | Evict | SetLimits, error: str | None = None, *, conflicts: bool = False
+) -> CommandDone:
+    return CommandDone(command_id=heard.command_id, worker="worker-0", error=error, conflicts=conflicts)
 
 
 class Gateway:
@@ -216,13 +218,14 @@ async def test_commands_carry_the_epoch_and_return_when_they_are_done(world: Wor
 
 
 async def test_what_a_worker_refuses_is_an_error_with_its_words(world: World) -> None:
-    """That a model is in use was a 500, as if the server were broken."""
+    """A conflict is no failure of the server: that a model is in use was a 500, and a broken load a 409."""
     worker = await world.worker()
-    for call, kind in ((world.service.unload(A), Conflict), (world.service.load(A), EngineFailure)):
-        task = asyncio.create_task(call)
-        worker.say(done(await command(world, worker), "model a has unfinished requests"))
-        with pytest.raises(kind, match="unfinished requests"):
-            await task
+    for kind, conflicts in ((Conflict, True), (EngineFailure, False)):
+        for call in (world.service.unload(A), world.service.load(A)):
+            task = asyncio.create_task(call)
+            worker.say(done(await command(world, worker), "the worker's words", conflicts=conflicts))
+            with pytest.raises(kind, match="the worker's words"):
+                await task
 
 
 async def test_a_floor_beyond_the_device_is_refused(world: World) -> None:
@@ -402,7 +405,7 @@ async def test_an_unload_calls_a_migration_off(world: World) -> None:
     await answered(world, second, SetLimits)
     await command(world, second)
     unloading = asyncio.create_task(world.service.unload(A))
-    with pytest.raises(EngineFailure, match="called off"):
+    with pytest.raises(Conflict, match="called off by another command"):
         await moving
     await answered(world, second, Evict)
     await answered(world, first, Evict)

@@ -110,6 +110,7 @@ def test_a_command_cannot_load_what_does_not_fit(start: Any, mode: str) -> None:
     barred = local.worker.models[C]
     local.worker.on_command(Activate(command_id=1, epoch=1, model=C, pinned=None))
     assert "all models stay on the device" in (local.outbox.done[0].error or "")
+    assert local.outbox.done[0].conflicts
     barred.pinned = barred.is_wanted = True  # as configured
     local.now += 100
     local.run()
@@ -126,7 +127,7 @@ def test_in_timeshare_a_command_loads_a_model_in_its_turn(start: Any) -> None:
     local.run(until=lambda: bool(local.outbox.done))
     assert local.outbox.done[0].error is None and active(local) == {B}
     local.worker.on_command(Activate(command_id=2, epoch=1, model=A, pinned=True))
-    assert "pinned" in (local.outbox.done[1].error or "")
+    assert "pinned" in (local.outbox.done[1].error or "") and local.outbox.done[1].conflicts
     assert local.outbox.finished["a", 0] == "length"
 
 
