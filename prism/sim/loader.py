@@ -119,14 +119,16 @@ class Loader:
         return self._memory.num_slabs - weights
 
     def _bring_wanted(self, now: int) -> None:
-        """Those with the oldest requests first; who finds no room looks again when memory changes, or when
-        a busy model has been here for as long as it may count on."""
+        """Those with the oldest requests first; who finds no room looks again when memory changes, when a
+        busy model has been here for as long as it may count on, or when it may displace one."""
         absent = (ModelState.COLD, ModelState.FETCHING)
         asked_for = [m for m in self._models.values() if m.tickets or m.is_wanted]
         wanted = [m for m in asked_for if m.state in absent or m.is_ahead]
         results = [self.want(m, now) for m in sorted(wanted, key=lambda m: (rank_of(m), m.name))]
         if not all(results):
-            self.wake_at = self._end_of_residency(now)
+            dues = (self._memory.displaces_at(m) for m in wanted if m.state is ModelState.FETCHING)
+            due = min((due for due in dues if due > now), default=NEVER)
+            self.wake_at = min(due, self._end_of_residency(now))
         elif self._limits.load_ahead and not len(self.link):
             self._load_ahead(now)
 

@@ -8,11 +8,12 @@ from typing import Protocol, assert_never
 from prism.engine.scheduler import Want
 from prism.sim.jobs import policy_rank
 from prism.sim.model import SimModel
-from prism.sim.ticks import to_seconds
+from prism.sim.ticks import first_after, to_seconds
 from prism.types import LAST_RANK, ModelId, ModelState, Rank
 from prism.worker import reclaim
 from prism.worker.foresight import RecentDemand
 from prism.worker.growth import ask_in_order, take_or_need
+from prism.worker.reclaim import patience
 from prism.worker.snapshot import Holding, MemorySnapshot, Need, Running
 
 TYPICAL_PROMPT = 1024
@@ -66,7 +67,10 @@ class Memory:
     def _raise(self, model: SimModel, num_blocks: int, rank: Rank, now: int) -> bool:
         limit, per_slab = model.kv_limit, model.layout.blocks_per_slab
         while (lacking := num_blocks - model.free_blocks) > 0:
-            room, spare = None if limit is None else limit - model.kv_slabs, self.free - self._reserved(model)
+            room, spare = (
+                None if limit is None else limit - model.kv_slabs,
+                self.free - self._reserved(model, now),
+            )
             step = take_or_need(model.name, lacking, per_slab, spare=spare, room=room, rank=rank)
             if isinstance(step, Need):
                 if not self._give(step, now):
@@ -79,10 +83,14 @@ class Memory:
     def ensure_weights(self, model: SimModel, now: int) -> bool:
         """Whether the model's activation has what it takes, after asking others for it."""
         rank = rank_of(model)
-        wanted = slabs_to_activate(model) + self._reserved(model)
+        wanted = slabs_to_activate(model) + self._reserved(model, now)
+        may_displace = self._may_displace(model, now)
         while (missing := wanted - self.free) > 0:
             own = min(missing, slabs_to_activate(model))
-            if not self._give(Need(model.name, own, rank, for_weights=True, reserved=missing - own), now):
+            need = Need(
+                model.name, own, rank, for_weights=True, reserved=missing - own, may_displace=may_displace
+            )
+            if not self._give(need, now):
                 return False
         return True
 
@@ -107,12 +115,24 @@ class Memory:
             model.kv_slabs -= spare
             self.free += spare
 
-    def _reserved(self, model: SimModel) -> int:
-        """Slabs for which older requests of models without weights are waiting."""
+    def _may_displace(self, model: SimModel, now: int) -> bool:
+        """Others may be stopped so that this model can be loaded."""
+        return now >= self.displaces_at(model)
+
+    def displaces_at(self, model: SimModel) -> int:
+        """From when on that is so."""
+        oldest = model.oldest()
+        return 0 if oldest is None else first_after(oldest.arrival, patience(model.served.costs.activation))
+
+    def _reserved(self, model: SimModel, now: int) -> int:
+        """Slabs for which older requests of models without weights are waiting, which may displace others."""
         waiting = [
             m
             for m in self._models.values()
-            if m.state is ModelState.FETCHING and m is not model and (m.tickets or m.is_wanted)
+            if m.state is ModelState.FETCHING
+            and m is not model
+            and (m.tickets or m.is_wanted)
+            and self._may_displace(m, now)
         ]
         if not waiting:
             return 0

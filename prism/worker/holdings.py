@@ -10,6 +10,7 @@ from prism.worker.cost_book import CostBook
 from prism.worker.foresight import reuse_chance
 from prism.worker.host_kv import HostKv
 from prism.worker.models import Model
+from prism.worker.reclaim import patience
 from prism.worker.requests import Requests
 from prism.worker.snapshot import Holding, MemorySnapshot, Running
 
@@ -44,6 +45,13 @@ class Holdings:
     def is_asked_for(self, model: Model) -> bool:
         """By a request, a command or the configuration."""
         return model.is_wanted or bool(self._requests.of_model(model.name))
+
+    def may_displace(self, model: Model, now: float) -> bool:
+        """Others may be stopped so that this model can be loaded."""
+        oldest, costs = self._oldest(model), self._costs.of(model.name)
+        if oldest is None or costs is None:
+            return True
+        return now - oldest[0] >= patience(costs.activation)
 
     def return_chance(self, model: Model, now: float) -> float:
         """That a model without requests gets one soon."""

@@ -46,8 +46,11 @@ def offers_of(other: Holding, need: Need, snapshot: MemorySnapshot, now: float) 
 
     Above its floor: empty slabs, the prefix cache, sequences that are younger than the need from the youngest
     on. Then all of it: an idle model's weights, or those of one whose requests are all younger than the need
-    and which has had them for `min_residency`. Never a pinned one's.
+    and which has had them for `min_residency`. Never a pinned one's. A need that may not displace gets no
+    more of a model that has requests than empty slabs and cache.
     """
+    if not need.may_displace and other.oldest_request is not None:
+        return list(_empty_and_cache(other))
     offers = [*_empty_and_cache(other), *_sequences(other, need)]
     given = sum(offer.slabs for offer in offers)
     if not other.is_pinned and _may_leave(other, need, snapshot.min_residency, now):

@@ -2,8 +2,10 @@
 
 Two rules. **Who may take**: work that runs gives way only to older requests, by a rank that no two sequences
 share, and a need has the rank of the very sequence that lacks memory. So the oldest one of a device always
-gets what it needs, and no two can take memory from each other in turns. **Who gives**: of what may be taken
-the cheapest that suffices, across all models and all kinds of memory (offers.py).
+gets what it needs, and no two can take memory from each other in turns. For a model's weights it gives way
+only once the model's oldest request has waited in proportion to what loads cost (`patience`): else a device
+that is asked for more models than it holds loads them in turns and does little else. **Who gives**: of what
+may be taken the cheapest that suffices, across all models and all kinds of memory (offers.py).
 """
 
 from __future__ import annotations
@@ -15,6 +17,11 @@ from typing import NamedTuple
 from prism.types import ModelId
 from prism.worker.offers import Offer, Part, offers_of, own_offers, younger
 from prism.worker.snapshot import Holding, MemorySnapshot, Need
+
+DISPLACING_SHARE = 0.1
+"""Of the time, that loads may take for which others are stopped."""
+MOST_PATIENCE = 30.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,14 @@ class CancelLoad:
     """A model that nobody waits for any more is not loaded after all."""
 
     model: ModelId
+
+
+def patience(load_seconds: float) -> float:
+    """Seconds that a model's oldest request waits before others are stopped so that the model can be loaded.
+
+    What is stopped for it is loaded again later, as many bytes: so it costs twice `load_seconds`.
+    """
+    return min(MOST_PATIENCE, 2 * load_seconds / DISPLACING_SHARE)
 
 
 ReclaimDecision = TakeSlabs | DropOwnCache | Preempt | EvictModel | CancelLoad

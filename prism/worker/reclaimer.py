@@ -68,7 +68,7 @@ class Reclaimer:
         assert kv is not None and model.lane is not None
         lane, per_slab = model.lane.lane_id, kv.layout.blocks_per_slab
         while (lacking := num_blocks - kv.num_free) > 0:
-            room, spare = None if limit is None else limit - kv.num_slabs, self._spare(model, lane)
+            room, spare = None if limit is None else limit - kv.num_slabs, self._spare(model, lane, now)
             step = take_or_need(model.name, lacking, per_slab, spare=spare, room=room, rank=rank)
             if isinstance(step, Need):
                 if not self._give(model, step, now):
@@ -78,12 +78,12 @@ class Reclaimer:
                 kv.add_slab(slab)
         return True
 
-    def _spare(self, model: Model, lane: LaneId) -> int:
+    def _spare(self, model: Model, lane: LaneId, now: float) -> int:
         """Slabs that the model may take: none that an older need waits for. Negative if that lacks some."""
-        return self._pool.num_available(lane) - self._reserved(model)
+        return self._pool.num_available(lane) - self._reserved(model, now)
 
-    def _reserved(self, model: Model) -> int:
-        """Slabs for which older requests of models without weights are waiting.
+    def _reserved(self, model: Model, now: float) -> int:
+        """Slabs for which older requests of models without weights are waiting, which may displace others.
 
         Older than the oldest of this model: while that is here nobody evicts the model, so that slabs which
         its young sequences leave to others might be of no use to them, and these stand before the oldest.
@@ -95,6 +95,7 @@ class Reclaimer:
             if other.is_waiting_for_slabs
             and self._holdings.is_asked_for(other)
             and (self.rank(other), other.name) < rank
+            and self._holdings.may_displace(other, now)
         )
 
     def ensure_weights(self, model: Model, now: float) -> bool:
@@ -103,10 +104,13 @@ class Reclaimer:
         What an older need waits for is not taken, or smaller models could starve a large one.
         """
         rank = self.rank(model)
-        wanted = slabs_to_activate(model) + self._reserved(model)
+        wanted = slabs_to_activate(model) + self._reserved(model, now)
+        may_displace = self._holdings.may_displace(model, now)
         while (missing := wanted - self._pool.num_free) > 0:
             own = min(missing, slabs_to_activate(model))
-            need = Need(model.name, own, rank, for_weights=True, reserved=missing - own)
+            need = Need(
+                model.name, own, rank, for_weights=True, reserved=missing - own, may_displace=may_displace
+            )
             if not self._give(model, need, now):
                 return False
         return True

@@ -206,3 +206,5 @@ class Need:
     """Blocks of its own that would do as well; 0 for weights."""
     reserved: int = 0
     """Slabs that older requests of other models lack: they come first."""
+    may_displace: bool = True
+    """Others that have requests may be stopped for it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prism.modes import Mode
 from prism.sim.jobs import End, Job
-from tests.sim.random_loads import serve
+from prism.sim.ticks import NEVER
+from tests.sim.random_loads import jobs, run, serve
 
 
 def _is_in_time(job: Job, tpot: float) -> bool:
@@ -28,3 +29,19 @@ def test_a_prompt_is_in_time_beside_streams_that_are_late() -> None:
     for job in served[2:]:
         assert job.first_token is not None
         assert (job.first_token - job.arrival) / 1e12 <= 20e-3
+
+
+def test_a_device_does_not_spend_its_time_on_loads() -> None:
+    """Two models that do not fit together took turns at each `min_residency`; a load takes 23 ms."""
+    shapes = [(6, 1024, 1e-3, 0.0, 5e-3)] * 2
+    asked = [(0.01 * i, i % 2, 10, 20) for i in range(400)]
+    device = run(Mode.PRISM, shapes, [], 1, 0, min_residency=0.05, max_wait=60.0)
+    made = jobs(device, asked)
+    for job in made:
+        device.offer(job)
+    while (time := device.next_event()) < NEVER:
+        device.run_until(time + 1)
+        device.check()
+    assert all(job.end is End.SERVED for job in made)
+    loads = sum(model.num_activations for model in device.models.values())
+    assert 2 <= loads <= 2 + 4.0 / 0.4

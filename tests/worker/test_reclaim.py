@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from prism.types import ModelId, Rank, RequestId
 from prism.worker.offers import harm_of, offers_of
 from prism.worker.reclaim import (
+    MOST_PATIENCE,
     CancelLoad,
     DropOwnCache,
     EvictModel,
@@ -16,6 +18,7 @@ from prism.worker.reclaim import (
     ReclaimDecision,
     TakeSlabs,
     decide,
+    patience,
 )
 from prism.worker.snapshot import Holding, MemorySnapshot, Need, Running
 
@@ -97,6 +100,22 @@ def test_nobody_gives_more_than_is_missing() -> None:
     rich = holding(B, kv_slabs=9, empty_slabs=9, gatherable_slabs=9, running=())
     assert ask(rich, wanted=need(4)) == (TakeSlabs(B, 4),)
     assert ask(rich, wanted=need(4), retiring=3) == (TakeSlabs(B, 1),)
+
+
+def test_who_may_not_displace_takes_what_nobody_needs() -> None:
+    late = replace(need(4, for_weights=True), may_displace=False)
+    young = holding(B, oldest_request=rank(60.0), running=(running(60.0, 30),))
+    assert ask(young, wanted=late) == ()
+    assert ask(young, wanted=replace(late, may_displace=True)) == (EvictModel(B),)
+    assert ask(young, idle(C), wanted=late) == (EvictModel(C),)
+    parts = replace(young, empty_slabs=2, gatherable_slabs=4, num_cached_blocks=20, kv_slabs=7)
+    assert ask(parts, wanted=late) == (TakeSlabs(B, 4),)
+
+
+def test_patience_grows_with_what_a_load_costs() -> None:
+    assert patience(0.1) == pytest.approx(2.0)
+    assert patience(1.0) == pytest.approx(20.0)
+    assert patience(100.0) == MOST_PATIENCE
 
 
 def test_floors_and_pins_hold() -> None:

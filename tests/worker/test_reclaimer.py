@@ -33,6 +33,7 @@ def test_a_small_model_does_not_take_what_an_older_large_one_waits_for(tmp_path:
     local.submit("running", "qwen3", prompts(1, 50)[0], max_tokens=200)
     local.run(until=lambda: ("running", 0) in local.outbox.tokens)
     local.submit("large", "llama", [1, 2], max_tokens=2)
+    local.now += reclaim.MOST_PATIENCE
     local.submit("small", "mistral", [1, 2], max_tokens=2)
     for _ in range(100):
         local.pump()
@@ -43,6 +44,36 @@ def test_a_small_model_does_not_take_what_an_older_large_one_waits_for(tmp_path:
     assert ("small", 0) not in local.outbox.finished
     local.run()
     assert ("small", 0) in local.outbox.finished
+    local.close()
+
+
+def test_nobody_is_stopped_for_a_load_before_it_has_waited_in_proportion_to_what_that_costs(
+    tmp_path: Path,
+) -> None:
+    """A device that was asked for more models than it held loaded them in turns and did little else."""
+    shape = {"max_position_embeddings": 4096}
+    names = ("llama", "qwen3")
+    paths = {name: save(make_model(name, seed=i, **shape), tmp_path / name) for i, name in enumerate(names)}
+    local = LocalWorker(paths, num_slabs=3, sections={"limits": {"min_residency": 0.01}})
+    local.submit("young", "qwen3", prompts(1, 50)[0], max_tokens=1000)
+    local.run(until=lambda: ("young", 0) in local.outbox.tokens)
+    young = local.worker.models["qwen3"]
+    now, local.now = local.now, local.now - 0.1
+    local.submit("old", "llama", [1, 2], max_tokens=2)
+    arrival = local.now
+    waiting, costs = local.worker.models["llama"], local.worker.costs.of(ModelId("llama"))
+    assert costs is not None
+    due = arrival + reclaim.patience(costs.activation)
+    local.now = now + 0.01
+    assert local.now < due - 0.02
+    for _ in range(10):
+        local.pump()
+    assert waiting.is_waiting_for_slabs and young.is_active
+    local.now = due
+    local.run(until=lambda: ("old", 0) in local.outbox.finished)
+    assert young.num_evictions == 1 and ("young", 0) not in local.outbox.finished
+    local.run(rounds=10**5)
+    assert ("young", 0) in local.outbox.finished
     local.close()
 
 
