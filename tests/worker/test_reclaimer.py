@@ -72,7 +72,7 @@ def test_nobody_is_stopped_for_a_load_before_it_has_waited_in_proportion_to_what
     assert not young.num_evictions + young.engine.scheduler.num_preemptions
     local.now = due
     local.run(until=lambda: ("old", 0) in local.outbox.finished)
-    assert young.num_evictions + young.engine.scheduler.num_preemptions == 1
+    assert young.num_evictions + young.engine.scheduler.num_preemptions >= 1
     assert ("young", 0) not in local.outbox.finished
     local.run(rounds=10**5)
     assert ("young", 0) in local.outbox.finished
