@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from prism.engine import sequence
 from prism.engine.engine import Drawn
+from prism.engine.sequence import Sequence
 from prism.errors import RequestError
-from prism.messages import Output, Outputs, Rejected, Returned, Started
+from prism.messages import Output, Outputs, Rejected, Returned, Started, Token
 from prism.types import GatewayId, Incarnation
 from prism.worker.outbox import Outbox
 from prism.worker.requests import Ticket
@@ -20,7 +22,7 @@ class Delivery:
         self._outbox = outbox
         self._incarnation = incarnation
 
-    def started(self, ticket: Ticket, sequences: Sequence[sequence.Sequence], now: float) -> None:
+    def started(self, ticket: Ticket, sequences: Iterable[Sequence], now: float) -> None:
         """The request runs for the first time in this attempt."""
         message = Started(
             request_id=ticket.request_id,
@@ -33,13 +35,20 @@ class Delivery:
         )
         self._outbox.to_gateway(ticket.gateway, message)
 
-    def outputs(self, pairs: Iterable[tuple[Ticket, Drawn]]) -> None:
-        """A step's tokens, one message a gateway."""
-        by_gateway: dict[GatewayId, list[Output]] = {}
-        for ticket, drawn in pairs:
-            by_gateway.setdefault(ticket.gateway, []).append(_output(ticket, drawn))
+    def outputs(self, tickets: Iterable[Ticket], drawn: Drawn) -> None:
+        """A step's tokens, one message a gateway; `tickets` are those of the sequences, in their order."""
+        by_gateway: defaultdict[GatewayId, _Items] = defaultdict(_Items)
+        special = drawn.ends.keys() | drawn.logprobs.keys()
+        rows = zip(tickets, drawn.sequences, drawn.numbers, drawn.tokens, strict=True)
+        for place, (ticket, sequence, number, token) in enumerate(rows):
+            submit, items = ticket.submit, by_gateway[ticket.gateway]
+            if place in special:
+                items.outputs.append(_output(ticket, drawn, place))
+            else:
+                items.tokens.append(Token(submit.request_id, submit.attempt, sequence.choice, number, token))
         for gateway, items in by_gateway.items():
-            self._outbox.to_gateway(gateway, Outputs(incarnation=self._incarnation, items=items))
+            message = Outputs(incarnation=self._incarnation, tokens=items.tokens, items=items.outputs)
+            self._outbox.to_gateway(gateway, message)
 
     def rejected(self, ticket: Ticket, error: RequestError) -> None:
         """The request has ended without its last token."""
@@ -61,14 +70,24 @@ class Delivery:
         self._outbox.to_gateway(ticket.gateway, message)
 
 
-def _output(ticket: Ticket, drawn: Drawn) -> Output:
+@dataclass(slots=True)
+class _Items:
+    """What one gateway is told of a step."""
+
+    tokens: list[Token] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+
+
+def _output(ticket: Ticket, drawn: Drawn, place: int) -> Output:
+    end, logprob = drawn.ends.get(place), drawn.logprobs.get(place)
+    has_token = end is None or end.stop_token is None
     return Output(
         request_id=ticket.submit.request_id,
         attempt=ticket.submit.attempt,
-        choice=drawn.sequence.choice,
-        index=drawn.number,
-        token_ids=[] if drawn.token is None else [drawn.token],
-        logprobs=None if drawn.logprob is None or drawn.token is None else [drawn.logprob],
-        finish=drawn.finish,
-        stop_token=drawn.stop_token,
+        choice=drawn.sequences[place].choice,
+        index=drawn.numbers[place],
+        token_ids=[drawn.tokens[place]] if has_token else [],
+        logprobs=[logprob] if logprob is not None and has_token else None,
+        finish=None if end is None else end.finish,
+        stop_token=None if end is None else end.stop_token,
     )

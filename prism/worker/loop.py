@@ -16,7 +16,7 @@ from typing import assert_never
 from prism.config import Config, DeviceConfig
 from prism.costs import Costs
 from prism.engine.engine import EngineRequest
-from prism.engine.scheduler import Step
+from prism.engine.step import Step
 from prism.errors import RequestError, Unavailable
 from prism.memory.slabs import KvOwner
 from prism.messages import (
@@ -193,7 +193,7 @@ class Worker:
 
     def _note_return(self, model: Model) -> None:
         """If the model was idle, for how long tells when it may come back another time."""
-        if model.last_used and not self.requests.of_model(model.name):
+        if model.last_used and not self.requests.has_any(model.name):
             model.idle_times.add(self._clock() - model.last_used)
 
     def learn(self, model: Model) -> None:
@@ -298,9 +298,10 @@ class Worker:
     def next_timer(self) -> float | None:
         """The time at which `advance` must be called even if nothing comes in."""
         now = self._clock()
-        times = [t.expires for t in self.requests if not t.is_started and not t.is_running]
-        times += [ticket.submit.latest_end for ticket in self.requests]
-        if any(ticket.is_running for ticket in self.requests):
+        times = [ticket.expires for ticket in self.requests.waiting if not ticket.is_started]
+        if len(self.requests):
+            times.append(self.requests.latest_end)
+        if len(self.requests) > self.requests.num_waiting:
             times.append(now + STANDSTILL_SECONDS)
         for model in self.models.values():
             is_asked_for = self.holdings.is_asked_for(model)
@@ -310,7 +311,7 @@ class Worker:
                 times.append(now + self._patience)
             if model.stalled_until > now:
                 times.append(model.stalled_until)
-            if model.load is not None and self.requests.of_model(model.name):
+            if model.load is not None and self.requests.has_any(model.name):
                 times.append(now + ARRIVAL_SECONDS)
         return min(times, default=None)
 
@@ -333,7 +334,7 @@ class Worker:
         for model in self.models.values():
             if model.load is not None:
                 tickets = self.requests.of_model(model.name)
-                model.load.deadline = min((t.next_deadline for t in tickets), default=NEVER)
+                model.load.deadline = min((t.due for t in tickets), default=NEVER)
                 if not model.is_readable and model.load.groups_arrived:
                     self._first_weights_arrived(model)
         self._spare_room.fill(now)
@@ -368,13 +369,13 @@ class Worker:
                     assert_never(decision)
 
     def _some_expired(self, now: float) -> bool:
-        return any(t.expires <= now for t in self.requests if not t.is_running and not t.is_started)
+        return any(t.expires <= now and not t.is_started for t in self.requests.waiting)
 
     def _enter(self, ticket: Ticket) -> None:
         engine = self.models[ticket.model].engine
         assert engine is not None
         submit = ticket.submit
-        ticket.is_running = True
+        self.requests.enter(ticket)
         self.models[ticket.model].stalled_until = 0.0
         engine.add(
             EngineRequest(
@@ -434,8 +435,7 @@ class Worker:
         for request_id, unfinished in choices.items():
             ticket = self.requests.get(request_id)
             assert ticket is not None
-            ticket.is_running = False
-            ticket.waiting = None
+            self.requests.leave(ticket)
             for choice in unfinished:
                 ticket.resumed[choice.choice] = choice
 

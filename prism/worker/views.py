@@ -35,7 +35,7 @@ def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
     active = _active(worker)
     by_deadline = worker.rules.by_deadline
     return AdmissionSnapshot(
-        waiting=tuple(t.waiting or waiting_request(worker, t) for t in worker.requests if not t.is_running),
+        waiting=tuple(t.waiting or waiting_request(worker, t) for t in worker.requests.waiting),
         models={ModelId(m.name): _load(worker, m) for m in worker.models.values()},
         num_running_requests=len(running),
         alone_is_running=any(ticket.submit.alone for ticket in running),
@@ -77,12 +77,11 @@ def estimate(worker: Worker, model: Model, deadline: float, tenant: str | None =
     ahead, seconds = 0, 0.0
     over = worker.accounts.over_beside(tenant, worker.models)
     own = (tenant in over, deadline)
-    for ticket in worker.requests:
-        if not ticket.is_running:
-            waiting = ticket.waiting or waiting_request(worker, ticket)
-            if (waiting.tenant in over, waiting.deadline) <= own:
-                ahead += 1
-                seconds += waiting.seconds
+    for ticket in worker.requests.waiting:
+        waiting = ticket.waiting or waiting_request(worker, ticket)
+        if (waiting.tenant in over, waiting.deadline) <= own:
+            ahead += 1
+            seconds += waiting.seconds
     if worker.rules.is_exclusive:
         return Estimate(ahead + 1, worker.tenancy.starts_in(worker, model, deadline - FAR))
     active = _active(worker)
@@ -158,7 +157,7 @@ def _backlog(worker: Worker, model: Model) -> float:
 def _decode_share(worker: Worker, model: Model) -> float:
     """Share of the device's time that a model's streams need, each at its objective."""
     costs, engine = worker.costs.of(model.name), model.engine
-    tpots = [t.submit.slo.tpot for t in worker.requests.of_model(model.name) if t.last_token is not None]
+    tpots = [t.tpot for t in worker.requests.of_model(model.name) if t.last_token is not None]
     if costs is None or engine is None or not tpots:
         return 0.0
     context = sum(s.num_computed for s in engine.scheduler.running)
@@ -209,7 +208,7 @@ def obtainable_slabs(worker: Worker, model: Model) -> int:
     for other in worker.models.values():
         if other is model or other.kv is None or not other.is_active:
             continue
-        if not worker.requests.of_model(other.name) and not other.pinned:
+        if not worker.requests.has_any(other.name) and not other.pinned:
             slabs += len(other.weight_slabs) + other.kv.num_slabs
         else:
             slabs += max(0, min(other.kv.num_gatherable, other.kv.num_slabs - other.kv_floor))
@@ -242,28 +241,19 @@ def turn_snapshot(
 
 
 def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, rules: Rules) -> Runnable:
-    """A queued step counts as one token more for all."""
     costs = book.of(model.name)
-    num_decodes = context = prompt_tokens = prompt_start = 0
-    for sequence in engine.scheduler.running:
-        missing = sequence.num_missing
-        if missing <= 1:
-            num_decodes += 1
-            context += sequence.num_computed
-        else:
-            prompt_start = prompt_start or sequence.num_computed
-            prompt_tokens += missing
-    prompt_tokens += sum(sequence.num_missing for sequence in engine.scheduler.waiting)
-    due = decode_due = prompt_due = tpot = float("inf")
-    for ticket in requests.of_model(model.name):
-        if ticket.is_running:
-            deadline = ticket.next_deadline + engine.num_queued * ticket.submit.slo.tpot
-            due = min(due, deadline)
-            if ticket.last_token is not None:
-                decode_due = min(decode_due, deadline)
-                tpot = min(tpot, ticket.submit.slo.tpot)
-            else:
-                prompt_due = min(prompt_due, deadline)
+    sequences = engine.scheduler.running
+    prompts = [s for s in sequences if not s.ready_until and s.num_missing > 1]
+    num_decodes = len(sequences) - len(prompts)
+    context = sum([s.num_computed for s in sequences]) - sum(s.num_computed for s in prompts)
+    prompt_start = next((s.num_computed for s in prompts if s.num_computed), 0)
+    prompt_tokens = sum(s.num_missing for s in (*prompts, *engine.scheduler.waiting))
+    running = [ticket for ticket in requests.of_model(model.name) if ticket.is_running]
+    streams = [ticket for ticket in running if ticket.last_token is not None]
+    decode_due = _earliest_due(streams, engine.num_queued)
+    prompt_due = _earliest_due([t for t in running if t.last_token is None], engine.num_queued)
+    tpot = min([ticket.tpot for ticket in streams], default=float("inf"))
+    due = min(decode_due, prompt_due)
     if prompt_tokens and prompt_due == float("inf"):
         prompt_due = due  # of streams that have lost their place
     seconds = 0.0 if costs is None or not num_decodes else costs.steps.decode(num_decodes, context)
@@ -280,6 +270,11 @@ def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, 
         prompt_deadline=prompt_due,
         tpot=tpot if rules.by_deadline else float("inf"),
     )
+
+
+def _earliest_due(tickets: Sequence[Ticket], num_queued: int) -> float:
+    """A queued step counts as one token more for all."""
+    return min([ticket.due + num_queued * ticket.tpot for ticket in tickets], default=float("inf"))
 
 
 def neighbours_decode(models: Mapping[str, Model], lane: Lane) -> bool:

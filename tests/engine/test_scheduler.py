@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 from prism.engine.host_blocks import HostPlace
-from prism.engine.kv_blocks import BlockKey, KvSpace
+from prism.engine.kv_blocks import BlockKey, KvSpace, Move
 from prism.engine.kv_layout import KvLayout
-from prism.engine.scheduler import Scheduler, Slots, Step
+from prism.engine.scheduler import Scheduler, Slots
 from prism.engine.sequence import Sequence
+from prism.engine.step import Step
 from prism.types import Bytes, RequestId, SamplingParams, SlabId
 
 PROMPT = list(range(18))
@@ -24,7 +25,7 @@ def make(slots: Slots, num_slabs: int = 1) -> Scheduler:
 
 
 def sequence(name: str, choice: int = 0, prompt: list[int] = PROMPT) -> Sequence:
-    params = SamplingParams(max_tokens=4, temperature=0.0, seed=0)
+    params = SamplingParams(n=2, max_tokens=4, temperature=0.0, seed=0)
     return Sequence(RequestId(name), choice, len(prompt), list(prompt), params, 0.0, max_len=100)
 
 
@@ -92,8 +93,7 @@ def test_moved_tables_are_entered_again_over_several_steps() -> None:
         scheduler.add(sequence(str(i), prompt=[i, *PROMPT[1:]]))
     for _ in range(3):
         ran(scheduler, scheduler.schedule(1000))
-    for running in scheduler.running:
-        running.num_tabled = 0
+    scheduler.rename_blocks(tuple(Move(s.blocks[0], s.blocks[0]) for s in scheduler.running))
     first = scheduler.schedule(1000)
     assert first is not None and [c.sequence.request_id for c in first.chunks] == ["0", "1"]
     ran(scheduler, first)

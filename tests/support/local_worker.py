@@ -105,14 +105,19 @@ class RecordingOutbox:
             case Returned():
                 self.returned.append(message.request_id)
             case Outputs():
+                for token in message.tokens:
+                    self._append((token.request_id, token.choice), token.index, [token.token])
                 for item in message.items:
                     key = (item.request_id, item.choice)
-                    tokens = self.tokens.setdefault(key, [])
-                    assert item.index == len(tokens), "a gap or a repetition"
-                    assert key not in self.finished, "a token after the end"
-                    tokens += item.token_ids
+                    self._append(key, item.index, item.token_ids)
                     if item.finish is not None:
                         self.finished[key] = item.finish.value
+
+    def _append(self, key: tuple[str, int], index: int, token_ids: list[int]) -> None:
+        tokens = self.tokens.setdefault(key, [])
+        assert index == len(tokens), "a gap or a repetition"
+        assert key not in self.finished, "a token after the end"
+        tokens += token_ids
 
     def to_agent(self, message: WeightsWanted) -> None:
         self.wanted.append(message.model)
