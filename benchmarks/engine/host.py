@@ -1,10 +1,11 @@
 """What a decode step costs the worker's loop in Python, measured without a GPU.
 
-Usage: python benchmarks/engine/host.py [--batches 64,512] [--steps 160] [--temperature 1.0] [--profile]
+Usage: python benchmarks/engine/host.py [--batches 64,512] [--steps 160] [--temperature 1.0] [--churn]
+       [--profile]
 
-The worker is the real one: scheduler, blocks, bookkeeping, messages. The steps of its small model draw random
-tokens at once, which are told when the step behind them has been queued, as those of a busy GPU are. Inputs are
-staged as for a GPU, into memory of the host. Launches and kernels are not in these figures.
+The worker is the real one: scheduler, blocks, bookkeeping, messages. Steps of its small model draw random
+tokens at once, which are told when the step behind them has been queued, as those of a busy GPU are. Inputs
+are staged as for a GPU, into memory of the host. Launches and kernels are not in these figures.
 """
 
 from __future__ import annotations
@@ -219,6 +220,8 @@ class Host:
         self.times = Times()
         self.jobs = Jobs()
         self.outbox = Outbox()
+        self._num_requests = 0
+        self._random = np.random.default_rng(0)
         num_slabs = 1024
         config = Config.model_validate(
             {
@@ -280,37 +283,42 @@ class Host:
             setattr(owner, name, timed(phase, getattr(owner, name)))
         self._engine: Any = engine
 
-    def submit(self, batch: int, steps: int, temperature: float) -> None:
-        """So many requests at once."""
-        random = np.random.default_rng(0)
-        for i in range(batch):
-            params = SamplingParams(max_tokens=steps, temperature=temperature, seed=i, stop_token_ids=STOPS)
-            now = time.time()
-            self.worker.on_submit(
-                GATEWAY,
-                Submit(
-                    request_id=f"chatcmpl-{batch:05d}-{i:024d}",
-                    attempt=0,
-                    model=MODEL,
-                    prompt=random.integers(0, 128000, 16 + i % 64).tolist(),
-                    params=params,
-                    slo=Slo(60.0, 0.1),
-                    arrival=now,
-                    latest_end=now + 600,
-                ),
-            )
+    def submit(self, max_tokens: int, temperature: float) -> None:
+        """One more request, that has just come."""
+        now, number = time.time(), self._num_requests
+        self._num_requests += 1
+        prompt = self._random.integers(0, 128000, 16 + number % 64).tolist()
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, seed=number, stop_token_ids=STOPS
+        )
+        submit = Submit(
+            request_id=f"chatcmpl-{number:032d}",
+            attempt=0,
+            model=MODEL,
+            prompt=prompt,
+            params=params,
+            slo=Slo(60.0, 0.1),
+            arrival=now,
+            latest_end=now + 600,
+        )
+        self.worker.on_submit(GATEWAY, submit)
 
-    def run(self, batch: int) -> list[dict[str, float]]:
-        """Everything to its end; seconds by phase of each step of `batch` decodes."""
-        steps, runner = [], self._engine.runner
-        drawn = 0
-        while len(self.worker.requests):
-            usage = self.worker.models[MODEL].usage
+    def run(self, batch: int, num_steps: int, temperature: float, *, churn: bool) -> list[dict[str, float]]:
+        """Seconds by phase of each step of (nearly) `batch` sequences.
+
+        All begin at once and draw `num_steps` tokens each; with `churn` those that have ended are replaced.
+        """
+        steps, runner, usage = [], self._engine.runner, self.worker.models[MODEL].usage
+        least = 0.95 * batch if churn else batch
+        for i in range(batch):
+            self.submit(1 + i * num_steps // batch if churn else num_steps, temperature)
+        while len(self.worker.requests) and runner.num_steps < (5 if churn else 1) * num_steps:
+            while churn and len(self.worker.requests) < batch:
+                self.submit(num_steps, temperature)
             before = runner.num_steps, usage.decoded_tokens
             self.times.seconds.clear()
             self.worker.advance()
-            drawn = usage.decoded_tokens - before[1]
-            if runner.num_steps == before[0] + 1 and drawn == batch:
+            if runner.num_steps == before[0] + 1 and usage.decoded_tokens - before[1] >= least:
                 steps.append(dict(self.times.seconds))
         self.worker.check()
         return steps
@@ -332,17 +340,17 @@ def main() -> None:
     parser.add_argument("--batches", default="64,512")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--churn", action="store_true", help="some end at each step, and others come")
     parser.add_argument("--profile", action="store_true", help="functions by their own time")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for batch in map(int, options.batches.split(",")):
         with tempfile.TemporaryDirectory() as name:
             host = Host(Path(name), batch)
-            host.submit(batch, options.steps, options.temperature)
             profile = cProfile.Profile()
             if options.profile:
                 profile.enable()
-            steps = host.run(batch)
+            steps = host.run(batch, options.steps, options.temperature, churn=options.churn)
             profile.disable()
         print(json.dumps({"batch": batch} | figures(steps)), flush=True)
         if options.profile:

@@ -37,11 +37,11 @@ class End(NamedTuple):
 class Drawn:
     """What a step drew for sequences that still want it, in columns: one place for each of them."""
 
-    sequences: list[Sequence] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    sequences: list[Sequence]
+    numbers: list[int]
     """Of the tokens in their choices' outputs, from 0."""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    tokens: list[int]
+    logprobs: dict[int, TokenLogprob]
     """By place, where they were asked for."""
     ends: dict[int, End] = field(default_factory=dict)
     """By place, of choices that end."""
@@ -151,28 +151,30 @@ class Engine:
         self.num_queued -= 1
         for chunk in flight.step.prompts:
             chunk.sequence.is_started = True
-        tokens, logprobs = flight.draws()
-        drawn = Drawn()
-        for row, (sequence, token) in enumerate(zip(flight.sampled, tokens, strict=True)):
-            sequence.num_pending -= 1
+        for sequence in flight.sampled:
             sequence.is_started = True
-            if sequence.is_ended:
-                continue
-            drawn.sequences.append(sequence)
-            drawn.numbers.append(len(sequence.tokens) - sequence.prompt_len)
-            drawn.tokens.append(token)
-            if logprobs and row in logprobs:
-                drawn.logprobs[len(drawn) - 1] = logprobs[row]
+            sequence.num_pending -= 1
+        drawn = _wanted(flight)
+        for place, (sequence, token) in enumerate(zip(drawn.sequences, drawn.tokens, strict=True)):
             if token in sequence.stops:
-                self._end(drawn, End(FinishReason.STOP, token))
+                drawn.ends[place] = End(FinishReason.STOP, token)
                 continue
             sequence.append(token)
             if len(sequence.tokens) >= sequence.end:
-                self._end(drawn, End(FinishReason.LENGTH, None))
+                drawn.ends[place] = End(FinishReason.LENGTH, None)
+        for place in drawn.ends:
+            self.scheduler.remove(drawn.sequences[place])
         self.scheduler.computed(flight.step)
         return drawn
 
-    def _end(self, drawn: Drawn, end: End) -> None:
-        """Of the sequence that was drawn for last."""
-        drawn.ends[len(drawn) - 1] = end
-        self.scheduler.remove(drawn.sequences[-1])
+
+def _wanted(flight: InFlight) -> Drawn:
+    """What was drawn for sequences that have not ended since the step was made."""
+    sequences, (tokens, logprobs) = list(flight.sampled), flight.draws()
+    assert len(tokens) == len(sequences)
+    if [sequence for sequence in sequences if sequence.is_ended]:
+        rows = [row for row, sequence in enumerate(sequences) if not sequence.is_ended]
+        sequences, tokens = [sequences[row] for row in rows], [tokens[row] for row in rows]
+        logprobs = {place: logprobs[row] for place, row in enumerate(rows) if row in logprobs}
+    numbers = [len(sequence.tokens) - sequence.prompt_len for sequence in sequences]
+    return Drawn(sequences, numbers, tokens, logprobs)

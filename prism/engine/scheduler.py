@@ -10,6 +10,7 @@ back; what is not found again when it goes on, on the device or in host memory, 
 from __future__ import annotations
 
 from bisect import insort
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain, islice, takewhile
 from typing import NamedTuple
@@ -63,6 +64,7 @@ class Scheduler:
         self._slots = slots
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []  # admitted and not started, or preempted
+        self._by_request: defaultdict[RequestId, list[Sequence]] = defaultdict(list)
         self.host: HostTier | None = None
         """Where blocks wait that have lost their place on the device."""
         self.num_preemptions = 0
@@ -73,6 +75,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """A new sequence."""
         insort(self.waiting, sequence, key=_rank)
+        self._by_request[sequence.request_id].append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence has ended or is cancelled; its blocks go back.
@@ -81,15 +84,20 @@ class Scheduler:
         """
         sequence.is_ended = True
         self._publish(sequence)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
+        (self.waiting if sequence.slot is None else self.running).remove(sequence)
         self._release(sequence)
+        self._by_request[sequence.request_id].remove(sequence)
+        if not self._by_request[sequence.request_id]:
+            del self._by_request[sequence.request_id]
 
     def sequences_of(self, request_id: RequestId) -> list[Sequence]:
         """All unfinished choices of a request."""
-        return [s for s in (*self.running, *self.waiting) if s.request_id == request_id]
+        return list(self._by_request.get(request_id, ()))
+
+    @property
+    def prompts(self) -> list[Sequence]:
+        """Running sequences that have more to compute than their newest token."""
+        return [s for s in self.running if not s.ready_until and s.num_missing > 1]
 
     @property
     def num_sequences(self) -> int:
@@ -184,13 +192,12 @@ class Scheduler:
 
     def _go_on(self, sequence: Sequence, draft: Draft) -> None:
         """A running sequence that needs more than its turn."""
-        layout = self.kv.layout
-        missing = sequence.num_missing
-        is_short = missing <= layout.tokens_per_block
-        most = len(sequence.blocks) + 1 if is_short else layout.num_blocks(len(sequence.tokens))
         if sequence.num_pending and not sequence.can_step:
             return
-        if not draft.is_empty and most - sequence.num_tabled > draft.entries:
+        layout, missing = self.kv.layout, sequence.num_missing
+        is_short = missing <= layout.tokens_per_block
+        most = len(sequence.blocks) + 1 if is_short else layout.num_blocks(len(sequence.tokens))
+        if most - sequence.num_tabled > draft.entries and not draft.is_empty:
             return
         if not is_short:
             missing = self._find_prefix(sequence, draft)
@@ -214,15 +221,14 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence, length: int, draft: Draft) -> int:
         """Give the sequence blocks for `length` tokens, or for as many as the free blocks hold."""
-        layout = self.kv.layout
-        if sequence.num_computed + length <= len(sequence.blocks) * layout.tokens_per_block:
+        layout, held, computed = self.kv.layout, len(sequence.blocks), sequence.num_computed
+        missing = layout.num_blocks(computed + length) - held
+        if missing > self.kv.num_free:
+            missing = self.kv.num_free
+            length = (held + missing) * layout.tokens_per_block - computed
+        if missing <= 0:
             return length
-        room = (len(sequence.blocks) + self.kv.num_free) * layout.tokens_per_block
-        length = min(length, room - sequence.num_computed)
-        if length <= 0:
-            return 0
-        missing = layout.num_blocks(sequence.num_computed + length) - len(sequence.blocks)
-        blocks = self.kv.allocate(max(0, missing))
+        blocks = self.kv.allocate(missing)
         assert blocks is not None
         sequence.blocks += blocks
         draft.new_blocks += blocks
@@ -325,11 +331,12 @@ class Scheduler:
             self._publish(chunk.sequence)
 
     def _publish(self, sequence: Sequence) -> None:
-        known = min(sequence.num_computed, len(sequence.tokens))
-        keys = sequence.full_keys(self.kv.layout.tokens_per_block, known)
-        for index in range(sequence.num_published, len(keys)):
-            self.kv.publish(sequence.blocks[index], keys[index])
-        sequence.num_published = len(keys)
+        size = self.kv.layout.tokens_per_block
+        num_full = min(sequence.num_computed, len(sequence.tokens)) // size
+        sequence.extend_keys(size, num_full)
+        for index in range(sequence.num_published, num_full):
+            self.kv.publish(sequence.blocks[index], sequence.keys[index])
+        sequence.num_published = num_full
 
     def _preempt(self, sequence: Sequence) -> None:
         self._publish(sequence)  # of a step that is queued too: who takes these blocks runs behind it

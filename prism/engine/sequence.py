@@ -127,10 +127,14 @@ class Sequence:
             self.counts[token] = self.counts.get(token, 0) + 1
 
     def full_keys(self, tokens_per_block: int, num_tokens: int) -> list[BlockKey]:
-        """Keys of the full blocks among the first `num_tokens` tokens, extended as needed."""
+        """Keys of the full blocks among the first `num_tokens` tokens."""
         wanted = num_tokens // tokens_per_block
-        while len(self.keys) < wanted:
+        self.extend_keys(tokens_per_block, wanted)
+        return self.keys[:wanted]
+
+    def extend_keys(self, tokens_per_block: int, num_blocks: int) -> None:
+        """Have so many keys at least."""
+        while len(self.keys) < num_blocks:
             start = len(self.keys) * tokens_per_block
             parent = self.keys[-1] if self.keys else ROOT_KEY
             self.keys.append(block_key(parent, self.tokens[start : start + tokens_per_block]))
-        return self.keys[:wanted]

@@ -96,7 +96,7 @@ class Accounts:
             costs, engine = self._costs.of(model.name), model.engine
             if costs is None or engine is None:
                 continue
-            for sequence in (*engine.scheduler.running, *engine.scheduler.waiting):
+            for sequence in (*engine.scheduler.prompts, *engine.scheduler.waiting):
                 ticket = self._requests.get(sequence.request_id)
                 if sequence.num_missing > 1 and ticket is not None:
                     tenant, weight = ticket.submit.tenant, ticket.submit.weight

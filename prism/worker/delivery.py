@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from prism.engine.engine import Drawn
 from prism.engine.sequence import Sequence
@@ -26,7 +25,7 @@ class Delivery:
         """The request runs for the first time in this attempt."""
         message = Started(
             request_id=ticket.request_id,
-            attempt=ticket.submit.attempt,
+            attempt=ticket.attempt,
             incarnation=self._incarnation,
             queue_seconds=max(0.0, now - ticket.submit.arrival),
             cached_tokens=max((s.num_cached for s in sequences), default=0),
@@ -37,24 +36,25 @@ class Delivery:
 
     def outputs(self, tickets: Iterable[Ticket], drawn: Drawn) -> None:
         """A step's tokens, one message a gateway; `tickets` are those of the sequences, in their order."""
-        by_gateway: defaultdict[GatewayId, _Items] = defaultdict(_Items)
+        tokens: defaultdict[GatewayId, list[Token]] = defaultdict(list)
+        outputs: defaultdict[GatewayId, list[Output]] = defaultdict(list)
         special = drawn.ends.keys() | drawn.logprobs.keys()
         rows = zip(tickets, drawn.sequences, drawn.numbers, drawn.tokens, strict=True)
         for place, (ticket, sequence, number, token) in enumerate(rows):
-            submit, items = ticket.submit, by_gateway[ticket.gateway]
             if place in special:
-                items.outputs.append(_output(ticket, drawn, place))
+                outputs[ticket.gateway].append(_output(ticket, drawn, place))
             else:
-                items.tokens.append(Token(submit.request_id, submit.attempt, sequence.choice, number, token))
-        for gateway, items in by_gateway.items():
-            message = Outputs(incarnation=self._incarnation, tokens=items.tokens, items=items.outputs)
+                new = Token(sequence.request_id, ticket.attempt, sequence.choice, number, token)
+                tokens[ticket.gateway].append(new)
+        for gateway in tokens.keys() | outputs.keys():
+            message = Outputs(incarnation=self._incarnation, tokens=tokens[gateway], items=outputs[gateway])
             self._outbox.to_gateway(gateway, message)
 
     def rejected(self, ticket: Ticket, error: RequestError) -> None:
         """The request has ended without its last token."""
         message = Rejected(
             request_id=ticket.request_id,
-            attempt=ticket.submit.attempt,
+            attempt=ticket.attempt,
             incarnation=self._incarnation,
             error=error.wire(),
         )
@@ -64,18 +64,10 @@ class Delivery:
         """Another worker is to go on with the request."""
         message = Returned(
             request_id=ticket.request_id,
-            attempt=ticket.submit.attempt,
+            attempt=ticket.attempt,
             incarnation=self._incarnation,
         )
         self._outbox.to_gateway(ticket.gateway, message)
-
-
-@dataclass(slots=True)
-class _Items:
-    """What one gateway is told of a step."""
-
-    tokens: list[Token] = field(default_factory=list)
-    outputs: list[Output] = field(default_factory=list)
 
 
 def _output(ticket: Ticket, drawn: Drawn, place: int) -> Output:
@@ -83,7 +75,7 @@ def _output(ticket: Ticket, drawn: Drawn, place: int) -> Output:
     has_token = end is None or end.stop_token is None
     return Output(
         request_id=ticket.submit.request_id,
-        attempt=ticket.submit.attempt,
+        attempt=ticket.attempt,
         choice=drawn.sequences[place].choice,
         index=drawn.numbers[place],
         token_ids=[drawn.tokens[place]] if has_token else [],

@@ -354,6 +354,9 @@ class Worker:
             return
         self._needs_admission = False
         self.accounts.look(self.models)
+        if not self.requests.num_waiting:
+            self.owed_to_late = 0.0
+            return
         decisions, self.owed_to_late = admission.decide(admission_snapshot(self), now)
         for decision in decisions:
             waiting = self.requests.get(decision.request_id)

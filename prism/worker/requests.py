@@ -29,6 +29,7 @@ class Ticket:
     last_token: float | None = None
     due: float = field(init=False)
     """When its next token is due."""
+    attempt: int = field(init=False)
     tpot: float = field(init=False)
     """Objective between two tokens of a choice."""
     queue_position: int = 0
@@ -41,6 +42,7 @@ class Ticket:
     def __post_init__(self) -> None:
         slo = self.submit.slo
         self.due, self.tpot = self.submit.arrival + slo.ttft, slo.tpot
+        self.attempt = self.submit.attempt
 
     @property
     def request_id(self) -> RequestId:
@@ -71,19 +73,6 @@ class Ticket:
         if self.last_token is None:
             self.due = now + self.submit.slo.ttft
 
-    def got_tokens(self, now: float) -> None:
-        """A step has drawn tokens for it, one for each of its choices at most.
-
-        Tokens are due one TPOT objective apart from the first one on, so that what came early may be made use
-        of; but no more than `BANKED` of it, lest a stream that was quick stands still.
-        """
-        tpot = self.tpot
-        if self.last_token is None:
-            self.due = now + tpot
-        elif now > self.last_token:
-            self.due = min(self.due + tpot, now + BANKED * tpot)
-        self.last_token = now
-
     def clip(self, max_tokens: int) -> None:
         """Lower a default max_tokens to what memory can hold."""
         params = msgspec.structs.replace(self.submit.params, max_tokens=max_tokens)
@@ -94,6 +83,22 @@ class Ticket:
         """The choice has ended and is never run again."""
         self.waiting = None
         self.resumed[choice] = ResumedChoice(choice=choice, token_ids=[], finished=True)
+
+
+def got_tokens(tickets: Iterable[Ticket], now: float) -> None:
+    """A step has drawn tokens for these, one for each of their choices at most.
+
+    Tokens are due one TPOT objective apart from the first one on, so that what came early may be made use
+    of; but no more than `BANKED` of it, lest a stream that was quick stands still.
+    """
+    for ticket in tickets:
+        last, tpot = ticket.last_token, ticket.tpot
+        if last is None:
+            ticket.due = now + tpot
+        elif now > last:
+            due, latest = ticket.due + tpot, now + BANKED * tpot
+            ticket.due = due if due < latest else latest
+        ticket.last_token = now
 
 
 class Requests:

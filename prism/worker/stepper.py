@@ -26,7 +26,7 @@ from prism.worker.host_kv import HostKv
 from prism.worker.lanes import Deferred, Flight, Lane
 from prism.worker.models import Model
 from prism.worker.reclaimer import Reclaimer
-from prism.worker.requests import Requests, Ticket
+from prism.worker.requests import Requests, Ticket, got_tokens
 from prism.worker.usage import DeviceTime
 from prism.worker.views import neighbours_decode, turn_snapshot
 
@@ -262,8 +262,7 @@ class Stepper:
             model.use_times.saw(model.kv.num_uses, now)
         model.usage.decoded_tokens += len(drawn)
         tickets = self._requests.of_sequences(drawn.sequences)
-        for ticket in tickets:
-            ticket.got_tokens(now)
+        got_tokens(tickets, now)
         for place in drawn.ends:
             self._choice_ended(model, tickets[place], drawn.sequences[place])
         self._delivery.outputs(tickets, drawn)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from prism.engine.engine import Engine
 from prism.engine.kv_layout import KvLayout
 from prism.modes import Rules
-from prism.types import ModelId, ModelState, Rank, RequestId
+from prism.types import ModelId, ModelState, Rank
 from prism.worker.cost_book import CostBook
 from prism.worker.foresight import GROWTH
 from prism.worker.lanes import Lane
@@ -31,14 +33,13 @@ if TYPE_CHECKING:
 
 def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
     """Waiting requests and the room that models have for them."""
-    running = [ticket for ticket in worker.requests if ticket.is_running]
     active = _active(worker)
     by_deadline = worker.rules.by_deadline
     return AdmissionSnapshot(
         waiting=tuple(t.waiting or waiting_request(worker, t) for t in worker.requests.waiting),
         models={ModelId(m.name): _load(worker, m) for m in worker.models.values()},
-        num_running_requests=len(running),
-        alone_is_running=any(ticket.submit.alone for ticket in running),
+        num_running_requests=len(worker.requests) - worker.requests.num_waiting,
+        alone_is_running=any(t.submit.alone for t in worker.requests if t.is_running),
         busy=_busy(worker, active) if by_deadline else 0.0,
         stretch=_stretch(worker, active) if by_deadline else 1.0,
         horizon=_horizon(worker, active) if by_deadline else float("inf"),
@@ -134,13 +135,19 @@ def _blocks_to_come(worker: Worker, model: Model) -> int:
     kv, engine = model.kv, model.engine
     if kv is None or engine is None:
         return 0
-    layout, expected, blocks = kv.layout, model.output_lengths.expected_rest, 0
-    seen: set[RequestId] = set()
-    for sequence in (*engine.scheduler.running, *engine.scheduler.waiting):
-        rest = min(expected, sequence.params.max_tokens - sequence.num_output)
-        is_later = sequence.request_id in seen and not sequence.blocks
-        tokens = sequence.num_output if is_later else len(sequence.tokens)
-        blocks += max(0, layout.num_blocks(tokens + max(1, round(GROWTH * rest))) - len(sequence.blocks))
+    layout, expected = kv.layout, model.output_lengths.expected_rest
+    running, waiting = engine.scheduler.running, engine.scheduler.waiting
+    tokens = np.array([len(s.tokens) for s in running], np.float64)
+    rest = np.minimum(expected, np.array([s.end for s in running], np.float64) - tokens)
+    held = np.array([len(s.blocks) for s in running], np.float64)
+    wanted = np.ceil((tokens + np.maximum(1, np.rint(GROWTH * rest))) / layout.tokens_per_block)
+    blocks = int(np.maximum(0, wanted - held).sum())
+    seen = {s.request_id for s in running} if waiting else set()
+    for sequence in waiting:
+        is_later = sequence.request_id in seen
+        num_tokens = sequence.num_output if is_later else len(sequence.tokens)
+        growth = max(1, round(GROWTH * min(expected, sequence.end - len(sequence.tokens))))
+        blocks += layout.num_blocks(num_tokens + growth)
         seen.add(sequence.request_id)
     return blocks
 
@@ -150,7 +157,7 @@ def _backlog(worker: Worker, model: Model) -> float:
     costs, engine = worker.costs.of(model.name), model.engine
     if costs is None or engine is None:
         return 0.0
-    sequences = (*engine.scheduler.running, *engine.scheduler.waiting)
+    sequences = (*engine.scheduler.prompts, *engine.scheduler.waiting)
     return sum(costs.steps.prefill(s.num_missing, s.num_computed) for s in sequences if s.num_missing > 1)
 
 
@@ -160,7 +167,7 @@ def _decode_share(worker: Worker, model: Model) -> float:
     tpots = [t.tpot for t in worker.requests.of_model(model.name) if t.last_token is not None]
     if costs is None or engine is None or not tpots:
         return 0.0
-    context = sum(s.num_computed for s in engine.scheduler.running)
+    context = sum([s.num_computed for s in engine.scheduler.running])
     return costs.steps.decode(len(tpots), context) / max(min(tpots), 1e-3)
 
 
@@ -242,17 +249,13 @@ def turn_snapshot(
 
 def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, rules: Rules) -> Runnable:
     costs = book.of(model.name)
-    sequences = engine.scheduler.running
-    prompts = [s for s in sequences if not s.ready_until and s.num_missing > 1]
-    num_decodes = len(sequences) - len(prompts)
-    context = sum([s.num_computed for s in sequences]) - sum(s.num_computed for s in prompts)
+    scheduler = engine.scheduler
+    prompts = scheduler.prompts
+    num_decodes = len(scheduler.running) - len(prompts)
+    context = sum([s.num_computed for s in scheduler.running]) - sum(s.num_computed for s in prompts)
     prompt_start = next((s.num_computed for s in prompts if s.num_computed), 0)
-    prompt_tokens = sum(s.num_missing for s in (*prompts, *engine.scheduler.waiting))
-    running = [ticket for ticket in requests.of_model(model.name) if ticket.is_running]
-    streams = [ticket for ticket in running if ticket.last_token is not None]
-    decode_due = _earliest_due(streams, engine.num_queued)
-    prompt_due = _earliest_due([t for t in running if t.last_token is None], engine.num_queued)
-    tpot = min([ticket.tpot for ticket in streams], default=float("inf"))
+    prompt_tokens = sum(s.num_missing for s in (*prompts, *scheduler.waiting))
+    decode_due, prompt_due, tpot = _dues(requests.of_model(model.name), engine.num_queued)
     due = min(decode_due, prompt_due)
     if prompt_tokens and prompt_due == float("inf"):
         prompt_due = due  # of streams that have lost their place
@@ -272,9 +275,33 @@ def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, 
     )
 
 
-def _earliest_due(tickets: Sequence[Ticket], num_queued: int) -> float:
+class _Dues(NamedTuple):
+    """Of running requests of one model; infinite where there are none."""
+
+    decode: float
+    """The earliest next token of those that have had one."""
+    prompt: float
+    """The earliest first one of the others."""
+    tpot: float
+    """The least objective of the former."""
+
+
+def _dues(tickets: Iterable[Ticket], num_queued: int) -> _Dues:
     """A queued step counts as one token more for all."""
-    return min([ticket.due + num_queued * ticket.tpot for ticket in tickets], default=float("inf"))
+    decode_due = prompt_due = least = float("inf")
+    for ticket in tickets:
+        tpot = ticket.tpot
+        due = ticket.due + num_queued * tpot
+        if not ticket.is_running:
+            continue
+        if ticket.last_token is None:
+            prompt_due = min(prompt_due, due)
+            continue
+        if due < decode_due:
+            decode_due = due
+        if tpot < least:
+            least = tpot
+    return _Dues(decode_due, prompt_due, least)
 
 
 def neighbours_decode(models: Mapping[str, Model], lane: Lane) -> bool:

@@ -17,12 +17,12 @@ if TYPE_CHECKING:  # needs Triton, which only GPUs have
     from prism.engine.gpu.lane import GpuLane
 
 
-def slots_of(sequences: Iterable[Sequence]) -> NDArray[np.int32]:
+def slots_of(sequences: Iterable[Sequence]) -> NDArray[np.intp]:
     """Their rows in the lane's tables; all of them run, so each has one."""
-    return np.array([sequence.slot for sequence in sequences], np.int32)
+    return np.array([sequence.slot for sequence in sequences], np.intp)
 
 
-def stage_columns(staging: Staging, step: Step, slots: NDArray[np.int32], size: int) -> None:
+def stage_columns(staging: Staging, step: Step, slots: NDArray[np.intp], size: int) -> None:
     """`[3, size]`: slots, positions, blocks; the first staged words, where graphs read them.
 
     The block of a decode's position is its last one.

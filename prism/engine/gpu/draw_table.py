@@ -12,18 +12,6 @@ from prism.engine.gpu.staging import Staging
 from prism.engine.randomness import uniforms
 from prism.engine.sequence import Sequence
 
-_ROW = np.dtype(
-    [
-        ("random_stream", np.uint64),
-        ("prompt_len", np.int64),
-        ("temperature", np.float32),
-        ("top_p", np.float32),
-        ("min_p", np.float32),
-        ("top_k", np.int32),
-        ("needs_history", np.bool_),
-    ]
-)
-
 
 class StagedDraws(NamedTuple):
     """Where the numbers of a step's random draws lie among its words."""
@@ -38,44 +26,48 @@ class StagedDraws(NamedTuple):
 
 
 class DrawTable:
-    """That of one lane."""
+    """That of one lane: an array for each of what the draws of a row depend on."""
 
     def __init__(self, num_slots: int) -> None:
-        self._rows = np.zeros(num_slots, _ROW)
+        self._streams = np.zeros(num_slots, np.uint64)
+        self._prompt_lens = np.zeros(num_slots, np.int32)
+        self._temperature = np.zeros(num_slots, np.float32)
+        self._top_p = np.zeros(num_slots, np.float32)
+        self._min_p = np.zeros(num_slots, np.float32)
+        self._top_k = np.zeros(num_slots, np.int32)
+        self._needs_history = np.zeros(num_slots, np.bool_)
 
     def enter(self, sequences: Iterable[Sequence]) -> None:
         """These are about to draw in their rows for the first time."""
         for sequence in sequences:
-            p = sequence.params
-            self._rows[sequence.slot] = (
-                sequence.random_stream,
-                sequence.prompt_len,
-                p.temperature,
-                p.top_p,
-                p.min_p,
-                p.top_k,
-                sequence.needs_history,
-            )
+            slot, params = sequence.slot, sequence.params
+            assert slot is not None
+            self._streams[slot] = sequence.random_stream
+            self._prompt_lens[slot] = sequence.prompt_len
+            self._temperature[slot] = params.temperature
+            self._top_p[slot] = params.top_p
+            self._min_p[slot] = params.min_p
+            self._top_k[slot] = params.top_k
+            self._needs_history[slot] = sequence.needs_history
 
-    def needs_host(self, slots: NDArray[np.int32]) -> bool:
+    def needs_host(self, slots: NDArray[np.intp]) -> bool:
         """Draws of one of these depend on earlier tokens, or report more than a token."""
-        return bool(self._rows["needs_history"][slots].any())
+        return bool(self._needs_history[slots].any())
 
     def stage(
-        self, staging: Staging, slots: NDArray[np.int32], lengths: NDArray[np.int32]
+        self, staging: Staging, slots: NDArray[np.intp], lengths: NDArray[np.int32]
     ) -> StagedDraws | None:
         """Numbers for those of `slots` that draw at random, behind `lengths` tokens; None without any."""
-        rows = self._rows[slots]
-        places = np.flatnonzero(rows["temperature"] > 0)
+        places = np.flatnonzero(self._temperature[slots] > 0)
         if not len(places):
             return None
-        drawn = rows[places]
-        numbers = uniforms(drawn["random_stream"], lengths[places] - drawn["prompt_len"])
+        slots = slots[places]
+        numbers = uniforms(self._streams[slots], lengths[places] - self._prompt_lens[slots])
         return StagedDraws(
             staging.ints(places),
             staging.doubles(numbers),
-            staging.floats(drawn["temperature"]),
-            staging.floats(drawn["top_p"]),
-            staging.floats(drawn["min_p"]),
-            staging.ints(drawn["top_k"]),
+            staging.floats(self._temperature[slots]),
+            staging.floats(self._top_p[slots]),
+            staging.floats(self._min_p[slots]),
+            staging.ints(self._top_k[slots]),
         )

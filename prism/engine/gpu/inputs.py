@@ -73,7 +73,7 @@ class MixedForm(NamedTuple):
     """Of the decodes' contexts."""
 
 
-def stage_mixed(staging: Staging, step: Step, slots: NDArray[np.int32], size: MixedSize) -> None:
+def stage_mixed(staging: Staging, step: Step, slots: NDArray[np.intp], size: MixedSize) -> None:
     """The first staged words of a step, decodes first, and padding behind decodes and behind prompts.
 
     `slots` are those of the decodes, whose tokens the device has: their ids are -1.
@@ -122,7 +122,7 @@ class StepInputs:
         staging: Staging,
         tokens: Tensor,
         step: Step,
-        slots: NDArray[np.int32],
+        slots: NDArray[np.intp],
         lane: GpuLane,
         *,
         newest_known: bool,
