@@ -57,7 +57,7 @@ class TextModel:
 
     def detokenizer(self) -> Detokenizer:
         """A fresh one for one choice."""
-        return Detokenizer(self.decode, self._special, self._byte_tokens)
+        return Detokenizer(self.decode, self.token_texts.data, self._special, self._byte_tokens)
 
 
 def load_text_model(config: ModelConfig) -> TextModel:
