@@ -46,6 +46,7 @@ from prism.weights.transfers import Transfer
 from prism.worker.cpu_device import TorchBackend
 from prism.worker.device import Device
 from prism.worker.loop import Worker
+from prism.worker.outside import Outside
 
 SLAB = Bytes(2 * MiB)
 GATEWAY = GatewayId("gateway-0.1")
@@ -243,11 +244,13 @@ class Host:
             config,
             config.devices[0],
             device,
-            outbox=self.outbox,
-            jobs=self.jobs,
-            fetch=lambda _: self._pack(folder),
-            link=InlineLink(backend.copier),
-            clock=time.time,
+            Outside(
+                outbox=self.outbox,
+                jobs=self.jobs,
+                fetch=lambda _: self._pack(folder),
+                link=InlineLink(backend.copier),
+                clock=time.time,
+            ),
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
         )

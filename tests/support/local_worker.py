@@ -36,6 +36,7 @@ from prism.worker.device import Backend, Device
 from prism.worker.host_chunks import HostChunks
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker
+from prism.worker.outside import Outside
 
 SLAB = Bytes(2 * MiB)
 GATEWAY = GatewayId("gateway-0.1")
@@ -164,19 +165,22 @@ class LocalWorker:
         self.chunks = chunks or (
             InlineChunks(host_kv, pinner=self.device.backend.pinner) if host_kv else None
         )
+        self.link = InlineLink(self.device.backend.copier)
         self.worker = Worker(
             self.config,
             self.config.devices[0],
             self.device,
-            outbox=self.outbox,
-            jobs=self.jobs,
-            fetch=self.fetch,
-            link=InlineLink(self.device.backend.copier),
-            clock=lambda: self.now,
+            Outside(
+                outbox=self.outbox,
+                jobs=self.jobs,
+                fetch=lambda model: self.fetch(model),
+                link=self.link,
+                clock=lambda: self.now,
+                registrations=registrations,
+                chunks=self.chunks,
+            ),
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
-            registrations=registrations,
-            chunks=self.chunks,
         )
 
     def _cpu_device(self, driver: Driver, num_slabs: int, backend: Backend | None) -> Device:
