@@ -172,7 +172,7 @@ def _wanted(flight: InFlight) -> Drawn:
     """What was drawn for sequences that have not ended since the step was made."""
     sequences, (tokens, logprobs) = list(flight.sampled), flight.draws()
     assert len(tokens) == len(sequences)
-    if [sequence for sequence in sequences if sequence.is_ended]:
+    if [sequence for sequence in sequences if sequence.is_ended]:  # quicker than any()
         rows = [row for row, sequence in enumerate(sequences) if not sequence.is_ended]
         sequences, tokens = [sequences[row] for row in rows], [tokens[row] for row in rows]
         logprobs = {place: logprobs[row] for place, row in enumerate(rows) if row in logprobs}

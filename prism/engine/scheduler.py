@@ -179,7 +179,7 @@ class Scheduler:
             if draft.budget <= 0:
                 break
             start = sequence.num_computed
-            if start < sequence.ready_until:  # most; a quarter of a microsecond for each
+            if start < sequence.ready_until:  # most: decodes with room
                 sequence.num_computed = start + 1
                 sequence.num_pending += 1
                 decodes.append(sequence)
