@@ -17,6 +17,7 @@ from prism.weights.protocol import WeightSource
 from prism.worker.loop import Worker
 from prism.worker.main import ThreadJobs
 from prism.worker.open_device import open_device
+from prism.worker.outside import Outside
 
 GATEWAY = GatewayId("benchmark")
 
@@ -35,9 +36,11 @@ class Outbox:
         """Tokens and ends; a refusal is a mistake of the benchmark."""
         assert not isinstance(message, Rejected), message
         if isinstance(message, Outputs):
+            now = time.perf_counter()
+            self.num_tokens += len(message.tokens) + sum(len(item.token_ids) for item in message.items)
+            for item in (*message.tokens, *message.items):
+                self.first.setdefault(item.request_id, now)
             for item in message.items:
-                self.num_tokens += len(item.token_ids)
-                self.first.setdefault(item.request_id, time.perf_counter())
                 if item.finish is not None:
                     self.finished.add(item.request_id)
 
@@ -65,11 +68,7 @@ class BenchWorker:
             self.config,
             self.config.devices[0],
             self.device,
-            outbox=self.outbox,
-            jobs=self.jobs,
-            fetch=self._fetch,
-            link=self.link,
-            clock=self.clock.now,
+            Outside(self.outbox, self.jobs, self._fetch, self.link, self.clock.now),
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
         )

@@ -149,7 +149,7 @@ class LocalModel:
 def drive(
     models: list[LocalModel],
     budget: int = 8192,
-    on_drawn: Callable[[LocalModel, list[Drawn], float], None] | None = None,
+    on_drawn: Callable[[LocalModel, Drawn, float], None] | None = None,
     depth: int = 2,
     around: Callable[[Callable[[], Any]], Any] = lambda launch: launch(),
 ) -> dict[str, float]:

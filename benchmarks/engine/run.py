@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from local import LocalModel, drive, open_device
 
+from prism.engine.engine import Drawn
 from prism.types import Bytes, GiB
 
 CONTEXT = 1024
@@ -183,7 +184,7 @@ def decode_together(
     models = [LocalModel(device, shape, f"{shape}-{i}", folder, 4, 64) for i in range(count)]
     times: dict[int, list[float]] = {}
 
-    def note(model: LocalModel, drawn: list[Any], now: float) -> None:
+    def note(model: LocalModel, drawn: Drawn, now: float) -> None:
         if len(drawn) == batch:
             times[id(model)].append(now)
 

@@ -6,6 +6,7 @@ once a step; it serves all layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,7 +43,7 @@ class BatchLayout:
     """Tokens with KV after this step, these ones included."""
     tables: list[list[BlockId]]
     """Blocks of the whole context, in order."""
-    new_blocks: tuple[BlockId, ...] = ()
+    new_blocks: Sequence[BlockId] = ()
     """Blocks that receive their first token in this step; what they held before is garbage."""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from prism.calibration.models import LoadedModel
 from prism.engine.engine import EngineRequest
 from prism.engine.runner import InFlight
-from prism.engine.scheduler import Step
+from prism.engine.step import Step
 from prism.errors import PrismError
 from prism.types import RequestId, SamplingParams
 

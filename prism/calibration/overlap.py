@@ -42,7 +42,7 @@ def _run(driver: Driver, num_models: int, num_steps: int, *, prepare: bool) -> l
     steps: list[Ran] = []
     while min(counts) < num_steps and not driver.is_idle:
         for ran in driver.turn():
-            if len(ran.step.chunks) == BATCH and not ran.step.has_prompts:
+            if ran.step.num_sequences == BATCH and not ran.step.has_prompts:
                 counts[ran.place] += 1
                 steps.append(ran)
                 if prepare:

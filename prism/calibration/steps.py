@@ -59,7 +59,7 @@ def measure_decodes(model: LoadedModel, size: DecodeSize, limits: Limits) -> lis
         if driver.is_idle:
             break
         for ran in driver.turn():
-            if len(ran.step.chunks) < size.batch or ran.step.has_prompts:
+            if ran.step.num_sequences < size.batch or ran.step.has_prompts:
                 continue
             num_full += 1
             if num_full <= WARM_STEPS:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from prism.engine.kv_blocks import KvSpace
 from prism.engine.runner import InFlight, Runner
-from prism.engine.sampler import Sampled
-from prism.engine.scheduler import Scheduler, Slots, Step
+from prism.engine.scheduler import Scheduler, Slots
 from prism.engine.sequence import Sequence
+from prism.engine.step import Step
 from prism.messages import ResumedChoice, TokenLogprob
 from prism.types import FinishReason, RequestId, SamplingParams
 
@@ -25,16 +25,29 @@ class EngineRequest:
     resumed: tuple[ResumedChoice, ...] = ()
 
 
-class Drawn(NamedTuple):
-    """A token of a choice, or its end. `token` is None when the stop token ended it."""
+class End(NamedTuple):
+    """Why a choice has ended."""
 
-    sequence: Sequence
-    number: int
-    """Of the token in the choice's output, from 0."""
-    token: int | None
-    logprob: TokenLogprob | None
-    finish: FinishReason | None
+    finish: FinishReason
     stop_token: int | None
+    """The token that ended it, if one did: it is none of its output."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """What a step drew for sequences that still want it, in columns: one place for each of them."""
+
+    sequences: list[Sequence]
+    numbers: list[int]
+    """Of the tokens in their choices' outputs, from 0."""
+    tokens: list[int]
+    logprobs: dict[int, TokenLogprob]
+    """By place, where they were asked for."""
+    ends: dict[int, End] = field(default_factory=dict)
+    """By place, of choices that end."""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
 
 
 class Engine:
@@ -106,7 +119,7 @@ class Engine:
         """Sequences, present and future ones, end when they reach `max_len` tokens."""
         self.max_len = max_len
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-            sequence.max_len = max_len
+            sequence.limit(max_len)
 
     def num_tokens(self, request_id: RequestId) -> int:
         """Tokens of a request's longest unfinished choice."""
@@ -130,29 +143,38 @@ class Engine:
         """
         self.num_queued -= 1
         for chunk in flight.step.chunks:
+            chunk.sequence.ready_until = 0
             chunk.sequence.num_computed = min(chunk.sequence.num_computed, chunk.start)
 
-    def commit(self, flight: InFlight) -> list[Drawn]:
+    def commit(self, flight: InFlight) -> Drawn:
         """Account for the oldest queued step, which has run; sequences that ended are gone afterwards."""
         self.num_queued -= 1
-        for chunk in flight.step.chunks:
+        for chunk in flight.step.prompts:
             chunk.sequence.is_started = True
-        drawn: list[Drawn] = []
-        for sequence, draw in zip(flight.sampled, flight.draws(), strict=True):
+        for sequence in flight.sampled:
+            sequence.is_started = True
             sequence.num_pending -= 1
-            if not sequence.is_ended:
-                drawn.append(self._take(sequence, draw))
+        drawn = _wanted(flight)
+        for place, (sequence, token) in enumerate(zip(drawn.sequences, drawn.tokens, strict=True)):
+            if token in sequence.stops:
+                drawn.ends[place] = End(FinishReason.STOP, token)
+                continue
+            sequence.append(token)
+            if len(sequence.tokens) >= sequence.end:
+                drawn.ends[place] = End(FinishReason.LENGTH, None)
+        for place in drawn.ends:
+            self.scheduler.remove(drawn.sequences[place])
         self.scheduler.computed(flight.step)
         return drawn
 
-    def _take(self, sequence: Sequence, draw: Sampled) -> Drawn:
-        token, logprob = draw
-        index = sequence.num_output
-        if token in sequence.params.stop_token_ids:
-            self.scheduler.remove(sequence)
-            return Drawn(sequence, index, None, logprob, FinishReason.STOP, token)
-        sequence.append(token)
-        finish = sequence.finish_reason()
-        if finish is not None:
-            self.scheduler.remove(sequence)
-        return Drawn(sequence, index, token, logprob, finish, None)
+
+def _wanted(flight: InFlight) -> Drawn:
+    """What was drawn for sequences that have not ended since the step was made."""
+    sequences, (tokens, logprobs) = list(flight.sampled), flight.draws()
+    assert len(tokens) == len(sequences)
+    if [sequence for sequence in sequences if sequence.is_ended]:  # quicker than any()
+        rows = [row for row, sequence in enumerate(sequences) if not sequence.is_ended]
+        sequences, tokens = [sequences[row] for row in rows], [tokens[row] for row in rows]
+        logprobs = {place: logprobs[row] for place, row in enumerate(rows) if row in logprobs}
+    numbers = [len(sequence.tokens) - sequence.prompt_len for sequence in sequences]
+    return Drawn(sequences, numbers, tokens, logprobs)

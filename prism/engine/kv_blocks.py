@@ -115,16 +115,16 @@ class _Slab:
     def is_empty(self) -> bool:
         return not self.records
 
-    def take(self) -> BlockId:
-        """A free block becomes used."""
-        if self._returned:
-            block = self._returned.pop()
-        else:
-            block = BlockId(self._first + self._fresh * self._step)
+    def take(self, count: int) -> list[BlockId]:
+        """So many free blocks become used: those that were given back first."""
+        blocks = [self._returned.pop() for _ in range(min(count, len(self._returned)))]
+        while len(blocks) < count:
+            blocks.append(BlockId(self._first + self._fresh * self._step))
             self._fresh += 1
-        self.records[block] = _Block()
-        self.num_used += 1
-        return block
+        for block in blocks:
+            self.records[block] = _Block()
+        self.num_used += count
+        return blocks
 
     def put(self, block: BlockId) -> None:
         """A block is free again."""
@@ -288,7 +288,7 @@ class KvSpace:
         self._partial.pop(slab, None)  # so that no target lies in the slab itself
         moves = []
         for source, record in home.records.items():
-            target = self._take_free()
+            (target,) = self._take_free(1)
             there = self._slabs[self._slab_of(target)]
             there.records[target] = record
             there.num_used -= not record.references
@@ -308,7 +308,10 @@ class KvSpace:
         """So many blocks with one reference each, or None (and nothing taken) when fewer are free."""
         if count > self._num_free:
             return None
-        return [self._take_free() for _ in range(count)]
+        taken: list[BlockId] = []
+        while len(taken) < count:
+            taken += self._take_free(count - len(taken))
+        return taken
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Give up one reference to each. The last blocks of a sequence are the first to be dropped later."""
@@ -380,19 +383,20 @@ class KvSpace:
     def _slab_of(self, block: BlockId) -> SlabId:
         return SlabId(block // self._units_per_slab)
 
-    def _take_free(self) -> BlockId:
+    def _take_free(self, count: int) -> list[BlockId]:
+        """As many as one slab has of so many."""
         slab = next(iter(self._partial), None)
         if slab is None:
             slab = next(iter(self._empty))
             del self._empty[slab]
             self._partial[slab] = None
         home = self._slabs[slab]
-        block = home.take()
+        blocks = home.take(min(count, home.num_free))
         if not home.num_free:
             del self._partial[slab]
-        self._num_free -= 1
-        self._num_used += 1
-        return block
+        self._num_free -= len(blocks)
+        self._num_used += len(blocks)
+        return blocks
 
     def _put_free(self, block: BlockId) -> None:
         slab = self._slab_of(block)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from prism.engine.sampler import Sampled
 
 Need = int | Callable[[], bool]
-Work = Generator[Need, None, list[Sampled] | None]
+Work = Generator[Need, None, Sampled | None]
 
 
 class Pieces:
@@ -24,7 +24,7 @@ class Pieces:
         self._need: Need = 0
         self.is_begun = False
         self.is_complete = False
-        self.drawn: list[Sampled] | None = None
+        self.drawn: Sampled | None = None
 
     def advance(self, num_groups: int | None, seconds: float) -> bool:
         """Do the next piece, and more until `seconds` have passed; whether anything was done.

@@ -6,9 +6,12 @@ SplitMix64 (Steele, Lea, Flood 2014) chained over the three.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Numbers = Sequence[int] | NDArray[np.integer[Any]]
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -20,7 +23,7 @@ def stream(seed: int, choice: int) -> int:
     return _mix(_mix(seed & _MASK) ^ (choice + 1) * _GOLDEN & _MASK)
 
 
-def uniforms(streams: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+def uniforms(streams: Numbers, positions: Numbers) -> NDArray[np.float64]:
     """A number in [0, 1) with 53 random bits for each; one by one a large batch would take a millisecond."""
     value = (np.asarray(positions, np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)  # modulo 2^64
     value = (np.asarray(streams, np.uint64) ^ value) + np.uint64(_GOLDEN)

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from prism.attention.kernels import KvView
 from prism.engine.sampler import Sampled
-from prism.engine.scheduler import Step
 from prism.engine.sequence import Sequence
+from prism.engine.step import Step
 
 
 class InFlight(Protocol):
@@ -44,7 +44,7 @@ class InFlight(Protocol):
         """It has run."""
         ...
 
-    def draws(self) -> list[Sampled]:
+    def draws(self) -> Sampled:
         """Its tokens; waits until it has run."""
         ...
 

@@ -23,13 +23,17 @@ DRAW_NUMBERS = 1 << 23
 
 
 class Sampled(NamedTuple):
-    """One row's token, with its log-probabilities if they were asked for."""
+    """What was drawn: a token for each row."""
 
-    token: int
-    logprob: TokenLogprob | None
+    tokens: list[int]
+    logprobs: dict[int, TokenLogprob]
+    """By row, of those that asked for them."""
 
 
-def sample(logits: Tensor, rows: Seq[Sequence]) -> list[Sampled]:
+NOTHING = Sampled([], {})
+
+
+def sample(logits: Tensor, rows: Seq[Sequence]) -> Sampled:
     """One token for each row. `logits` is `[rows, vocabulary]` fp32 and may be overwritten."""
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
@@ -43,7 +47,7 @@ def sample(logits: Tensor, rows: Seq[Sequence]) -> list[Sampled]:
     logprobs: dict[int, TokenLogprob] = {}
     if raw is not None:
         logprobs = _report(raw, wanted, rows, chosen)
-    return [Sampled(token, logprobs.get(i)) for i, token in enumerate(chosen)]
+    return Sampled(chosen, logprobs)
 
 
 def _adjust(logits: Tensor, row: Sequence) -> None:

@@ -10,49 +10,20 @@ back; what is not found again when it goes on, on the device or in host memory, 
 from __future__ import annotations
 
 from bisect import insort
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import NamedTuple
 
+import numpy as np
+
 from prism.engine.host_blocks import Fetch, HostTier
-from prism.engine.kv_blocks import BlockKey, Dropped, KvSpace, Move
+from prism.engine.kv_blocks import BlockKey, KvSpace, Move
 from prism.engine.sequence import Sequence
+from prism.engine.step import Draft, Step
 from prism.types import BlockId, Rank, RequestId
 
 UNBOUNDED = 1 << 62
-
-
-class Chunk(NamedTuple):
-    """Compute `length` tokens of a sequence from `start` on; draw a token behind the last if `samples`."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    samples: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step of one engine."""
-
-    chunks: tuple[Chunk, ...]
-    new_blocks: tuple[BlockId, ...]
-    """Blocks that get their first tokens in this step."""
-    dropped: tuple[Dropped, ...] = ()
-    """Cached blocks whose bytes this step may overwrite: what is to be saved of them is copied before it."""
-    fetches: tuple[Fetch, ...] = ()
-    """Copies that this step reads."""
-
-    @property
-    def has_prompts(self) -> bool:
-        """It computes chunks of prompts, which fill a device; decodes alone do not."""
-        return any(chunk.length > 1 for chunk in self.chunks)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of those chunks."""
-        return sum(chunk.length for chunk in self.chunks if chunk.length > 1)
 
 
 class Want(NamedTuple):
@@ -93,10 +64,9 @@ class Scheduler:
         self._slots = slots
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []  # admitted and not started, or preempted
+        self._by_request: defaultdict[RequestId, list[Sequence]] = defaultdict(list)
         self.host: HostTier | None = None
         """Where blocks wait that have lost their place on the device."""
-        self._dropped: list[Dropped] = []
-        self._fetches: list[Fetch] = []
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         """Tokens looked up in the prefix cache, each sequence once."""
@@ -105,6 +75,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """A new sequence."""
         insort(self.waiting, sequence, key=_rank)
+        self._by_request[sequence.request_id].append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence has ended or is cancelled; its blocks go back.
@@ -113,15 +84,20 @@ class Scheduler:
         """
         sequence.is_ended = True
         self._publish(sequence)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
+        (self.waiting if sequence.slot is None else self.running).remove(sequence)
         self._release(sequence)
+        self._by_request[sequence.request_id].remove(sequence)
+        if not self._by_request[sequence.request_id]:
+            del self._by_request[sequence.request_id]
 
     def sequences_of(self, request_id: RequestId) -> list[Sequence]:
         """All unfinished choices of a request."""
-        return [s for s in (*self.running, *self.waiting) if s.request_id == request_id]
+        return list(self._by_request.get(request_id, ()))
+
+    @property
+    def prompts(self) -> list[Sequence]:
+        """Running sequences that have more to compute than their newest token."""
+        return [s for s in self.running if not s.ready_until and s.num_missing > 1]
 
     @property
     def num_sequences(self) -> int:
@@ -133,27 +109,28 @@ class Scheduler:
     def wants(self, budget: int) -> list[Want]:
         """Free blocks that a step of `budget` tokens could use, by sequence, in the step's order."""
         wanted = []
-        size = self.kv.layout.tokens_per_block
-        for sequence in self._could_run():
-            held, computed = len(sequence.blocks), sequence.num_computed
-            total = len(sequence.tokens) + sequence.num_pending
-            if total - computed == 1 and total <= held * size and budget:  # most: a decode with room
+        for sequence in chain(self.running, self._could_start()):
+            if sequence.num_computed < sequence.ready_until:  # most: decodes with room
                 budget -= 1
-                continue
-            if total - computed > size:
-                held, computed = self._prefix(sequence)
-            length = min(total - computed, budget)
-            if length == 0:
+            elif budget <= 0:
                 break
-            budget -= length
-            if computed + length > held * size:
-                blocks = self.kv.layout.num_blocks(computed + length) - held
-                wanted.append(Want(sequence.rank, blocks))
+            elif not sequence.num_pending or sequence.can_step:
+                length, num_blocks = self._want(sequence, budget)
+                budget -= length
+                if num_blocks > 0:
+                    wanted.append(Want(sequence.rank, num_blocks))
         return wanted
 
-    def _could_run(self) -> Iterator[Sequence]:
-        """Sequences that the next step could take, memory permitting, in its order."""
-        yield from (s for s in self.running if not s.num_pending or s.can_step)
+    def _want(self, sequence: Sequence, budget: int) -> tuple[int, int]:
+        """Tokens that a sequence would compute, and blocks that it lacks for them."""
+        held, computed = len(sequence.blocks), sequence.num_computed
+        if sequence.num_missing > self.kv.layout.tokens_per_block:
+            held, computed = self._prefix(sequence)
+        length = min(sequence.num_total - computed, budget)
+        return length, self.kv.layout.num_blocks(computed + length) - held
+
+    def _could_start(self) -> Iterator[Sequence]:
+        """Waiting sequences that the next step could take, memory permitting, in its order."""
         places = min(self.max_batch_size - len(self.running), self._slots.num_free)
         able = (s for s in self.waiting if not s.num_pending and not self._must_follow(s))
         yield from islice(able, max(0, places))
@@ -196,94 +173,86 @@ class Scheduler:
            (which may be itself).
         3. Waiting sequences, prefix cache first, as far as budget, batch size, tables and blocks reach.
         """
-        chunks: list[Chunk] = []
-        fresh: list[BlockId] = []
-        self._dropped, self._fetches = [], []
-        size = self.kv.layout.tokens_per_block
-        entries = self._slots.max_entries
-        index = 0
-        while index < len(self.running) and budget > 0:  # 1; preemption shortens the list from its end
-            sequence = self.running[index]
-            start, held = sequence.num_computed, len(sequence.blocks)
-            missing = len(sequence.tokens) + sequence.num_pending - start
-            most = held + 1 if missing <= size else self.kv.layout.num_blocks(len(sequence.tokens))
-            if (sequence.num_pending and not sequence.can_step) or (
-                chunks and most - sequence.num_tabled > entries
-            ):
-                index += 1
-                continue
-            if missing == 1 and start < held * size:  # the common case: a decode whose block has room
+        draft = Draft(budget, self._slots.max_entries)
+        decodes, positions = draft.decodes, draft.positions
+        for sequence in self.running:  # 1; preemption shortens the list behind the present place only
+            if draft.budget <= 0:
+                break
+            start = sequence.num_computed
+            if start < sequence.ready_until:  # most: decodes with room
                 sequence.num_computed = start + 1
                 sequence.num_pending += 1
-                chunks.append(Chunk(sequence, start, 1, True))
-                budget -= 1
-                entries -= held - sequence.num_tabled
-                index += 1
-                continue
-            if missing > size:
-                missing = self._find_prefix(sequence)
-            length = self._make_room(sequence, min(missing, budget), fresh)  # 2
-            if length:
-                budget -= length
-                entries -= len(sequence.blocks) - sequence.num_tabled
-                chunks.append(_take(sequence, length))
-                index += 1
-        self._start_waiting(budget, entries, chunks, fresh)  # 3
-        if not chunks:
-            return None
-        return Step(tuple(chunks), tuple(fresh), tuple(self._dropped), tuple(self._fetches))
+                decodes.append(sequence)
+                positions.append(start)
+                draft.budget -= 1
+            else:
+                self._go_on(sequence, draft)
+        self._start_waiting(draft)  # 3
+        return None if draft.is_empty else draft.step()
 
-    def _make_room(self, sequence: Sequence, length: int, fresh: list[BlockId]) -> int:
+    def _go_on(self, sequence: Sequence, draft: Draft) -> None:
+        """A running sequence that needs more than its turn."""
+        if sequence.num_pending and not sequence.can_step:
+            return
+        layout, missing = self.kv.layout, sequence.num_missing
+        is_short = missing <= layout.tokens_per_block
+        most = len(sequence.blocks) + 1 if is_short else layout.num_blocks(len(sequence.tokens))
+        if most - sequence.num_tabled > draft.entries and not draft.is_empty:
+            return
+        if not is_short:
+            missing = self._find_prefix(sequence, draft)
+        length = self._make_room(sequence, min(missing, draft.budget), draft)  # 2
+        if length:
+            draft.take(sequence, length, layout.tokens_per_block)
+
+    def _make_room(self, sequence: Sequence, length: int, draft: Draft) -> int:
         """Blocks for `length` more tokens, or for fewer; 0 when the sequence itself had to give way."""
         while True:
-            fitting = self._extend(sequence, length, fresh)
+            fitting = self._extend(sequence, length, draft)
             if fitting:
                 return fitting
             if self.kv.num_cached:
-                self._dropped += self.kv.drop_cached(self.kv.layout.num_blocks(length))
+                draft.dropped += self.kv.drop_cached(self.kv.layout.num_blocks(length))
                 continue
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return 0
 
-    def _extend(self, sequence: Sequence, length: int, fresh: list[BlockId]) -> int:
+    def _extend(self, sequence: Sequence, length: int, draft: Draft) -> int:
         """Give the sequence blocks for `length` tokens, or for as many as the free blocks hold."""
-        layout = self.kv.layout
-        if sequence.num_computed + length <= len(sequence.blocks) * layout.tokens_per_block:
+        layout, held, computed = self.kv.layout, len(sequence.blocks), sequence.num_computed
+        missing = layout.num_blocks(computed + length) - held
+        if missing > self.kv.num_free:
+            missing = self.kv.num_free
+            length = (held + missing) * layout.tokens_per_block - computed
+        if missing <= 0:
             return length
-        room = (len(sequence.blocks) + self.kv.num_free) * layout.tokens_per_block
-        length = min(length, room - sequence.num_computed)
-        if length <= 0:
-            return 0
-        missing = layout.num_blocks(sequence.num_computed + length) - len(sequence.blocks)
-        blocks = self.kv.allocate(max(0, missing))
+        blocks = self.kv.allocate(missing)
         assert blocks is not None
         sequence.blocks += blocks
-        fresh += blocks
+        draft.new_blocks += blocks
         return length
 
-    def _start_waiting(self, budget: int, entries: int, chunks: list[Chunk], fresh: list[BlockId]) -> None:
+    def _start_waiting(self, draft: Draft) -> None:
         passed: list[Sequence] = []
-        num_blocks = self.kv.layout.num_blocks
-        while self.waiting and budget > 0 and self._has_place():
+        layout = self.kv.layout
+        while self.waiting and draft.budget > 0 and self._has_place():
             sequence = self.waiting.pop(0)
             if sequence.num_pending or self._must_follow(sequence):
                 passed.append(sequence)
                 continue
-            if chunks and num_blocks(len(sequence.tokens)) > entries:
+            if not draft.is_empty and layout.num_blocks(len(sequence.tokens)) > draft.entries:
                 passed.append(sequence)
                 break
             sequence.slot = self._slots.take()
-            length = self._extend(sequence, min(self._match_prefix(sequence), budget), fresh)
+            length = self._extend(sequence, min(self._match_prefix(sequence, draft), draft.budget), draft)
             if length == 0:
                 self._release(sequence)
                 passed.append(sequence)
                 break
             insort(self.running, sequence, key=_rank)
-            budget -= length
-            entries -= len(sequence.blocks)
-            chunks.append(_take(sequence, length))
+            draft.take(sequence, length, layout.tokens_per_block)
         self.waiting[:0] = passed
 
     def _has_place(self) -> bool:
@@ -296,6 +265,8 @@ class Scheduler:
 
     def _must_follow(self, sequence: Sequence) -> bool:
         """A request's later choices wait until the first one has computed the prompt that they share."""
+        if sequence.params.n == 1:
+            return False
         size = self.kv.layout.tokens_per_block
         return any(
             other.request_id == sequence.request_id
@@ -303,15 +274,15 @@ class Scheduler:
             for other in self.running
         )
 
-    def _match_prefix(self, sequence: Sequence) -> int:
+    def _match_prefix(self, sequence: Sequence, draft: Draft) -> int:
         """A waiting sequence takes what there is of its prefix; tokens that it should compute next."""
-        length = self._find_prefix(sequence)
+        length = self._find_prefix(sequence, draft)
         if not sequence.is_started:
             self.num_prefix_queries += len(sequence.tokens)
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
         return length
 
-    def _find_prefix(self, sequence: Sequence) -> int:
+    def _find_prefix(self, sequence: Sequence, draft: Draft) -> int:
         """Take published blocks and have others fetched, as far as free blocks reach; tokens left to compute.
 
         One token at least is left, since its logits are needed, and one free block for it. If it is for want
@@ -326,7 +297,10 @@ class Scheduler:
         for count, is_here in runs:
             begin = len(sequence.blocks)
             keys = sequence.keys[begin : begin + count]
-            found = self.kv.match(keys) if is_here else self._fetch(keys[: max(0, self.kv.num_free - 1)])
+            if is_here:
+                found = self.kv.match(keys)
+            else:
+                found = self._fetch(keys[: max(0, self.kv.num_free - 1)], draft)
             sequence.blocks += found
             if len(found) < count:
                 break
@@ -336,14 +310,14 @@ class Scheduler:
         sequence.num_computed = sequence.num_published * size
         return sequence.num_missing if sequence.num_published == wanted else size
 
-    def _fetch(self, keys: list[BlockKey]) -> list[BlockId]:
+    def _fetch(self, keys: list[BlockKey], draft: Draft) -> list[BlockId]:
         """Blocks for these keys, published at once: whoever takes them runs behind the copies."""
         blocks = self.kv.allocate(len(keys))
         assert blocks is not None and (self.host is not None or not keys)
         for block, key in zip(blocks, keys, strict=True):
             assert self.host is not None
             self.kv.publish(block, key)
-            self._fetches.append(Fetch(self.host.use(key), block))
+            draft.fetches.append(Fetch(self.host.use(key), block))
         return blocks
 
     # --- afterwards ----------------------------------------------------------------------------------
@@ -351,17 +325,18 @@ class Scheduler:
     def computed(self, step: Step) -> None:
         """The step has run: publish the blocks that are full of known tokens now."""
         size = self.kv.layout.tokens_per_block
-        for chunk in step.chunks:
-            sequence = chunk.sequence
-            if not sequence.is_ended and (sequence.num_published + 1) * size <= sequence.num_computed:
-                self._publish(sequence)
+        for place in np.flatnonzero((step.positions + 1) % size == 0).tolist():
+            self._publish(step.decodes[place])
+        for chunk in step.prompts:
+            self._publish(chunk.sequence)
 
     def _publish(self, sequence: Sequence) -> None:
-        known = min(sequence.num_computed, len(sequence.tokens))
-        keys = sequence.full_keys(self.kv.layout.tokens_per_block, known)
-        for index in range(sequence.num_published, len(keys)):
-            self.kv.publish(sequence.blocks[index], keys[index])
-        sequence.num_published = len(keys)
+        size = self.kv.layout.tokens_per_block
+        num_full = min(sequence.num_computed, len(sequence.tokens)) // size
+        sequence.extend_keys(size, num_full)
+        for index in range(sequence.num_published, num_full):
+            self.kv.publish(sequence.blocks[index], sequence.keys[index])
+        sequence.num_published = num_full
 
     def _preempt(self, sequence: Sequence) -> None:
         self._publish(sequence)  # of a step that is queued too: who takes these blocks runs behind it
@@ -385,6 +360,7 @@ class Scheduler:
         sequence.blocks = []
         sequence.num_computed = 0
         sequence.num_published = 0
+        sequence.ready_until = 0
         if sequence.slot is not None:
             self._slots.put(sequence.slot)
         sequence.slot = None
@@ -398,17 +374,10 @@ class Scheduler:
             moved = [i for i, block in enumerate(sequence.blocks) if block in target]
             for index in moved:
                 sequence.blocks[index] = target[sequence.blocks[index]]
-            sequence.num_tabled = min([sequence.num_tabled, *moved[:1]])
+            if moved:
+                sequence.num_tabled = min(sequence.num_tabled, moved[0])
+                sequence.ready_until = 0
 
 
 def _rank(sequence: Sequence) -> Rank:
     return sequence.rank
-
-
-def _take(sequence: Sequence, length: int) -> Chunk:
-    """The next `length` tokens of a sequence, counted as computed from now on."""
-    start = sequence.num_computed
-    sequence.num_computed += length
-    samples = sequence.num_computed == sequence.num_total
-    sequence.num_pending += samples
-    return Chunk(sequence, start, length, samples)

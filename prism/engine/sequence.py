@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from prism.engine.kv_blocks import ROOT_KEY, BlockKey, block_key
 from prism.engine.randomness import stream
-from prism.types import BlockId, FinishReason, Rank, RequestId, SamplingParams
+from prism.types import BlockId, Rank, RequestId, SamplingParams
 
 
 @dataclass(slots=True, eq=False)
@@ -27,11 +27,14 @@ class Sequence:
     params: SamplingParams
     arrival: float
     """Rank: memory goes to the oldest first."""
-    max_len: int
-    """Context length of the model: the choice ends when `tokens` reaches it."""
+    max_len: InitVar[int]
+    """Context length of the model; see `limit`."""
     num_computed: int = 0
     num_pending: int = 0
     """Tokens that queued steps draw."""
+    ready_until: int = 0
+    """While `num_computed` is less, it is a decode that needs nothing but its turn: its block has room, and
+    its next token is not the last. The scheduler keeps it; 0 is always right, and costs a closer look."""
     is_ended: bool = False
     """It is gone; what queued steps still draw for it is dropped."""
     slot: int | None = None
@@ -49,16 +52,27 @@ class Sequence:
     is_started: bool = False
     counts: dict[int, int] = field(default_factory=dict)
     """Occurrences of each output token, kept where penalties may want them."""
+    end: int = field(init=False)
+    """Tokens, prompt included, with which the choice ends."""
+    stops: frozenset[int] = field(init=False)
+    """Tokens that end it."""
     random_stream: int = field(init=False)
     """Of its draws; see `randomness.stream`."""
     needs_history: bool = field(init=False)
     """Its draws need its earlier tokens on the host, or report more than a token."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, max_len: int) -> None:
         p = self.params
+        self.limit(max_len)
+        self.stops = frozenset(p.stop_token_ids)
         self.random_stream = stream(p.seed, self.choice)
         penalties = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
         self.needs_history = bool(penalties or p.logit_bias or p.min_tokens or p.logprobs is not None)
+
+    def limit(self, max_len: int) -> None:
+        """It ends with its model's longest context, or with `max_tokens`, whatever comes first."""
+        self.end = min(max_len, self.prompt_len + self.params.max_tokens)
+        self.ready_until = 0
 
     @property
     def rank(self) -> Rank:
@@ -97,7 +111,7 @@ class Sequence:
         if not pending:  # 2; tokens that are known are not the last ones, or it would have ended
             return True
         total = len(self.tokens) + pending
-        if total - self.prompt_len >= self.params.max_tokens or total >= self.max_len:  # 1
+        if total >= self.end:  # 1
             return False
         return total - self.num_computed == 1 and not self.needs_history  # 3
 
@@ -112,17 +126,15 @@ class Sequence:
         if self.needs_history:
             self.counts[token] = self.counts.get(token, 0) + 1
 
-    def finish_reason(self) -> FinishReason | None:
-        """`LENGTH` once no further token may follow."""
-        total = len(self.tokens)
-        full = total - self.prompt_len >= self.params.max_tokens or total >= self.max_len
-        return FinishReason.LENGTH if full else None
-
     def full_keys(self, tokens_per_block: int, num_tokens: int) -> list[BlockKey]:
-        """Keys of the full blocks among the first `num_tokens` tokens, extended as needed."""
+        """Keys of the full blocks among the first `num_tokens` tokens."""
         wanted = num_tokens // tokens_per_block
-        while len(self.keys) < wanted:
+        self.extend_keys(tokens_per_block, wanted)
+        return self.keys[:wanted]
+
+    def extend_keys(self, tokens_per_block: int, num_blocks: int) -> None:
+        """Have so many keys at least."""
+        while len(self.keys) < num_blocks:
             start = len(self.keys) * tokens_per_block
             parent = self.keys[-1] if self.keys else ROOT_KEY
             self.keys.append(block_key(parent, self.tokens[start : start + tokens_per_block]))
-        return self.keys[:wanted]

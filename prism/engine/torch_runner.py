@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import torch
 
 from prism.attention.kernels import BatchLayout, KvView
 from prism.attention.torch_kernels import TorchKernels
 from prism.engine.pieces import Pieces, Work
-from prism.engine.sampler import Sampled, sample
-from prism.engine.scheduler import Step
+from prism.engine.sampler import NOTHING, Sampled, sample
 from prism.engine.sequence import Sequence
+from prism.engine.step import Chunk, Step
 from prism.models.decoder import Decoder
+from prism.types import BlockId
 
 
 class TorchFlight:
@@ -41,10 +44,10 @@ class TorchFlight:
         """See `InFlight.is_done`."""
         return self.is_launched
 
-    def draws(self) -> list[Sampled]:
+    def draws(self) -> Sampled:
         """See `InFlight.draws`."""
         assert self.is_launched
-        return self._pieces.drawn or []
+        return self._pieces.drawn or NOTHING
 
 
 class TorchRunner:
@@ -61,7 +64,8 @@ class TorchRunner:
         device = self.kernels.device
         tokens: list[int] = []
         last_rows: list[int] = []
-        for sequence, start, length, samples in step.chunks:
+        chunks = step.chunks
+        for sequence, start, length, samples in chunks:
             tokens += sequence.tokens[start : start + length]
             if samples:
                 last_rows.append(len(tokens) - 1)
@@ -71,8 +75,8 @@ class TorchRunner:
             if len(last_rows) < len(tokens)
             else None
         )
-        sampled = tuple(chunk.sequence for chunk in step.chunks if chunk.samples)
-        return TorchFlight(step, sampled, self._work(_layout(step), ids, rows, sampled))
+        layout = _layout(chunks, step.new_blocks)
+        return TorchFlight(step, step.sampled, self._work(layout, ids, rows, step.sampled))
 
     def _work(
         self, layout: BatchLayout, ids: torch.Tensor, rows: torch.Tensor | None, sampled: tuple[Sequence, ...]
@@ -87,11 +91,11 @@ class TorchRunner:
         return sample(model.logits(self.kernels, stream).float(), sampled)
 
 
-def _layout(step: Step) -> BatchLayout:
+def _layout(chunks: Seq[Chunk], new_blocks: Seq[BlockId]) -> BatchLayout:
     """Copies of the tables: blocks may move before the step is launched, and are copied behind it."""
     return BatchLayout(
-        query_lens=[chunk.length for chunk in step.chunks],
-        context_lens=[chunk.start + chunk.length for chunk in step.chunks],
-        tables=[list(chunk.sequence.blocks) for chunk in step.chunks],
-        new_blocks=step.new_blocks,
+        query_lens=[chunk.length for chunk in chunks],
+        context_lens=[chunk.start + chunk.length for chunk in chunks],
+        tables=[list(chunk.sequence.blocks) for chunk in chunks],
+        new_blocks=new_blocks,
     )

@@ -1,7 +1,9 @@
 """Text of tokens as they come: never a torn character, never a part of a stop string.
 
 `Detokenizer` turns tokens into text such that all its pieces together are what the tokenizer makes of all
-tokens together. `StopFilter` keeps back what may be the beginning of a stop string.
+tokens together. Only of a character that the end has cut off nothing is shown, as vLLM does it: a replacement
+character would be text that the model has not written. `StopFilter` keeps back what may be the beginning of a
+stop string.
 
     tokens   [ ........ | window ..................... ]
     text                [ emitted ........ | kept back ]
@@ -12,6 +14,7 @@ back because of a run of byte tokens; what a cut-off beginning changes is text t
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,17 +26,20 @@ _SHORTEST_WINDOW = 8  # more than the 4 bytes that one character may take
 class Detokenizer:
     """The text of one choice.
 
-    `decode` is the tokenizer's own. `ignored` are tokens without text (special ones), `bytes` those of a
-    byte-fallback vocabulary: a run of these is decoded as a whole, so it is kept back until it is over.
+    `decode` is the tokenizer's own, `data` are a token's bytes. `ignored` are tokens without text (special
+    ones), `byte_tokens` those of a byte-fallback vocabulary: a run of these is decoded as a whole, so it is
+    kept back until it is over.
     """
 
     def __init__(
         self,
         decode: Callable[[Sequence[int]], str],
+        data: Callable[[int], bytes],
         ignored: frozenset[int] = frozenset(),
         byte_tokens: frozenset[int] = frozenset(),
     ) -> None:
         self._decode = decode
+        self._data = data
         self._ignored = ignored
         self._byte_tokens = byte_tokens
         self._window: list[int] = []
@@ -59,11 +65,20 @@ class Detokenizer:
         self._num_emitted = len(self._decode(self._window)) - num_kept
 
     def finish(self) -> str:
-        """What was kept back: there is no more to complete it."""
-        text = self._decode(self._window) if self._window else ""
-        piece = text[self._num_emitted :]
-        self._num_emitted = len(text)
-        return piece
+        """What was kept back and is whole: nothing will complete the rest."""
+        window, num_torn = self._window, _num_torn(b"".join(map(self._data, self._window)))
+        is_in_bytes = num_torn > 0 and window[-1] in self._byte_tokens  # each is one
+        text = self._decode(window[:-num_torn] if is_in_bytes else window)
+        if num_torn and not is_in_bytes:
+            text = text.removesuffix(REPLACEMENT)
+        return text[self._num_emitted :]
+
+
+def _num_torn(data: bytes) -> int:
+    """Bytes at the end that begin a character and do not complete it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data)
+    return len(decoder.getstate()[0])
 
 
 class Released(NamedTuple):

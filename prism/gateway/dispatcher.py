@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from itertools import chain
 from typing import assert_never
 
 from prism.errors import Overloaded, RequestError, Unavailable, WireError
@@ -22,7 +23,18 @@ from prism.gateway.recovery import (
 from prism.gateway.requests import Accepted, Failed, Finished, Gap, Placement, Request, Stale
 from prism.gateway.routing import Routing, choose
 from prism.gateway.timers import Timers
-from prism.messages import CancelChoice, Demand, Output, Outputs, Rejected, Report, Returned, Routes, Started
+from prism.messages import (
+    CancelChoice,
+    Demand,
+    Output,
+    Outputs,
+    Rejected,
+    Report,
+    Returned,
+    Routes,
+    Started,
+    Token,
+)
 from prism.tenants import has_room
 from prism.types import ModelId, RequestId, Tenant, TenantId
 
@@ -153,7 +165,7 @@ class Dispatcher:
 
     def on_outputs(self, placement: Placement, outputs: Outputs, now: float) -> None:
         """The tokens of one step."""
-        for output in outputs.items:
+        for output in chain(map(_output, outputs.tokens), outputs.items):
             live = self._live.get(RequestId(output.request_id))
             if live is not None:
                 self._on_output(*live, placement, output, now)
@@ -291,6 +303,16 @@ class Dispatcher:
             if request.placement is not None:
                 assert up.get(request.placement.worker) == request.placement.incarnation, request_id
         assert self._held.keys() <= self._live.keys()
+
+
+def _output(token: Token) -> Output:
+    return Output(
+        request_id=token.request_id,
+        attempt=token.attempt,
+        choice=token.choice,
+        index=token.index,
+        token_ids=[token.token],
+    )
 
 
 def _quarantined(model: ModelId, seconds: float) -> Unavailable:

@@ -59,7 +59,7 @@ class Vocabulary:
 
     def detokenizer(self) -> Detokenizer:
         """A fresh one for one choice."""
-        return Detokenizer(self.decode, self._special, self._byte_tokens)
+        return Detokenizer(self.decode, self.token_texts.data, self._special, self._byte_tokens)
 
 
 class _Shared:

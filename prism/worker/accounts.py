@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from prism.engine.scheduler import Step
+from prism.engine.step import Step
 from prism.messages import TenantReport
 from prism.types import ModelId, Tenant
 from prism.worker.cost_book import CostBook, chunk_seconds
@@ -59,7 +59,7 @@ class Accounts:
         if len(self.usage) < 2:
             return
         able = {model.name for model in models.values() if model.takes_requests}
-        waiting = {t.submit.tenant for t in self._requests if not t.is_running and t.model in able}
+        waiting = {t.submit.tenant for t in self._requests.waiting if t.model in able}
         self._shares.wait(waiting)
         is_shared = len(waiting) > 1
         self.over_share = self._shares.over(self._pending(models.values())) if is_shared else frozenset()
@@ -75,7 +75,7 @@ class Accounts:
         if not self.tenants:
             return []
         running = Counter(t.submit.tenant for t in self._requests if t.is_running)
-        waiting = Counter(t.submit.tenant for t in self._requests if not t.is_running)
+        waiting = Counter(t.submit.tenant for t in self._requests.waiting)
         return [
             TenantReport(
                 tenant=name,
@@ -96,7 +96,7 @@ class Accounts:
             costs, engine = self._costs.of(model.name), model.engine
             if costs is None or engine is None:
                 continue
-            for sequence in (*engine.scheduler.running, *engine.scheduler.waiting):
+            for sequence in (*engine.scheduler.prompts, *engine.scheduler.waiting):
                 ticket = self._requests.get(sequence.request_id)
                 if sequence.num_missing > 1 and ticket is not None:
                     tenant, weight = ticket.submit.tenant, ticket.submit.weight

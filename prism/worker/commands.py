@@ -50,7 +50,7 @@ def _activate(worker: Worker, model: Model, command: Activate) -> None:
 
 def _evict(worker: Worker, model: Model, command: Evict) -> None:
     """What runs is suspended with its tokens before it is returned: none is lost or repeated."""
-    if worker.requests.of_model(model.name) and not command.returns:
+    if worker.requests.has_any(model.name) and not command.returns:
         worker.command_done(command, f"model {model.name} has unfinished requests", conflicts=True)
         return
     model.is_wanted, model.is_sent_away = False, not command.moved

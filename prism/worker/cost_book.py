@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from prism.costs import Corrections, Costs, DeviceRates, Shape, from_shape
-from prism.engine.scheduler import Step
+from prism.engine.step import Step
 from prism.types import Bytes, ModelId
 from prism.worker.models import Profile
 
@@ -110,14 +110,10 @@ class Work(NamedTuple):
 
 def work_of(step: Step) -> Work:
     """Of any step."""
-    tokens, pairs, context = 0, 0.0, 0
-    for chunk in step.chunks:
-        tokens += chunk.length
-        if chunk.length == 1:
-            context += chunk.start + 1
-        else:
-            pairs += chunk.length * (chunk.start + chunk.length / 2)
-    return Work(tokens, pairs, context)
+    num_decodes = len(step.decodes)
+    pairs = sum(length * (start + length / 2) for _, start, length, _ in step.prompts)
+    context = int(step.positions.sum()) + num_decodes
+    return Work(num_decodes + step.num_prompt_tokens, pairs, context)
 
 
 def step_seconds(costs: Costs, step: Step) -> float:
@@ -128,15 +124,13 @@ def step_seconds(costs: Costs, step: Step) -> float:
 def chunk_seconds(costs: Costs, step: Step) -> list[float]:
     """The same by chunk: tokens have equal parts of the matrix products, and each its own context."""
     steps = costs.steps
-    num_tokens = sum(chunk.length for chunk in step.chunks)
+    num_tokens = len(step.decodes) + step.num_prompt_tokens
     per_token = steps.gemm(num_tokens, has_prompts=step.has_prompts) / max(num_tokens, 1)
-    per_context, per_pair = steps.per_context, steps.per_pair
-    return [
-        per_token + per_context * (start + 1)
-        if length == 1
-        else length * (per_token + per_pair * (start + length / 2))
-        for _, start, length, _ in step.chunks
+    decodes: list[float] = (per_token + steps.per_context * (step.positions + 1)).tolist()
+    prompts = [
+        length * (per_token + steps.per_pair * (start + length / 2)) for _, start, length, _ in step.prompts
     ]
+    return decodes + prompts
 
 
 def shape_of(profile: Profile) -> Shape:

@@ -20,7 +20,7 @@ from prism.engine.gpu.runner import GpuRunner
 from prism.engine.kv_blocks import Move
 from prism.engine.kv_layout import BLOCK_TOKENS, plan_kv_layout
 from prism.engine.runner import Runner
-from prism.engine.scheduler import Step
+from prism.engine.step import Step
 from prism.engine.torch_runner import TorchFlight, TorchRunner
 from prism.errors import DeviceTooSmall, DriverError
 from prism.memory.cuda import CudaDriver

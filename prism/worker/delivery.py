@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 
-from prism.engine import sequence
 from prism.engine.engine import Drawn
+from prism.engine.sequence import Sequence
 from prism.errors import RequestError
-from prism.messages import Output, Outputs, Rejected, Returned, Started
+from prism.messages import Output, Outputs, Rejected, Returned, Started, Token
 from prism.types import GatewayId, Incarnation
 from prism.worker.outbox import Outbox
 from prism.worker.requests import Ticket
@@ -20,11 +21,11 @@ class Delivery:
         self._outbox = outbox
         self._incarnation = incarnation
 
-    def started(self, ticket: Ticket, sequences: Sequence[sequence.Sequence], now: float) -> None:
+    def started(self, ticket: Ticket, sequences: Iterable[Sequence], now: float) -> None:
         """The request runs for the first time in this attempt."""
         message = Started(
             request_id=ticket.request_id,
-            attempt=ticket.submit.attempt,
+            attempt=ticket.attempt,
             incarnation=self._incarnation,
             queue_seconds=max(0.0, now - ticket.submit.arrival),
             cached_tokens=max((s.num_cached for s in sequences), default=0),
@@ -33,19 +34,27 @@ class Delivery:
         )
         self._outbox.to_gateway(ticket.gateway, message)
 
-    def outputs(self, pairs: Iterable[tuple[Ticket, Drawn]]) -> None:
-        """A step's tokens, one message a gateway."""
-        by_gateway: dict[GatewayId, list[Output]] = {}
-        for ticket, drawn in pairs:
-            by_gateway.setdefault(ticket.gateway, []).append(_output(ticket, drawn))
-        for gateway, items in by_gateway.items():
-            self._outbox.to_gateway(gateway, Outputs(incarnation=self._incarnation, items=items))
+    def outputs(self, tickets: Iterable[Ticket], drawn: Drawn) -> None:
+        """A step's tokens, one message a gateway; `tickets` are those of the sequences, in their order."""
+        tokens: defaultdict[GatewayId, list[Token]] = defaultdict(list)
+        outputs: defaultdict[GatewayId, list[Output]] = defaultdict(list)
+        special = drawn.ends.keys() | drawn.logprobs.keys()
+        rows = zip(tickets, drawn.sequences, drawn.numbers, drawn.tokens, strict=True)
+        for place, (ticket, sequence, number, token) in enumerate(rows):
+            if place in special:
+                outputs[ticket.gateway].append(_output(ticket, drawn, place))
+            else:
+                new = Token(sequence.request_id, ticket.attempt, sequence.choice, number, token)
+                tokens[ticket.gateway].append(new)
+        for gateway in tokens.keys() | outputs.keys():
+            message = Outputs(incarnation=self._incarnation, tokens=tokens[gateway], items=outputs[gateway])
+            self._outbox.to_gateway(gateway, message)
 
     def rejected(self, ticket: Ticket, error: RequestError) -> None:
         """The request has ended without its last token."""
         message = Rejected(
             request_id=ticket.request_id,
-            attempt=ticket.submit.attempt,
+            attempt=ticket.attempt,
             incarnation=self._incarnation,
             error=error.wire(),
         )
@@ -55,20 +64,22 @@ class Delivery:
         """Another worker is to go on with the request."""
         message = Returned(
             request_id=ticket.request_id,
-            attempt=ticket.submit.attempt,
+            attempt=ticket.attempt,
             incarnation=self._incarnation,
         )
         self._outbox.to_gateway(ticket.gateway, message)
 
 
-def _output(ticket: Ticket, drawn: Drawn) -> Output:
+def _output(ticket: Ticket, drawn: Drawn, place: int) -> Output:
+    end, logprob = drawn.ends.get(place), drawn.logprobs.get(place)
+    has_token = end is None or end.stop_token is None
     return Output(
         request_id=ticket.submit.request_id,
-        attempt=ticket.submit.attempt,
-        choice=drawn.sequence.choice,
-        index=drawn.number,
-        token_ids=[] if drawn.token is None else [drawn.token],
-        logprobs=None if drawn.logprob is None or drawn.token is None else [drawn.logprob],
-        finish=drawn.finish,
-        stop_token=drawn.stop_token,
+        attempt=ticket.attempt,
+        choice=drawn.sequences[place].choice,
+        index=drawn.numbers[place],
+        token_ids=[drawn.tokens[place]] if has_token else [],
+        logprobs=[logprob] if logprob is not None and has_token else None,
+        finish=None if end is None else end.finish,
+        stop_token=None if end is None else end.stop_token,
     )

@@ -15,7 +15,8 @@ from prism.costs import DeviceRates
 from prism.engine.kv_blocks import Move
 from prism.engine.kv_layout import KvLayout
 from prism.engine.runner import Runner
-from prism.engine.scheduler import Slots, Step
+from prism.engine.scheduler import Slots
+from prism.engine.step import Step
 from prism.memory.arena import Arena
 from prism.memory.driver import Driver
 from prism.memory.pool import SlabPool

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from prism.engine.scheduler import Step
+from prism.engine.step import Step
 from prism.messages import ResumedChoice
 from prism.types import RequestId
 from prism.worker import turns

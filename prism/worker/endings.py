@@ -79,9 +79,8 @@ class Endings:
 
     def look_for_overdue(self, now: float) -> None:
         """Refuse what has taken too long altogether."""
-        for ticket in self._worker.requests:
-            if ticket.submit.latest_end <= now:
-                self.refuse(ticket, Unavailable("the request took longer than limits.request_timeout"))
+        while (ticket := self._worker.requests.overdue(now)) is not None:
+            self.refuse(ticket, Unavailable("the request took longer than limits.request_timeout"))
 
     def expired(self, ticket: Ticket) -> None:
         """It has waited too long for its start."""

@@ -48,7 +48,7 @@ def _has_room(worker: Worker, submit: Submit) -> bool:
     if num_waiting < limit or submit.tenant is None:
         return num_waiting < limit
     tenant = worker.accounts.tenants.get(TenantId(submit.tenant))
-    num_own = sum(t.submit.tenant == submit.tenant for t in worker.requests if not t.is_running)
+    num_own = sum(t.submit.tenant == submit.tenant for t in worker.requests.waiting)
     return tenant is not None and has_room(limit, num_waiting, num_own, tenant.part)
 
 

@@ -40,11 +40,11 @@ class Holdings:
 
     def rank(self, model: Model) -> Rank:
         """Of the model's oldest request; commands and preloads come behind all requests."""
-        return self._oldest(model) or LAST_RANK
+        return self._requests.oldest(model.name) or LAST_RANK
 
     def is_asked_for(self, model: Model) -> bool:
         """By a request, a command or the configuration."""
-        return model.is_wanted or bool(self._requests.of_model(model.name))
+        return model.is_wanted or self._requests.has_any(model.name)
 
     def may_displace(self, model: Model, now: float) -> bool:
         """Others may be stopped so that this model can be loaded."""
@@ -56,10 +56,6 @@ class Holdings:
     def return_chance(self, model: Model, now: float) -> float:
         """That a model without requests gets one soon."""
         return model.idle_times.return_chance(max(0.0, now - model.last_used), self._idle_threshold)
-
-    def _oldest(self, model: Model) -> Rank | None:
-        tickets = self._requests.of_model(model.name)
-        return min(((t.submit.arrival, t.request_id, 0) for t in tickets), default=None)
 
     def snapshot(self, expected_demand: float, now: float) -> MemorySnapshot:
         """All holdings."""
@@ -99,7 +95,7 @@ class Holdings:
             load_seconds=0.0 if costs is None else costs.activation,
             return_chance=self.return_chance(model, now),
             active_since=model.active_since,
-            oldest_request=self._oldest(model),
+            oldest_request=self._requests.oldest(model.name),
             running=tuple(self._running(model, block_seconds, now)),
         )
 
@@ -109,5 +105,5 @@ class Holdings:
         for sequence in model.engine.scheduler.running:
             ticket = self._requests.get(sequence.request_id)
             blocks = len(sequence.blocks)
-            slack = 0.0 if ticket is None else ticket.next_deadline - now
+            slack = 0.0 if ticket is None else ticket.due - now
             yield Running(sequence.rank, blocks, blocks * block_seconds, slack)

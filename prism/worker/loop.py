@@ -10,14 +10,14 @@ beside the loop and comes back as an event; steps are queued ahead (stepper.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import assert_never
 
 from prism.config import Config, DeviceConfig
 from prism.costs import Costs
 from prism.engine.engine import EngineRequest
-from prism.engine.scheduler import Step
-from prism.errors import RequestError, Unavailable
+from prism.engine.step import Step
+from prism.errors import RequestError
 from prism.memory.slabs import KvOwner
 from prism.messages import (
     Activate,
@@ -31,12 +31,10 @@ from prism.messages import (
     Submit,
 )
 from prism.modes import RULES, Mode
-from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelId, ModelState, RequestId, WorkerId
-from prism.weights.link import Link
-from prism.weights.registrations import Registrations
-from prism.weights.transfers import NEVER
+from prism.types import Bytes, Epoch, GatewayId, Incarnation, RequestId, WorkerId
 from prism.worker import admission
 from prism.worker.accounts import Accounts
+from prism.worker.arrivals import Arrivals
 from prism.worker.commands import carry_out
 from prism.worker.cost_book import CostBook
 from prism.worker.delivery import Delivery
@@ -44,16 +42,15 @@ from prism.worker.device import Device
 from prism.worker.endings import Endings
 from prism.worker.entry import check_submit
 from prism.worker.holdings import Holdings
-from prism.worker.host_chunks import Chunks
 from prism.worker.host_kv import HostKv
-from prism.worker.loading import Fetch, JobEvent, Jobs, Loaded, Unloaded
-from prism.worker.models import Model, likely_order, limit_slabs, slabs_up
-from prism.worker.outbox import Outbox
+from prism.worker.loading import JobEvent
+from prism.worker.models import Model, limit_slabs, slabs_up
+from prism.worker.outside import Outside
 from prism.worker.rate import MOST_SECONDS, CompletionRate
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
 from prism.worker.rescue import end_standstill
-from prism.worker.residency import Residency, load_error
+from prism.worker.residency import Residency
 from prism.worker.snapshot import FAR
 from prism.worker.spare_room import SpareRoom
 from prism.worker.standstill import STANDSTILL_SECONDS, Standstill
@@ -63,8 +60,6 @@ from prism.worker.views import admission_snapshot, estimate, kv_capacity_tokens
 
 LEAST_PATIENCE = 0.05
 """Who lacks memory looks again after `min_residency`, when busy models may be evicted, but no sooner."""
-ARRIVAL_SECONDS = 0.001
-"""Between two looks at what has arrived of a model that requests wait for; a layer of 8B takes 8 ms."""
 ASIDE_SECONDS = 0.0005
 """What is done beside the steps at a time, between two rounds."""
 
@@ -77,16 +72,10 @@ class Worker:
         config: Config,
         device_config: DeviceConfig,
         device: Device,
+        outside: Outside,
         *,
-        outbox: Outbox,
-        jobs: Jobs,
-        fetch: Fetch,
-        link: Link,
-        clock: Callable[[], float],
         name: WorkerId,
         incarnation: Incarnation,
-        registrations: Registrations | None = None,
-        chunks: Chunks | None = None,
         calibrated: Mapping[str, Costs] | None = None,
     ) -> None:
         """`calibrated` are costs by model that were measured beforehand."""
@@ -99,30 +88,28 @@ class Worker:
         self.max_batch_size = device_config.max_batch_size
         self.models = _new_models(config, name, device.slab_bytes)
         self.requests = Requests()
-        self.registrations = registrations
-        self.host = HostKv(device, chunks)
+        self.registrations = outside.registrations
+        self.host = HostKv(device, outside.chunks)
         self.costs = CostBook(device.rates, calibrated or {})
         self.accounts = Accounts(config.server.tenants, self.requests, self.costs)
         self.rules = RULES[config.scheduling.mode]
-        self.tenancy = Tenancy(config.scheduling.quantum, clock)
+        self.tenancy = Tenancy(config.scheduling.quantum, outside.clock)
         self.owed_to_late = 0.0
         """Seconds that late requests may take before others (worker/admission.py)."""
-        self._outbox = outbox
-        self._clock = clock
+        self._outbox = outside.outbox
+        self._clock = outside.clock
         self._needs_admission = False
         self._standstill = Standstill()
         self._rate = CompletionRate()
-        self._delivery = Delivery(outbox, incarnation)
+        self._delivery = Delivery(outside.outbox, incarnation)
         self._patience = max(LEAST_PATIENCE, self.limits.min_residency)
-        self.residency = Residency(
-            device, jobs, outbox, fetch, link, registrations, self.host, clock, self.max_batch_size
-        )
-        self.residency.worker_id = name
+        self.residency = Residency(device, outside, self.host, name, self.max_batch_size)
         self.holdings = self._make_holdings(config.scheduling.idle_threshold)
         self.reclaimer = Reclaimer(device, self.models, self.holdings, self.evict, self.host)
         self._spare_room = self._make_spare_room(is_used=config.scheduling.load_ahead)
         self._stepper = self._make_stepper()
-        self._endings = Endings(self, self._delivery, self._stepper, clock)
+        self._endings = Endings(self, self._delivery, self._stepper, outside.clock)
+        self._arrivals = Arrivals(self, self._stepper, self._endings, self._spare_room, outside.registrations)
         if self.rules.is_resident:
             settle_residents(self, index_of(name))
 
@@ -193,7 +180,7 @@ class Worker:
 
     def _note_return(self, model: Model) -> None:
         """If the model was idle, for how long tells when it may come back another time."""
-        if model.last_used and not self.requests.of_model(model.name):
+        if model.last_used and not self.requests.has_any(model.name):
             model.idle_times.add(self._clock() - model.last_used)
 
     def learn(self, model: Model) -> None:
@@ -218,45 +205,21 @@ class Worker:
             self._endings.end(ticket)
 
     def on_packed(self, model: str) -> None:
-        """The agent holds a model's packed weights."""
-        self.residency.packed(self.models[model])
-        self._spare_room.changed()
+        """The agent holds a model's packed weights, which it was asked for."""
+        self._arrivals.packed(self.models[model])
 
     def on_held(self, model: str, size: Bytes) -> None:
         """The agent holds a model's packed weights, whoever asked for them."""
-        self.models[model].is_held = True
-        self._spare_room.changed()
-        device = self.models[model].config.device
-        if self.registrations is not None and device in (None, index_of(self.name)):
-            self.registrations.announce(ModelId(model), size)
+        home = self.models[model].config.device
+        self._arrivals.held(self.models[model], size, may_live_here=home in (None, index_of(self.name)))
 
     def on_packing_failed(self, model: str, reason: str) -> None:
-        """The checkpoint is unusable; whoever does not wait for it learns of it when he asks."""
-        wanting = self.models[model]
-        if wanting.state is ModelState.FETCHING:
-            self.residency.fail(wanting, Unavailable(reason))
-            self._endings.model_failed(wanting)
+        """The checkpoint is unusable."""
+        self._arrivals.packing_failed(self.models[model], reason)
 
     def on_job(self, event: JobEvent) -> None:
         """Something that ran beside the loop has ended."""
-        model = self.models[event.model]
-        match event:
-            case Loaded():
-                if load_error(model, event) is not None:
-                    self._stepper.drop_early(model)
-                self.residency.loaded(model, event)
-                if model.is_active:
-                    self.costs.loaded(model.name, event.seconds)
-                self._first_weights_arrived(model)
-                if self.registrations is not None:
-                    self.registrations.prefer(likely_order(self.models.values()))
-                if model.state is ModelState.FAILED:
-                    self._endings.model_failed(model)
-                self.capacities_changed()
-            case Unloaded():
-                self.residency.unloaded(model, event)
-            case _:
-                assert_never(event)
+        self._arrivals.job_ended(event)
         self.memory_changed()
 
     def on_command(self, command: Activate | Evict | SetLimits) -> None:
@@ -284,7 +247,7 @@ class Worker:
         now = self._clock()
         self._stepper.collect()
         self.host.tend(self.models)
-        self._move_models(now)
+        self._arrivals.look(now)
         self._admit(now)
         has_more = self._stepper.step(now)
         if has_more or self.is_device_busy:
@@ -301,54 +264,14 @@ class Worker:
     def next_timer(self) -> float | None:
         """The time at which `advance` must be called even if nothing comes in."""
         now = self._clock()
-        times = [t.expires for t in self.requests if not t.is_started and not t.is_running]
-        times += [ticket.submit.latest_end for ticket in self.requests]
-        if any(ticket.is_running for ticket in self.requests):
+        times = [ticket.expires for ticket in self.requests.waiting if not ticket.is_started]
+        if len(self.requests):
+            times.append(self.requests.latest_end)
+        if len(self.requests) > self.requests.num_waiting:
             times.append(now + STANDSTILL_SECONDS)
-        for model in self.models.values():
-            is_asked_for = self.holdings.is_asked_for(model)
-            if model.state is ModelState.FAILED and is_asked_for and not model.is_barred:
-                times.append(model.retry_at)
-            if model.is_waiting_for_slabs:
-                times.append(now + self._patience)
-            if model.stalled_until > now:
-                times.append(model.stalled_until)
-            if model.load is not None and self.requests.of_model(model.name):
-                times.append(now + ARRIVAL_SECONDS)
+        times += [model.stalled_until for model in self.models.values() if model.stalled_until > now]
+        times += self._arrivals.next_looks(self._patience, now)
         return min(times, default=None)
-
-    def _move_models(self, now: float) -> None:
-        """Bring in what is wanted; those with the oldest requests first."""
-        self.residency.unmap_arenas()
-        wanted = [m for m in self.models.values() if self.holdings.is_asked_for(m)]
-        if self.rules.is_exclusive:
-            wanted = self.tenancy.wanted(self, now)
-        for model in sorted(wanted, key=lambda m: (self.reclaimer.rank(m), m.name)):
-            before = model.state
-            model.is_ahead = model.is_sent_away = False
-            self.learn(model)
-            self.residency.want(model)
-            self.residency.try_load(model, self.reclaimer, now)
-            if model.state is not before:
-                self._needs_admission = True
-                if model.state is ModelState.FAILED:
-                    self._endings.model_failed(model)
-        for model in self.models.values():
-            if model.load is not None:
-                tickets = self.requests.of_model(model.name)
-                model.load.deadline = min((t.next_deadline for t in tickets), default=NEVER)
-                if not model.is_readable and model.load.groups_arrived:
-                    self._first_weights_arrived(model)
-        self._spare_room.fill(now)
-
-    def _first_weights_arrived(self, model: Model) -> None:
-        """Its requests may enter, and what its steps gain by can be prepared."""
-        if model.engine is not None and not model.is_readable and (model.load is not None or model.is_active):
-            model.is_readable = True
-            if model.load is not None:
-                self.host.open(model, model.load.digest)
-            self._needs_admission = True
-            self.device.backend.expect(model.engine.runner)
 
     def _admit(self, now: float) -> None:
         self._endings.look_for_overdue(now)
@@ -356,6 +279,9 @@ class Worker:
             return
         self._needs_admission = False
         self.accounts.look(self.models)
+        if not self.requests.num_waiting:
+            self.owed_to_late = 0.0
+            return
         decisions, self.owed_to_late = admission.decide(admission_snapshot(self), now)
         for decision in decisions:
             waiting = self.requests.get(decision.request_id)
@@ -371,13 +297,13 @@ class Worker:
                     assert_never(decision)
 
     def _some_expired(self, now: float) -> bool:
-        return any(t.expires <= now for t in self.requests if not t.is_running and not t.is_started)
+        return any(t.expires <= now and not t.is_started for t in self.requests.waiting)
 
     def _enter(self, ticket: Ticket) -> None:
         engine = self.models[ticket.model].engine
         assert engine is not None
         submit = ticket.submit
-        ticket.is_running = True
+        self.requests.enter(ticket)
         self.models[ticket.model].stalled_until = 0.0
         engine.add(
             EngineRequest(
@@ -402,6 +328,10 @@ class Worker:
 
     def prompts_computed(self) -> None:
         """Engines hold fewer prompts than before, so others may enter."""
+        self.places_changed()
+
+    def places_changed(self) -> None:
+        """Somebody may enter an engine who could not before."""
         self._needs_admission = True
 
     def memory_changed(self) -> None:
@@ -437,8 +367,7 @@ class Worker:
         for request_id, unfinished in choices.items():
             ticket = self.requests.get(request_id)
             assert ticket is not None
-            ticket.is_running = False
-            ticket.waiting = None
+            self.requests.leave(ticket)
             for choice in unfinished:
                 ticket.resumed[choice.choice] = choice
 

@@ -58,6 +58,7 @@ from prism.worker.host_chunks import ChunkThread, HostChunks
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker, index_of
 from prism.worker.open_device import open_device
+from prism.worker.outside import Outside
 from prism.worker.reports import make_report
 from prism.worker.stepper import LOOK_SECONDS
 
@@ -250,20 +251,16 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     registrations = new_registrations(run_dir / "store.sock", device, config)
     link = ThreadLink(device.backend.copier)
     chunks = new_chunks(device, config)
+    fetching = partial(fetch, run_dir / "store.sock")
+    outside = Outside(sockets, jobs, fetching, link, SystemClock().now, registrations, chunks)
     worker = Worker(
         config,
         device_config,
         device,
-        outbox=sockets,
-        jobs=jobs,
-        fetch=partial(fetch, run_dir / "store.sock"),
-        link=link,
-        clock=SystemClock().now,
+        outside,
         name=WorkerId(name),
         incarnation=Incarnation(incarnation),
-        registrations=registrations,
         calibrated=calibrated_costs(config),
-        chunks=chunks,
     )
     metrics = Metrics()
     if incarnation > 1:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
 
+from prism.engine.sequence import Sequence
 from prism.messages import ResumedChoice, Submit
-from prism.types import GatewayId, ModelId, RequestId
+from prism.types import GatewayId, ModelId, Rank, RequestId
+from prism.worker.earliest import Earliest
 from prism.worker.foresight import BANKED
 from prism.worker.snapshot import WaitingRequest
 
@@ -24,14 +27,22 @@ class Ticket:
     is_started: bool = False
     """`Started` has been sent in this attempt."""
     last_token: float | None = None
-    due: float | None = None
-    """When its next token is due; None before it is known."""
+    due: float = field(init=False)
+    """When its next token is due."""
+    attempt: int = field(init=False)
+    tpot: float = field(init=False)
+    """Objective between two tokens of a choice."""
     queue_position: int = 0
     estimated_seconds: float = 0.0
     """What it was told when it came."""
     waiting: WaitingRequest | None = None
     """What admission sees of it, as long as that holds."""
     resumed: dict[int, ResumedChoice] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        slo = self.submit.slo
+        self.due, self.tpot = self.submit.arrival + slo.ttft, slo.tpot
+        self.attempt = self.submit.attempt
 
     @property
     def request_id(self) -> RequestId:
@@ -54,11 +65,6 @@ class Ticket:
         """Output tokens that its longest choice has from earlier attempts and places."""
         return max((len(choice.token_ids) for choice in self.resumed.values()), default=0)
 
-    @property
-    def next_deadline(self) -> float:
-        """When its next token is due."""
-        return self.submit.arrival + self.submit.slo.ttft if self.due is None else self.due
-
     def found_late(self, now: float) -> None:
         """Its first token cannot come in time any more: it is given the objective once more from now on.
 
@@ -66,19 +72,6 @@ class Ticket:
         """
         if self.last_token is None:
             self.due = now + self.submit.slo.ttft
-
-    def got_tokens(self, now: float) -> None:
-        """A step has drawn tokens for it, one for each of its choices at most.
-
-        Tokens are due one TPOT objective apart from the first one on, so that what came early may be made use
-        of; but no more than `BANKED` of it, lest a stream that was quick stands still.
-        """
-        tpot = self.submit.slo.tpot
-        if self.last_token is None or self.due is None:
-            self.due = now + tpot
-        elif now > self.last_token:
-            self.due = min(self.due + tpot, now + BANKED * tpot)
-        self.last_token = now
 
     def clip(self, max_tokens: int) -> None:
         """Lower a default max_tokens to what memory can hold."""
@@ -92,12 +85,31 @@ class Ticket:
         self.resumed[choice] = ResumedChoice(choice=choice, token_ids=[], finished=True)
 
 
+def got_tokens(tickets: Iterable[Ticket], now: float) -> None:
+    """A step has drawn tokens for these, one for each of their choices at most.
+
+    Tokens are due one TPOT objective apart from the first one on, so that what came early may be made use
+    of; but no more than `BANKED` of it, lest a stream that was quick stands still.
+    """
+    for ticket in tickets:
+        last, tpot = ticket.last_token, ticket.tpot
+        if last is None:
+            ticket.due = now + tpot
+        elif now > last:
+            due, latest = ticket.due + tpot, now + BANKED * tpot
+            ticket.due = due if due < latest else latest
+        ticket.last_token = now
+
+
 class Requests:
-    """All tickets, by request and by model."""
+    """All tickets, by request and by model. Some of what is asked each round has an index of its own."""
 
     def __init__(self) -> None:
         self._tickets: dict[RequestId, Ticket] = {}
-        self._by_model: dict[ModelId, dict[RequestId, Ticket]] = {}
+        self._by_model: defaultdict[ModelId, dict[RequestId, Ticket]] = defaultdict(dict)
+        self._waiting: dict[RequestId, Ticket] = {}
+        self._oldest: defaultdict[ModelId, Earliest[Rank]] = defaultdict(Earliest)
+        self._latest_ends: Earliest[tuple[float, RequestId]] = Earliest()
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -109,30 +121,86 @@ class Requests:
         """The ticket, if it has not ended."""
         return self._tickets.get(request_id)
 
+    def of_sequences(self, sequences: Iterable[Sequence]) -> list[Ticket]:
+        """Theirs, in their order; none has ended."""
+        tickets = self._tickets
+        return [tickets[sequence.request_id] for sequence in sequences]
+
+    # --- coming and going -----------------------------------------------------------------------------
+
     def add(self, ticket: Ticket) -> None:
-        """A new request."""
+        """A new request, outside of any engine."""
         assert ticket.request_id not in self._tickets
         self._tickets[ticket.request_id] = ticket
-        self._by_model.setdefault(ticket.model, {})[ticket.request_id] = ticket
+        self._waiting[ticket.request_id] = ticket
+        self._by_model[ticket.model][ticket.request_id] = ticket
+        self._oldest[ticket.model].add(_rank(ticket))
+        self._latest_ends.add((ticket.submit.latest_end, ticket.request_id))
 
     def remove(self, ticket: Ticket) -> None:
         """The request has ended."""
         del self._tickets[ticket.request_id]
+        self._waiting.pop(ticket.request_id, None)
         del self._by_model[ticket.model][ticket.request_id]
+        self._oldest[ticket.model].remove(_rank(ticket))
+        self._latest_ends.remove((ticket.submit.latest_end, ticket.request_id))
+
+    def enter(self, ticket: Ticket) -> None:
+        """Its model's engine takes it in."""
+        ticket.is_running = True
+        del self._waiting[ticket.request_id]
+
+    def leave(self, ticket: Ticket) -> None:
+        """It has lost its place in the engine, and waits again."""
+        ticket.is_running = False
+        ticket.waiting = None
+        self._waiting[ticket.request_id] = ticket
+
+    # --- who there is ---------------------------------------------------------------------------------
 
     def of_model(self, model: ModelId) -> tuple[Ticket, ...]:
         """A model's tickets in order of arrival here."""
-        return tuple(self._by_model.get(model, {}).values())
+        return tuple(self._by_model[model].values())
 
-    def has_waiting(self, model: ModelId) -> bool:
-        """One of a model's is outside of its engine."""
-        return any(not ticket.is_running for ticket in self._by_model.get(model, {}).values())
+    def has_any(self, model: ModelId) -> bool:
+        """Somebody asks for a model."""
+        return bool(self._by_model[model])
+
+    def oldest(self, model: ModelId) -> Rank | None:
+        """Of a model's requests."""
+        return self._oldest[model].least
+
+    def overdue(self, now: float) -> Ticket | None:
+        """One that has taken too long altogether."""
+        least = self._latest_ends.least
+        return None if least is None or least[0] > now else self._tickets[least[1]]
+
+    @property
+    def latest_end(self) -> float:
+        """When the next one has taken too long."""
+        least = self._latest_ends.least
+        return float("inf") if least is None else least[0]
 
     def of_gateway(self, gateway: GatewayId) -> tuple[Ticket, ...]:
         """What one gateway has sent."""
         return tuple(t for t in self._tickets.values() if t.gateway == gateway)
 
+    # --- outside of engines ---------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> tuple[Ticket, ...]:
+        """Requests outside of any engine."""
+        return tuple(self._waiting.values())
+
     @property
     def num_waiting(self) -> int:
-        """Requests outside of any engine."""
-        return sum(not ticket.is_running for ticket in self._tickets.values())
+        """How many these are."""
+        return len(self._waiting)
+
+    def has_waiting(self, model: ModelId) -> bool:
+        """One of a model's is among them."""
+        return any(ticket.model == model for ticket in self._waiting.values())
+
+
+def _rank(ticket: Ticket) -> Rank:
+    return (ticket.submit.arrival, ticket.request_id, 0)

@@ -29,7 +29,7 @@ def end_standstill(worker: Worker, standstill: Standstill, endings: Endings, now
     if not standstill.lasts((drawn, states, len(worker.requests), len(admitted)), now):
         return
     log.error("nothing moves, beginning again: %s", _outline(worker, now))
-    for model in [m for m in worker.models.values() if m.is_active and worker.requests.of_model(m.name)]:
+    for model in [m for m in worker.models.values() if m.is_active and worker.requests.has_any(m.name)]:
         worker.evict(model)
         for ticket in worker.requests.of_model(model.name):
             if ticket.is_running:  # and no engine knows of it

@@ -15,7 +15,6 @@ That its arena still shows them does no harm, but the arena must be empty before
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Protocol
 
 from prism.engine.engine import Engine
@@ -26,16 +25,14 @@ from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.messages import CommandDone, ResumedChoice, WeightsWanted
 from prism.models.decoder import Decoder
 from prism.models.rotary import rotary_table
-from prism.types import ModelState, RequestId, Stamp
-from prism.weights.link import Link
-from prism.weights.registrations import Registrations
+from prism.types import ModelState, RequestId, Stamp, WorkerId
 from prism.weights.transfers import Places
 from prism.worker.device import Device
 from prism.worker.foresight import UseTimes
 from prism.worker.host_kv import HostKv
-from prism.worker.loading import Fetch, Jobs, Load, LoadCancelled, Loaded, LoadPlan, Unloaded, unload
+from prism.worker.loading import Load, LoadCancelled, Loaded, LoadPlan, Unloaded, unload
 from prism.worker.models import Model, Profile, read_profile
-from prism.worker.outbox import Outbox
+from prism.worker.outside import Outside
 from prism.worker.reclaimer import Reclaimer, slabs_to_activate
 
 log = logging.getLogger(__name__)
@@ -60,26 +57,19 @@ class Residency:
     def __init__(
         self,
         device: Device,
-        jobs: Jobs,
-        outbox: Outbox,
-        fetch: Fetch,
-        link: Link,
-        registrations: Registrations | None,
+        outside: Outside,
         host: HostKv,
-        clock: Callable[[], float],
+        worker_id: WorkerId,
         max_batch_size: int,
     ) -> None:
         self._device = device
-        self._jobs = jobs
-        self._outbox = outbox
-        self._fetch = fetch
-        self._link = link
-        self._registrations = registrations
+        self._outside = outside
+        self._outbox = outside.outbox
         self._host = host
         self._leaving: list[tuple[Stamp | None, Model]] = []
-        self._clock = clock
+        self._clock = outside.clock
         self._max_batch_size = max_batch_size
-        self.worker_id = ""
+        self._worker_id = worker_id
 
     # --- towards active -----------------------------------------------------------------------------
 
@@ -174,8 +164,9 @@ class Residency:
         )
         model.arena_slabs = model.weight_slabs
         pool.add_alias(model.arena_slabs)
-        load = Load(plan, self._fetch, self._registrations, self._link, self._clock)
-        self._jobs.start(load.run)
+        outside = self._outside
+        load = Load(plan, outside.fetch, outside.registrations, outside.link, outside.clock)
+        outside.jobs.start(load.run)
         return load
 
     def cancel_load(self, model: Model) -> None:
@@ -291,7 +282,7 @@ class Residency:
         arena = model.arena
         assert arena is not None
         name, delay = model.name, UNMAP_DELAYS[min(model.num_unmap_failures, len(UNMAP_DELAYS) - 1)]
-        self._jobs.start(lambda: unload(name, arena, delay))
+        self._outside.jobs.start(lambda: unload(name, arena, delay))
 
     def unloaded(self, model: Model, event: Unloaded) -> None:
         """The arena is unmapped, so the model may be loaded again; on an error it is tried again."""
@@ -329,7 +320,7 @@ class Residency:
     def _answer(self, commands: list[int], error: str | None, *, conflicts: bool = False) -> None:
         for command in commands:
             self._outbox.to_controller(
-                CommandDone(command_id=command, worker=self.worker_id, error=error, conflicts=conflicts)
+                CommandDone(command_id=command, worker=self._worker_id, error=error, conflicts=conflicts)
             )
         commands.clear()
 

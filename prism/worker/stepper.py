@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from prism.engine.engine import Drawn
-from prism.engine.scheduler import Step
+from prism.engine.sequence import Sequence
+from prism.engine.step import Step
 from prism.errors import DriverError
 from prism.messages import ResumedChoice
 from prism.modes import Rules
@@ -25,7 +26,7 @@ from prism.worker.host_kv import HostKv
 from prism.worker.lanes import Deferred, Flight, Lane
 from prism.worker.models import Model
 from prism.worker.reclaimer import Reclaimer
-from prism.worker.requests import Requests, Ticket
+from prism.worker.requests import Requests, Ticket, got_tokens
 from prism.worker.usage import DeviceTime
 from prism.worker.views import neighbours_decode, turn_snapshot
 
@@ -180,7 +181,9 @@ class Stepper:
         """Tell gateways what starts, before it could kill this process."""
         assert model.engine is not None
         self._listener.step_made(model, step)
-        for request_id in {RequestId(chunk.sequence.request_id) for chunk in step.chunks}:
+        new = [sequence for sequence in step.decodes if not sequence.is_started]
+        new += [chunk.sequence for chunk in step.prompts]
+        for request_id in {sequence.request_id for sequence in new}:
             ticket = self._requests.get(request_id)
             if ticket is not None and not ticket.is_started:
                 ticket.is_started = True
@@ -251,24 +254,22 @@ class Stepper:
             self._listener.prompts_computed()
         return self._account(model, model.engine.commit(flight.step))
 
-    def _account(self, model: Model, drawn: list[Drawn]) -> float:
+    def _account(self, model: Model, drawn: Drawn) -> float:
         """Send a step's tokens and close what has ended; the tightest objective of its streams."""
         now = self._clock()
         model.last_used = now
         if model.kv is not None:
             model.use_times.saw(model.kv.num_uses, now)
         model.usage.decoded_tokens += len(drawn)
-        pairs, tpot = [], float("inf")
-        for item in drawn:
-            ticket = self._requests.get(item.sequence.request_id)
-            assert ticket is not None
-            ticket.got_tokens(now)
-            tpot = min(tpot, ticket.submit.slo.tpot)
-            pairs.append((ticket, item))
-            if item.finish is not None:
-                model.output_lengths.add(item.sequence.num_output)
-                ticket.finish_choice(item.sequence.choice)
-                if not ticket.open_choices:
-                    self._listener.request_completed(ticket)
-        self._delivery.outputs(pairs)
-        return tpot
+        tickets = self._requests.of_sequences(drawn.sequences)
+        got_tokens(tickets, now)
+        for place in drawn.ends:
+            self._choice_ended(model, tickets[place], drawn.sequences[place])
+        self._delivery.outputs(tickets, drawn)
+        return min([ticket.tpot for ticket in tickets], default=float("inf"))
+
+    def _choice_ended(self, model: Model, ticket: Ticket, sequence: Sequence) -> None:
+        model.output_lengths.add(sequence.num_output)
+        ticket.finish_choice(sequence.choice)
+        if not ticket.open_choices:
+            self._listener.request_completed(ticket)

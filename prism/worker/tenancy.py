@@ -75,7 +75,7 @@ class Tenancy:
         tenant = worker.models[choice.model]
         if not tenant.is_active:
             self._since = now  # its time begins when it is there
-        return [tenant] if tenant.is_wanted or worker.requests.of_model(choice.model) else []
+        return [tenant] if tenant.is_wanted or worker.requests.has_any(choice.model) else []
 
     def starts_in(self, worker: Worker, model: Model, arrival: float) -> float:
         """Seconds until a request of this model that came then, behind all that wait for it, would start."""

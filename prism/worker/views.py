@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from prism.engine.engine import Engine
 from prism.engine.kv_layout import KvLayout
 from prism.modes import Rules
-from prism.types import ModelId, ModelState, Rank, RequestId
+from prism.types import ModelId, ModelState, Rank
 from prism.worker.cost_book import CostBook
 from prism.worker.foresight import GROWTH
 from prism.worker.lanes import Lane
@@ -31,14 +33,13 @@ if TYPE_CHECKING:
 
 def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
     """Waiting requests and the room that models have for them."""
-    running = [ticket for ticket in worker.requests if ticket.is_running]
     active = _active(worker)
     by_deadline = worker.rules.by_deadline
     return AdmissionSnapshot(
-        waiting=tuple(t.waiting or waiting_request(worker, t) for t in worker.requests if not t.is_running),
+        waiting=tuple(t.waiting or waiting_request(worker, t) for t in worker.requests.waiting),
         models={ModelId(m.name): _load(worker, m) for m in worker.models.values()},
-        num_running_requests=len(running),
-        alone_is_running=any(ticket.submit.alone for ticket in running),
+        num_running_requests=len(worker.requests) - worker.requests.num_waiting,
+        alone_is_running=any(t.submit.alone for t in worker.requests if t.is_running),
         busy=_busy(worker, active) if by_deadline else 0.0,
         stretch=_stretch(worker, active) if by_deadline else 1.0,
         horizon=_horizon(worker, active) if by_deadline else float("inf"),
@@ -77,12 +78,11 @@ def estimate(worker: Worker, model: Model, deadline: float, tenant: str | None =
     ahead, seconds = 0, 0.0
     over = worker.accounts.over_beside(tenant, worker.models)
     own = (tenant in over, deadline)
-    for ticket in worker.requests:
-        if not ticket.is_running:
-            waiting = ticket.waiting or waiting_request(worker, ticket)
-            if (waiting.tenant in over, waiting.deadline) <= own:
-                ahead += 1
-                seconds += waiting.seconds
+    for ticket in worker.requests.waiting:
+        waiting = ticket.waiting or waiting_request(worker, ticket)
+        if (waiting.tenant in over, waiting.deadline) <= own:
+            ahead += 1
+            seconds += waiting.seconds
     if worker.rules.is_exclusive:
         return Estimate(ahead + 1, worker.tenancy.starts_in(worker, model, deadline - FAR))
     active = _active(worker)
@@ -135,13 +135,19 @@ def _blocks_to_come(worker: Worker, model: Model) -> int:
     kv, engine = model.kv, model.engine
     if kv is None or engine is None:
         return 0
-    layout, expected, blocks = kv.layout, model.output_lengths.expected_rest, 0
-    seen: set[RequestId] = set()
-    for sequence in (*engine.scheduler.running, *engine.scheduler.waiting):
-        rest = min(expected, sequence.params.max_tokens - sequence.num_output)
-        is_later = sequence.request_id in seen and not sequence.blocks
-        tokens = sequence.num_output if is_later else len(sequence.tokens)
-        blocks += max(0, layout.num_blocks(tokens + max(1, round(GROWTH * rest))) - len(sequence.blocks))
+    layout, expected = kv.layout, model.output_lengths.expected_rest
+    running, waiting = engine.scheduler.running, engine.scheduler.waiting
+    tokens = np.array([len(s.tokens) for s in running], np.float64)
+    rest = np.minimum(expected, np.array([s.end for s in running], np.float64) - tokens)
+    held = np.array([len(s.blocks) for s in running], np.float64)
+    wanted = np.ceil((tokens + np.maximum(1, np.rint(GROWTH * rest))) / layout.tokens_per_block)
+    blocks = int(np.maximum(0, wanted - held).sum())
+    seen = {s.request_id for s in running} if waiting else set()
+    for sequence in waiting:
+        is_later = sequence.request_id in seen
+        num_tokens = sequence.num_output if is_later else len(sequence.tokens)
+        growth = max(1, round(GROWTH * min(expected, sequence.end - len(sequence.tokens))))
+        blocks += layout.num_blocks(num_tokens + growth)
         seen.add(sequence.request_id)
     return blocks
 
@@ -151,17 +157,17 @@ def _backlog(worker: Worker, model: Model) -> float:
     costs, engine = worker.costs.of(model.name), model.engine
     if costs is None or engine is None:
         return 0.0
-    sequences = (*engine.scheduler.running, *engine.scheduler.waiting)
+    sequences = (*engine.scheduler.prompts, *engine.scheduler.waiting)
     return sum(costs.steps.prefill(s.num_missing, s.num_computed) for s in sequences if s.num_missing > 1)
 
 
 def _decode_share(worker: Worker, model: Model) -> float:
     """Share of the device's time that a model's streams need, each at its objective."""
     costs, engine = worker.costs.of(model.name), model.engine
-    tpots = [t.submit.slo.tpot for t in worker.requests.of_model(model.name) if t.last_token is not None]
+    tpots = [t.tpot for t in worker.requests.of_model(model.name) if t.last_token is not None]
     if costs is None or engine is None or not tpots:
         return 0.0
-    context = sum(s.num_computed for s in engine.scheduler.running)
+    context = sum([s.num_computed for s in engine.scheduler.running])
     return costs.steps.decode(len(tpots), context) / max(min(tpots), 1e-3)
 
 
@@ -209,7 +215,7 @@ def obtainable_slabs(worker: Worker, model: Model) -> int:
     for other in worker.models.values():
         if other is model or other.kv is None or not other.is_active:
             continue
-        if not worker.requests.of_model(other.name) and not other.pinned:
+        if not worker.requests.has_any(other.name) and not other.pinned:
             slabs += len(other.weight_slabs) + other.kv.num_slabs
         else:
             slabs += max(0, min(other.kv.num_gatherable, other.kv.num_slabs - other.kv_floor))
@@ -242,28 +248,15 @@ def turn_snapshot(
 
 
 def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, rules: Rules) -> Runnable:
-    """A queued step counts as one token more for all."""
     costs = book.of(model.name)
-    num_decodes = context = prompt_tokens = prompt_start = 0
-    for sequence in engine.scheduler.running:
-        missing = sequence.num_missing
-        if missing <= 1:
-            num_decodes += 1
-            context += sequence.num_computed
-        else:
-            prompt_start = prompt_start or sequence.num_computed
-            prompt_tokens += missing
-    prompt_tokens += sum(sequence.num_missing for sequence in engine.scheduler.waiting)
-    due = decode_due = prompt_due = tpot = float("inf")
-    for ticket in requests.of_model(model.name):
-        if ticket.is_running:
-            deadline = ticket.next_deadline + engine.num_queued * ticket.submit.slo.tpot
-            due = min(due, deadline)
-            if ticket.last_token is not None:
-                decode_due = min(decode_due, deadline)
-                tpot = min(tpot, ticket.submit.slo.tpot)
-            else:
-                prompt_due = min(prompt_due, deadline)
+    scheduler = engine.scheduler
+    prompts = scheduler.prompts
+    num_decodes = len(scheduler.running) - len(prompts)
+    context = sum([s.num_computed for s in scheduler.running]) - sum(s.num_computed for s in prompts)
+    prompt_start = next((s.num_computed for s in prompts if s.num_computed), 0)
+    prompt_tokens = sum(s.num_missing for s in (*prompts, *scheduler.waiting))
+    decode_due, prompt_due, tpot = _dues(requests.of_model(model.name), engine.num_queued)
+    due = min(decode_due, prompt_due)
     if prompt_tokens and prompt_due == float("inf"):
         prompt_due = due  # of streams that have lost their place
     seconds = 0.0 if costs is None or not num_decodes else costs.steps.decode(num_decodes, context)
@@ -280,6 +273,35 @@ def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, 
         prompt_deadline=prompt_due,
         tpot=tpot if rules.by_deadline else float("inf"),
     )
+
+
+class _Dues(NamedTuple):
+    """Of running requests of one model; infinite where there are none."""
+
+    decode: float
+    """The earliest next token of those that have had one."""
+    prompt: float
+    """The earliest first one of the others."""
+    tpot: float
+    """The least objective of the former."""
+
+
+def _dues(tickets: Iterable[Ticket], num_queued: int) -> _Dues:
+    """A queued step counts as one token more for all."""
+    decode_due = prompt_due = least = float("inf")
+    for ticket in tickets:
+        tpot = ticket.tpot
+        due = ticket.due + num_queued * tpot
+        if not ticket.is_running:
+            continue
+        if ticket.last_token is None:
+            prompt_due = min(prompt_due, due)
+            continue
+        if due < decode_due:
+            decode_due = due
+        if tpot < least:
+            least = tpot
+    return _Dues(decode_due, prompt_due, least)
 
 
 def neighbours_decode(models: Mapping[str, Model], lane: Lane) -> bool:

@@ -62,7 +62,8 @@ def test_two_engines_alternate_over_one_window(tmp_path: Path) -> None:
             if step is not None:
                 flight = engine.run(step)
                 flight.launch()
-                for drawn in engine.commit(flight):
-                    outputs.setdefault(drawn.sequence.request_id, []).append(drawn.token)
+                drawn = engine.commit(flight)
+                for sequence, token in zip(drawn.sequences, drawn.tokens, strict=True):
+                    outputs.setdefault(sequence.request_id, []).append(token)
             engine.kv.check()
     assert outputs == expected

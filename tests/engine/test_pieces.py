@@ -19,7 +19,7 @@ def noted(done: list[str], gate: list[bool] | None = None) -> Work:
     if gate is not None:
         yield lambda: gate[-1]
         done.append("draws")
-        return [Sampled(7, None)]
+        return Sampled([7], {})
     return None
 
 
@@ -59,4 +59,4 @@ def test_draws_on_the_host_come_when_the_logits_are_there() -> None:
     assert not pieces.advance(None, FOREVER) and not pieces.is_complete
     gate.append(True)
     assert pieces.advance(None, 0.0) and pieces.is_complete
-    assert pieces.drawn == [Sampled(7, None)]
+    assert pieces.drawn == Sampled([7], {})

@@ -40,7 +40,7 @@ def logits(*rows: dict[int, float]) -> torch.Tensor:
 
 
 def tokens(scores: torch.Tensor, *rows: Sequence) -> list[int]:
-    return [s.token for s in sample(scores, rows)]
+    return sample(scores, rows).tokens
 
 
 def test_greedy_takes_the_highest() -> None:
@@ -97,15 +97,15 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
-    scores = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(3))
+    scores = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(3))
     expected = torch.log_softmax(scores, dim=-1)
-    first, second = sample(scores.clone(), [row(logprobs=3, logit_bias={5: 100.0}), row(logprobs=0)])
-    assert first.token == 5
-    assert first.logprob is not None and second.logprob is not None
-    assert first.logprob.logprob == pytest.approx(expected[0, 5].item())
+    rows = [row(logprobs=3, logit_bias={5: 100.0}), row(), row(logprobs=0)]
+    drawn = sample(scores.clone(), rows)
+    assert drawn.tokens[0] == 5 and drawn.logprobs.keys() == {0, 2}
+    assert drawn.logprobs[0].logprob == pytest.approx(expected[0, 5].item())
     values, ids = expected[0].topk(3)
-    assert first.logprob.top == [(int(i), pytest.approx(float(v))) for i, v in zip(ids, values, strict=True)]
-    assert second.logprob.top == []
+    top = [(int(i), pytest.approx(float(v))) for i, v in zip(ids, values, strict=True)]
+    assert drawn.logprobs[0].top == top and drawn.logprobs[2].top == []
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8, "min_p": 0.01}])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from itertools import takewhile
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from prism.engine.host_blocks import HostPlace
-from prism.engine.kv_blocks import BlockKey, KvSpace
+from prism.engine.kv_blocks import BlockKey, KvSpace, Move
 from prism.engine.kv_layout import KvLayout
-from prism.engine.scheduler import Scheduler, Slots, Step
+from prism.engine.scheduler import Scheduler, Slots
 from prism.engine.sequence import Sequence
+from prism.engine.step import Step
 from prism.types import Bytes, RequestId, SamplingParams, SlabId
 
 PROMPT = list(range(18))
@@ -24,7 +29,7 @@ def make(slots: Slots, num_slabs: int = 1) -> Scheduler:
 
 
 def sequence(name: str, choice: int = 0, prompt: list[int] = PROMPT) -> Sequence:
-    params = SamplingParams(max_tokens=4, temperature=0.0, seed=0)
+    params = SamplingParams(n=2, max_tokens=4, temperature=0.0, seed=0)
     return Sequence(RequestId(name), choice, len(prompt), list(prompt), params, 0.0, max_len=100)
 
 
@@ -92,8 +97,7 @@ def test_moved_tables_are_entered_again_over_several_steps() -> None:
         scheduler.add(sequence(str(i), prompt=[i, *PROMPT[1:]]))
     for _ in range(3):
         ran(scheduler, scheduler.schedule(1000))
-    for running in scheduler.running:
-        running.num_tabled = 0
+    scheduler.rename_blocks(tuple(Move(s.blocks[0], s.blocks[0]) for s in scheduler.running))
     first = scheduler.schedule(1000)
     assert first is not None and [c.sequence.request_id for c in first.chunks] == ["0", "1"]
     ran(scheduler, first)
@@ -215,3 +219,49 @@ def test_a_preempted_sequence_leaves_its_blocks_to_be_found() -> None:
     assert scheduler.preempt_youngest(2) == 1
     assert scheduler.kv.num_cached == 4 and scheduler.kv.num_used == 0
     scheduler.kv.check()
+
+
+@given(st.lists(st.integers(0, 99), min_size=20, max_size=120))
+def test_decodes_that_need_nothing_but_their_turn_need_nothing_else(actions: list[int]) -> None:
+    """What the scheduler notes in `ready_until` is what a closer look would find, whatever happened between.
+
+    Two steps are queued; sequences of different lengths, some with penalties, come, end, give way to others,
+    are renamed, and are cut by a shorter context.
+    """
+    layout = KvLayout(tokens_per_block=4, block_bytes=Bytes(64), unit=Bytes(64), slab_bytes=Bytes(1024))
+    kv = KvSpace(layout)
+    kv.add_slab(SlabId(0))
+    scheduler, queued = Scheduler(kv, 8, Slots(8)), deque[Step]()
+    for number, action in enumerate(actions):
+        if action % 3 == 0:
+            penalty = 0.5 if action % 7 == 0 else 0.0
+            params = SamplingParams(max_tokens=1 + action, presence_penalty=penalty, seed=0)
+            prompt = [number] * (1 + action % 13)
+            new = Sequence(RequestId(str(number)), 0, len(prompt), prompt, params, float(number), max_len=60)
+            scheduler.add(new)
+        if action % 10 == 1:
+            scheduler.preempt_youngest(1)
+        if action % 10 == 2:
+            scheduler.rename_blocks(tuple(Move(s.blocks[0], s.blocks[0]) for s in scheduler.running[:1]))
+        if action % 10 == 4:
+            for running in scheduler.running:
+                running.limit(30 + action)
+        step = scheduler.schedule(1 + action)
+        if step is not None:
+            queued.append(step)
+        while len(queued) > (step is not None):
+            _commit(scheduler, queued.popleft())
+        kv.check()
+        for ready in (s for s in scheduler.running if s.num_computed < s.ready_until):
+            assert ready.num_missing == 1 and ready.can_step and not ready.needs_history
+            assert ready.num_computed < len(ready.blocks) * 4
+
+
+def _commit(scheduler: Scheduler, step: Step) -> None:
+    for drawn in step.sampled:
+        drawn.num_pending -= 1
+        if not drawn.is_ended:
+            drawn.append(7)
+            if len(drawn.tokens) >= drawn.end:
+                scheduler.remove(drawn)
+    scheduler.computed(step)

@@ -26,6 +26,7 @@ from prism.messages import (
     Routes,
     Started,
     Submit,
+    Token,
     TokenLogprob,
 )
 from prism.metrics import Metrics
@@ -87,7 +88,7 @@ class Script:
             yield Outputs(incarnation=incarnation, items=items)
             return
         for item in items:
-            yield Outputs(incarnation=incarnation, items=[item])
+            yield _outputs(incarnation, item)
 
     def _outputs(self, submit: Submit, choice: int, head: dict[str, Any]) -> Iterator[Output]:
         resumed = {each.choice: each for each in submit.resumed}
@@ -113,6 +114,14 @@ class Script:
             finish=FinishReason.STOP if is_stop else FinishReason.LENGTH,
             stop_token=IM_END if is_stop else None,
         )
+
+
+def _outputs(incarnation: int, item: Output) -> Outputs:
+    """As a worker sends it."""
+    if item.finish is not None or item.logprobs is not None:
+        return Outputs(incarnation=incarnation, items=[item])
+    token = Token(item.request_id, item.attempt, item.choice, item.index, item.token_ids[0])
+    return Outputs(incarnation=incarnation, tokens=[token])
 
 
 def place(worker: str = "w0", incarnation: int = 1) -> Placement:

@@ -176,9 +176,18 @@ async def test_logprobs_in_a_chat(config: Config) -> None:
 async def test_no_stream_event_tears_a_character(config: Config) -> None:
     async with running(config, Script("😀é€" * 5)) as world:
         chunks = events((await world.chat(stream=True, max_tokens=44)).text)
-        assert concatenated(chunks) == "😀é€" * 4 + "😀é\ufffd"
-        texts = [c["choices"][0]["delta"].get("content", "") for c in chunks[:-1]]
-        assert sum("\ufffd" in text for text in texts) == 1  # what max_tokens cut off
+        assert concatenated(chunks) == "😀é€" * 4 + "😀é"  # and two bytes that max_tokens has cut off
+        assert not any("\ufffd" in str(chunk) for chunk in chunks)
+
+
+async def test_bytes_without_their_character_have_logprobs_and_no_text(config: Config) -> None:
+    """A cut answer ended with a replacement character, which is text that no model had written."""
+    async with running(config, Script("a€")) as world:
+        response = await world.chat(logprobs=True, max_tokens=3)
+        choice = response.json()["choices"][0]
+        assert choice["message"]["content"] == "a" and choice["finish_reason"] == "length"
+        assert [entry["bytes"] for entry in choice["logprobs"]["content"]] == [[0x61], [0xE2], [0x82]]
+        assert response.json()["usage"]["completion_tokens"] == 3
 
 
 async def test_several_choices_stream_in_order(config: Config) -> None:

@@ -29,6 +29,7 @@ from prism.messages import (
     Routes,
     Started,
     Submit,
+    Token,
 )
 from prism.types import FinishReason, ModelId, RequestId, SamplingParams, Slo
 from tests.gateway.fakes import MODEL, FakeLinks, place, routes
@@ -217,7 +218,11 @@ class Chaos:
             token_ids=tokens,
             finish=finish,
         )
-        self.dispatcher.on_outputs(where, Outputs(incarnation=where.incarnation, items=[item]), self.now)
+        outputs = Outputs(incarnation=where.incarnation, items=[item])
+        if len(tokens) == 1 and finish is None:
+            short = Token(item.request_id, item.attempt, item.choice, index, tokens[0])
+            outputs = Outputs(incarnation=where.incarnation, tokens=[short])
+        self.dispatcher.on_outputs(where, outputs, self.now)
 
     def reject(self, pick: int) -> None:
         if (found := self.submit_of(pick)) is not None:

@@ -40,6 +40,7 @@ from prism.worker.gauges import Gauges
 from prism.worker.loop import Worker
 from prism.worker.main import Process, Sockets, ThreadJobs
 from prism.worker.open_device import cpu_device
+from prism.worker.outside import Outside
 from tests.gateway.processes import Peer
 from tests.support.waiting import PATIENCE, eventually
 
@@ -72,11 +73,7 @@ class WorkerThread:
             config,
             device,
             self._device,
-            outbox=sockets,
-            jobs=self._jobs,
-            fetch=self._fetch,
-            link=self._link,
-            clock=SystemClock().now,
+            Outside(sockets, self._jobs, self._fetch, self._link, SystemClock().now),
             name=WorkerId(NAME),
             incarnation=Incarnation(incarnation),
         )

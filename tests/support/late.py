@@ -15,9 +15,10 @@ import torch
 from prism.attention.kernels import KvView
 from prism.engine.pieces import Pieces
 from prism.engine.runner import Runner
-from prism.engine.sampler import Sampled
-from prism.engine.scheduler import UNBOUNDED, Step
+from prism.engine.sampler import NOTHING, Sampled
+from prism.engine.scheduler import UNBOUNDED
 from prism.engine.sequence import Sequence as Choice
+from prism.engine.step import Step
 from prism.engine.torch_runner import TorchFlight, TorchRunner
 from prism.models.decoder import Decoder
 from prism.types import LaneId
@@ -52,8 +53,9 @@ class LateFlight:
         seconds = seconds if seconds == float("inf") else 0.0
         has_advanced = self._pieces.advance(num_groups, seconds)
         if has_advanced and self.is_launched:
-            for sequence, draw in zip(self.sampled, self._pieces.drawn or (), strict=True):
-                self._known[sequence].append(draw.token)
+            tokens = (self._pieces.drawn or NOTHING).tokens
+            for sequence, token in zip(self.sampled, tokens, strict=True):
+                self._known[sequence].append(token)
         return has_advanced
 
     def is_done(self) -> bool:
@@ -61,9 +63,9 @@ class LateFlight:
         self._looks += 1
         return self._looks >= LOOKS
 
-    def draws(self) -> list[Sampled]:
+    def draws(self) -> Sampled:
         assert self._looks >= LOOKS
-        return self._pieces.drawn or []
+        return self._pieces.drawn or NOTHING
 
 
 class LateRunner:

@@ -36,6 +36,7 @@ from prism.worker.device import Backend, Device
 from prism.worker.host_chunks import HostChunks
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker
+from prism.worker.outside import Outside
 
 SLAB = Bytes(2 * MiB)
 GATEWAY = GatewayId("gateway-0.1")
@@ -105,14 +106,19 @@ class RecordingOutbox:
             case Returned():
                 self.returned.append(message.request_id)
             case Outputs():
+                for token in message.tokens:
+                    self._append((token.request_id, token.choice), token.index, [token.token])
                 for item in message.items:
                     key = (item.request_id, item.choice)
-                    tokens = self.tokens.setdefault(key, [])
-                    assert item.index == len(tokens), "a gap or a repetition"
-                    assert key not in self.finished, "a token after the end"
-                    tokens += item.token_ids
+                    self._append(key, item.index, item.token_ids)
                     if item.finish is not None:
                         self.finished[key] = item.finish.value
+
+    def _append(self, key: tuple[str, int], index: int, token_ids: list[int]) -> None:
+        tokens = self.tokens.setdefault(key, [])
+        assert index == len(tokens), "a gap or a repetition"
+        assert key not in self.finished, "a token after the end"
+        tokens += token_ids
 
     def to_agent(self, message: WeightsWanted) -> None:
         self.wanted.append(message.model)
@@ -159,19 +165,22 @@ class LocalWorker:
         self.chunks = chunks or (
             InlineChunks(host_kv, pinner=self.device.backend.pinner) if host_kv else None
         )
+        self.link = InlineLink(self.device.backend.copier)
         self.worker = Worker(
             self.config,
             self.config.devices[0],
             self.device,
-            outbox=self.outbox,
-            jobs=self.jobs,
-            fetch=self.fetch,
-            link=InlineLink(self.device.backend.copier),
-            clock=lambda: self.now,
+            Outside(
+                outbox=self.outbox,
+                jobs=self.jobs,
+                fetch=lambda model: self.fetch(model),
+                link=self.link,
+                clock=lambda: self.now,
+                registrations=registrations,
+                chunks=self.chunks,
+            ),
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
-            registrations=registrations,
-            chunks=self.chunks,
         )
 
     def _cpu_device(self, driver: Driver, num_slabs: int, backend: Backend | None) -> Device:

@@ -181,7 +181,7 @@ class Queued:
 
 
 def step_link(local: LocalWorker) -> InlineLink:
-    link = local.worker.residency._link
+    link = local.link
     assert isinstance(link, InlineLink)
     return link
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prism.costs import from_shape
-from prism.engine.scheduler import Chunk, Step
+from prism.engine.step import Chunk
 from prism.types import ModelId, Seconds
 from prism.worker.cost_book import CostBook, chunk_seconds, shape_of, step_seconds
 from prism.worker.models import read_profile
@@ -16,6 +16,7 @@ from prism.worker.rates import measure_rates
 from tests.support.checkpoints import make_model, save
 from tests.support.late import LateBackend
 from tests.support.local_worker import SLAB, LocalWorker
+from tests.support.steps import step_of
 
 NAME = ModelId("m")
 
@@ -53,17 +54,17 @@ def test_what_was_measured_beforehand_is_the_start(path: Path) -> None:
     book.learn(NAME, profile)
     assert book.of(NAME) is given
     for _ in range(40):
-        book.ran(NAME, Step((chunk(10, 1),), ()), Seconds(2 * step_seconds(given, Step((chunk(10, 1),), ()))))
+        book.ran(NAME, step_of([chunk(10, 1)]), Seconds(2 * step_seconds(given, step_of([chunk(10, 1)]))))
     changed = book.of(NAME)
     assert changed is not None and changed.steps.decode(1, 11) > 1.5 * given.steps.decode(1, 11)
-    book.ran(ModelId("unknown"), Step((chunk(0, 1),), ()), 1.0)
+    book.ran(ModelId("unknown"), step_of([chunk(0, 1)]), 1.0)
     local.close()
 
 
 def test_a_step_counts_pairs_of_prompts_and_context_of_decodes(path: Path) -> None:
     local = LocalWorker({"m": path}, 8)
     costs = from_shape(shape_of(read_profile(local.worker.models["m"].config, SLAB)), local.device.rates)
-    step = Step((chunk(9, 1), chunk(100, 50)), ())
+    step = step_of([chunk(9, 1), chunk(100, 50)])
     assert step_seconds(costs, step) == costs.steps.step(51, pairs=50 * 125, context=10)
     parts = chunk_seconds(costs, step)
     assert sum(parts) == pytest.approx(step_seconds(costs, step)) and min(parts) > 0

@@ -81,7 +81,7 @@ def load_slowly(
     local: LocalWorker, monkeypatch: pytest.MonkeyPatch, between: Callable[[], None], rounds: int = 3
 ) -> None:
     """Run the load that waits; after each piece that arrives the loop makes some rounds."""
-    link = local.worker.residency._link
+    link = local.link
     assert isinstance(link, InlineLink)
 
     def wait(transfer: Any) -> None:
@@ -399,7 +399,7 @@ def test_models_on_their_way_at_the_same_time(start: Any, monkeypatch: pytest.Mo
         local.submit(name, name, PROMPT, max_tokens=NUM_TOKENS)
     for name in FAMILIES:
         begin_load(local, name)
-    link = local.worker.residency._link
+    link = local.link
     assert isinstance(link, InlineLink)
     early: set[str] = set()
 

@@ -80,9 +80,9 @@ def drive(local: Any, engines: list[Engine], steps: int, first: int) -> list[dic
     while any(not engine.is_idle or flight for engine, flight in zip(engines, flights, strict=True)):
         for engine, queue, text in zip(engines, flights, texts, strict=True):
             if queue and queue[0].is_done():
-                for drawn in engine.commit(queue.popleft()):
-                    assert drawn.token is not None
-                    text.setdefault(drawn.sequence.request_id, []).append(drawn.token)
+                drawn = engine.commit(queue.popleft())
+                for sequence, token in zip(drawn.sequences, drawn.tokens, strict=True):
+                    text.setdefault(sequence.request_id, []).append(token)
             if len(queue) < 2 and engine.scheduler.has_work:
                 step = engine.schedule(4096)
                 if step is not None:

@@ -150,7 +150,7 @@ def test_a_model_that_goes_takes_its_captures_along(paths: dict[str, Path]) -> N
 
 def load_slowly(local: LocalWorker, monkeypatch: pytest.MonkeyPatch, between: Callable[[], None]) -> None:
     """Loads whose pieces arrive between rounds of the loop."""
-    link = local.worker.residency._link
+    link = local.link
     assert isinstance(link, InlineLink)
     local.device.backend.copier.chunk_bytes = Bytes(1 << 18)
 

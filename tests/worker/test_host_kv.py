@@ -396,7 +396,7 @@ def test_other_weights_find_nothing(models: dict, start: Any, tmp_path: Path) ->
     def fetch(name: str) -> PackedWeights:
         return pack_here(WeightSource(model=model(local, "llama").name, path=str(path)))
 
-    local.worker.residency._fetch = fetch
+    local.fetch = fetch
     local.submit("new", "llama", prompt, max_tokens=20)
     local.run()
     assert local.outbox.started["new"].cached_tokens == 0

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from prism.engine.kv_blocks import Move
-from prism.engine.scheduler import Chunk, Slots, Step
+from prism.engine.sampler import NOTHING, Sampled
+from prism.engine.scheduler import Slots
+from prism.engine.step import Chunk
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
 from prism.types import BlockId, Bytes, LaneId, MiB, ModelId
 from prism.worker.cpu_device import TorchBackend
 from prism.worker.device import Device
 from prism.worker.lanes import Deferred, Flight, Lane
+from tests.support.steps import step_of
 
 MODEL = ModelId("m")
 
@@ -57,7 +60,7 @@ class FakeStep(Work):
     def __init__(self, *lengths: int, pieces: int = 0) -> None:
         super().__init__()
         chunks = tuple(Chunk(None, 0, length, True) for length in lengths)  # type: ignore[arg-type]
-        self.step = Step(chunks, ())
+        self.step = step_of(chunks)
         self.pieces = pieces
         self.is_begun = False
 
@@ -69,8 +72,8 @@ class FakeStep(Work):
         self.is_begun, self.pieces = True, self.pieces - 1
         return True
 
-    def draws(self) -> list[Any]:
-        return []
+    def draws(self) -> Sampled:
+        return NOTHING
 
 
 def test_work_comes_out_in_the_order_in_which_it_was_queued() -> None:

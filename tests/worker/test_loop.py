@@ -239,7 +239,7 @@ def test_weights_that_the_store_let_go_are_packed_again(start: Any) -> None:
             raise NotHeld("llama: the weight store does not hold it")
         return fetch(model)
 
-    local.worker.residency._fetch = forgetful
+    local.fetch = forgetful
     local.submit("r", "llama", [1, 2], max_tokens=3)
     local.run()
     assert local.outbox.finished["r", 0] == "length"

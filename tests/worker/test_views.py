@@ -49,7 +49,7 @@ def test_a_turn_sees_when_prompts_are_due_and_how_quick_streams_must_be(tmp_path
     local.submit("second", "llama", [1 + i % 50 for i in range(200)], max_tokens=20)
     local.run(until=lambda: all(ticket.is_running for ticket in local.worker.requests))
     both = _runnable(local)
-    assert both.prompt_tokens and both.prompt_deadline == list(local.worker.requests)[1].next_deadline
+    assert both.prompt_tokens and both.prompt_deadline == list(local.worker.requests)[1].due
     assert both.decode_deadline != both.prompt_deadline
     local.run()
     local.close()

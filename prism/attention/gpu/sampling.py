@@ -105,14 +105,13 @@ def _draw_kernel(
         best = tl.maximum(best, x.to(tl.float32))
     peak = tl.max(best, 0)
 
-    cut, num_ties = tl.full((), -32769, tl.int32), tl.full((), 0, tl.int32)
+    cut = tl.full((), -32769, tl.int32)
     if (top_k > 0) & (top_k < size):
         cut = _last_reached(
             row, size, tl.full((), -32768, tl.int32), top_k.to(tl.float32), peak, scale, min_p, True, BLOCK
         )
-        above, _ = _from(row, size, cut + 1, peak, scale, min_p, BLOCK)
-        num_ties = top_k - above
-    _, mass = _from(row, size, cut + 1, peak, scale, min_p, BLOCK)
+    above, mass = _from(row, size, cut + 1, peak, scale, min_p, BLOCK)
+    num_ties = tl.where(cut >= -32768, top_k - above, 0)
     total = mass + num_ties * _weight_of(cut, like, peak, scale, min_p) if cut >= -32768 else mass
     if top_p < 1.0:
         wanted = top_p * total

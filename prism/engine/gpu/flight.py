@@ -7,8 +7,8 @@ from torch import Tensor
 
 from prism.engine.pieces import Pieces, Work
 from prism.engine.sampler import Sampled
-from prism.engine.scheduler import Step
 from prism.engine.sequence import Sequence
+from prism.engine.step import Step
 
 
 class Event:
@@ -66,10 +66,10 @@ class GpuFlight:
         """See `InFlight.is_done`."""
         return self.end is not None and self.end.is_done()
 
-    def draws(self) -> list[Sampled]:
+    def draws(self) -> Sampled:
         """See `InFlight.draws`."""
         assert self.end is not None
         self.end.event.synchronize()
         if self._pieces.drawn is not None:
             return self._pieces.drawn
-        return [Sampled(token, None) for token in self._tokens.tolist()]
+        return Sampled(self._tokens.tolist(), {})

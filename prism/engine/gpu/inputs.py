@@ -1,11 +1,12 @@
-"""What a step brings to the device: its inputs, and what the lane's tables do not know yet."""
+"""What a step brings to the device; its columns, if it has decodes alone, are in columns.py."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prism.attention.gpu.decode import Split
@@ -13,19 +14,11 @@ from prism.attention.gpu.kernels import GpuPlan
 from prism.attention.gpu.prefill import BLOCK_M, TILE_WORDS, tiles_of
 from prism.attention.gpu.prefill import Chunk as PromptChunk
 from prism.attention.kernels import KvView
+from prism.engine.gpu.columns import TableNotes, slots_of
 from prism.engine.gpu.graphs import MAX_CHUNKS, Key
 from prism.engine.gpu.lane import GpuLane
 from prism.engine.gpu.staging import Staging, aligned
-from prism.engine.scheduler import Chunk
-
-
-def stage_columns(staging: Staging, chunks: tuple[Chunk, ...], size: int, tokens_per_block: int) -> None:
-    """`[3, size]`: slots, positions, blocks; the first staged words, where graphs read them."""
-    padding = size - len(chunks)
-    slots = [*(chunk.sequence.slot or 0 for chunk in chunks), *[0] * padding]
-    positions = [*(chunk.start for chunk in chunks), *[-1] * padding]
-    blocks = [*(c.sequence.blocks[c.start // tokens_per_block] for c in chunks), *[0] * padding]
-    staging.ints(slots + positions + blocks)
+from prism.engine.step import Step
 
 
 class MixedSize(NamedTuple):
@@ -39,11 +32,12 @@ class MixedSize(NamedTuple):
     """Of prefill's work list."""
 
     @classmethod
-    def of(cls, chunks: Sequence[Chunk]) -> MixedSize:
+    def of(cls, step: Step) -> MixedSize:
         """Without padding."""
-        prompts = [chunk.length for chunk in chunks if chunk.length > 1]
-        num_tiles = sum(-(-length // BLOCK_M) for length in prompts)
-        return cls(len(chunks) - len(prompts), sum(prompts), sum(c.samples for c in chunks), num_tiles)
+        lengths = [chunk.length for chunk in step.prompts]
+        num_tiles = sum(-(-length // BLOCK_M) for length in lengths)
+        num_drawing = sum(chunk.samples for chunk in step.prompts)
+        return cls(len(step.decodes), sum(lengths), len(step.decodes) + num_drawing, num_tiles)
 
     @classmethod
     def of_graph(cls, key: Key) -> MixedSize:
@@ -71,79 +65,89 @@ class MixedPlaces(NamedTuple):
     tiles: slice
 
 
-def stage_mixed(staging: Staging, chunks: Sequence[Chunk], size: MixedSize) -> None:
-    """The first staged words of a step, decodes first, and padding behind decodes and behind prompts."""
-    ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    last_rows: list[int] = []
+class MixedForm(NamedTuple):
+    """What a step with prompt chunks is launched or captured for."""
+
+    size: MixedSize
+    split: Split
+    """Of the decodes' contexts."""
+
+
+def stage_mixed(staging: Staging, step: Step, slots: NDArray[np.intp], size: MixedSize) -> None:
+    """The first staged words of a step, decodes first, and padding behind decodes and behind prompts.
+
+    `slots` are those of the decodes, whose tokens the device has: their ids are -1.
+    """
+    count = len(slots)
+    rows = np.zeros((3, size.decodes + size.prompt_rows), np.int32)
+    ids, positions, row_slots = rows
+    ids[:count] = -1
+    positions[:] = -1
+    positions[:count] = step.positions
+    row_slots[:count] = slots
+    last_rows = list(range(count))
     prompts: list[PromptChunk] = []
-
-    def pad(rows: int) -> None:
-        missing = rows - len(ids)
-        ids.extend([0] * missing)
-        positions.extend([-1] * missing)
-        slots.extend([0] * missing)
-
-    for sequence, start, length, samples in chunks:
+    end = size.decodes
+    for sequence, start, length, samples in step.prompts:
         assert sequence.slot is not None
-        if length > 1:
-            if not prompts:
-                pad(size.decodes)
-            prompts.append(PromptChunk(len(ids), length, start + length, sequence.slot))
-        ids += sequence.tokens[start : start + length] or [-1]
-        positions += range(start, start + length)
-        slots += [sequence.slot] * length
+        begin, end = end, end + length
+        prompts.append(PromptChunk(begin, length, start + length, sequence.slot))
+        ids[begin:end] = sequence.tokens[start : start + length]
+        positions[begin:end] = range(start, start + length)
+        row_slots[begin:end] = sequence.slot
         if samples:
-            last_rows.append(len(ids) - 1)
-    pad(size.decodes + size.prompt_rows)
-    last_slots = [slots[row] for row in last_rows]
-    padding = [0] * (size.sampled - len(last_rows))
-    tiles = [word for tile in tiles_of(prompts) for word in tile]
-    tiles += [0] * (TILE_WORDS * size.tiles - len(tiles))
-    for words in (ids, positions, slots, last_rows + padding, last_slots + padding, tiles):
+            last_rows.append(end - 1)
+    last = np.zeros((2, size.sampled), np.int32)
+    last[:, : len(last_rows)] = last_rows, row_slots[last_rows]
+    tiles = np.zeros((size.tiles, TILE_WORDS), np.int32)
+    if prompts:
+        used = tiles_of(prompts)
+        tiles[: len(used)] = used
+    for words in (*rows, *last, tiles.ravel()):
         staging.ints(words)
 
 
-def mixed_plan(words: Tensor, size: MixedSize, kv: KvView, num_heads: int, split: Split) -> GpuPlan:
+def mixed_plan(words: Tensor, form: MixedForm, kv: KvView, num_heads: int) -> GpuPlan:
     """Attention over what `stage_mixed` staged, once it is on the device."""
-    places = size.places
+    size, split, places = form.size, form.split, form.size.places
     tiles = words[places.tiles].view(size.tiles, TILE_WORDS) if size.tiles else None
     return GpuPlan(kv, num_heads, words[places.slots], words[places.positions], size.decodes, split, tiles)
 
 
-class TableNotes:
-    """What the lane's tables do not know yet of the sequences of a step.
-
-    With `newest_known` the step itself notes the block of each position.
-    """
+class StepInputs:
+    """What any step brings along behind its columns, and where its tokens go."""
 
     def __init__(
-        self, staging: Staging, chunks: tuple[Chunk, ...], kv: KvView, stride: int, *, newest_known: bool
+        self,
+        staging: Staging,
+        tokens: Tensor,
+        step: Step,
+        slots: NDArray[np.intp],
+        lane: GpuLane,
+        *,
+        newest_known: bool,
     ) -> None:
-        places: list[int] = []
-        blocks: list[int] = []
-        slots: list[int] = []
-        tokens: list[int] = []
-        for sequence, start, length, _ in chunks:
-            assert sequence.slot is not None
-            used = (start + length - 1) // kv.tokens_per_block + 1
-            if sequence.num_tabled < used - newest_known:
-                base = sequence.slot * stride
-                places += range(base + sequence.num_tabled, base + used)
-                blocks += sequence.blocks[sequence.num_tabled : used]
-            sequence.num_tabled = used
-            if length == 1 and start < len(sequence.tokens) and not sequence.is_token_placed:
-                slots.append(sequence.slot)
-                tokens.append(sequence.tokens[start])
-        self._tables = (staging.ints(places), staging.ints(blocks)) if places else None
-        self._tokens = (staging.ints(slots), staging.ints(tokens)) if slots else None
+        """`tokens` are pinned; `slots` are those of the decodes; see `TableNotes` for `newest_known`."""
+        self.staging = staging
+        self.sampled = step.sampled
+        self.tokens = tokens[: len(self.sampled)]
+        self._notes = TableNotes(staging, step, lane.shape.max_blocks, newest_known=newest_known)
+        drawing = [chunk for chunk in step.prompts if chunk.samples]
+        lengths = step.positions + 1
+        if drawing:
+            slots = np.concatenate([slots, slots_of(chunk.sequence for chunk in drawing)])
+            ends = np.array([chunk.start + chunk.length for chunk in drawing], np.int32)
+            lengths = np.concatenate([lengths, ends])
+        new = [sequence for sequence in self.sampled if not sequence.is_token_placed]
+        lane.draws.enter(new)
+        for sequence in new:  # for the steps behind this one
+            sequence.is_token_placed = True
+        self.on_host = lane.draws.needs_host(slots)
+        """Its tokens are drawn by the host."""
+        self.draws = None if self.on_host else lane.draws.stage(staging, slots, lengths)
 
-    def apply(self, words: Tensor, lane: GpuLane) -> None:
-        """Queue the changes; most decodes have none."""
-        if self._tables is not None:
-            places, blocks = self._tables
-            lane.tables.view(-1).index_copy_(0, words[places].long(), words[blocks])
-        if self._tokens is not None:
-            slots, tokens = self._tokens
-            lane.last_tokens.index_copy_(0, words[slots].long(), words[tokens])
+    def send(self, lane: GpuLane) -> Tensor:
+        """Queue the copy of all words, and the changes to the lane's tables."""
+        words = self.staging.send()
+        self._notes.apply(words, lane)
+        return words

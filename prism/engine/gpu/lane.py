@@ -10,6 +10,7 @@ from torch import Tensor
 from prism.attention.gpu.argmax import PARTS, draw_greedy
 from prism.attention.gpu.decode import SCRATCH_BYTES
 from prism.attention.gpu.kernels import GpuKernels
+from prism.engine.gpu.draw_table import DrawTable
 from prism.engine.kv_layout import BLOCK_TOKENS
 from prism.types import Bytes
 
@@ -99,6 +100,7 @@ class GpuLane:
             self.last_tokens.zero_()
             self.tables[0].zero_()
         self.kernels = GpuKernels(device, self.tables, scratch)
+        self.draws = DrawTable(slots)
         self._inputs = [torch.empty(words, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._outputs = [
             torch.empty(shape.max_batch, dtype=torch.int32, pin_memory=True) for _ in range(RING)

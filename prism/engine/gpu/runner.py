@@ -18,7 +18,8 @@ from prism.attention.gpu.decode import Split, choose_split
 from prism.attention.gpu.kernels import GpuPlan
 from prism.attention.gpu.rows import decode_inputs
 from prism.attention.kernels import KvView, Stream
-from prism.engine.gpu.draws import RandomDraws
+from prism.engine.gpu.columns import slots_of, stage_columns
+from prism.engine.gpu.draws import draw
 from prism.engine.gpu.flight import Event, GpuFlight
 from prism.engine.gpu.graphs import (
     DECODES_BESIDE,
@@ -31,13 +32,12 @@ from prism.engine.gpu.graphs import (
     padded_prompts,
     padded_size,
 )
-from prism.engine.gpu.inputs import MixedSize, TableNotes, mixed_plan, stage_columns, stage_mixed
+from prism.engine.gpu.inputs import MixedForm, MixedSize, StepInputs, mixed_plan, stage_mixed
 from prism.engine.gpu.lane import GpuLane
 from prism.engine.gpu.staging import Staging
 from prism.engine.pieces import Need, Work
 from prism.engine.sampler import Sampled, sample
-from prism.engine.scheduler import Step
-from prism.engine.sequence import Sequence
+from prism.engine.step import Step
 from prism.models.decoder import Decoder
 
 
@@ -54,9 +54,7 @@ class GpuRunner:
 
     def run(self, step: Step, *, is_apart: bool = False) -> GpuFlight:
         """See `Runner.run`."""
-        if not is_apart and all(chunk.length == 1 and chunk.samples for chunk in step.chunks):
-            return self._decode(step)
-        return self._mixed(step, is_apart)
+        return self._mixed(step, is_apart) if is_apart or step.has_prompts else self._decode(step)
 
     def expect(self) -> None:
         """Have graphs of likely sizes captured when there is nothing else to do."""
@@ -70,7 +68,7 @@ class GpuRunner:
 
     def _want(self, key: Key, *, is_urgent: bool) -> None:
         if key.prompt_rows:
-            work = partial(self._captured_mixed, MixedSize.of_graph(key), key.split)
+            work = partial(self._captured_mixed, MixedForm(MixedSize.of_graph(key), key.split))
         else:
             work = partial(self._captured_work, key.size, key.split)
         self._graphs.want(key, work, is_urgent=is_urgent)
@@ -89,39 +87,25 @@ class GpuRunner:
 
     def _decode(self, step: Step) -> GpuFlight:
         """A graph of its size, or a larger one's; if there is none, kernel by kernel until it is captured."""
-        lane, chunks = self.lane, step.chunks
-        wanted = padded_size(len(chunks), lane.shape.max_batch)
-        longest = max(chunk.start for chunk in chunks) + 1
-        key = Key(id(self), wanted, self._split(wanted, longest))
+        lane = self.lane
+        wanted = padded_size(len(step.decodes), lane.shape.max_batch)
+        key = Key(id(self), wanted, self._split(wanted, int(step.positions.max()) + 1))
         found = self._found(key)
         used = found or key
         pinned, tokens = lane.next_buffers()
-        staging = Staging(pinned, lane.staging)
-        stage_columns(staging, chunks, used.size, self.kv.tokens_per_block)
-        notes = TableNotes(staging, chunks, self.kv, lane.shape.max_blocks, newest_known=True)
-        sampled = tuple(chunk.sequence for chunk in chunks)
-        draws = self._stage_draws(staging, sampled)
-        work = self._decode_work(staging, notes, draws, sampled, tokens, used, has_graph=found is not None)
-        return self._flight(step, sampled, tokens, work)
+        staging, slots = Staging(pinned, lane.staging), slots_of(step.decodes)
+        stage_columns(staging, step, slots, used.size)
+        inputs = StepInputs(staging, tokens, step, slots, lane, newest_known=True)
+        return self._flight(step, inputs, self._decode_work(inputs, used, has_graph=found is not None))
 
-    def _decode_work(
-        self,
-        staging: Staging,
-        notes: TableNotes,
-        draws: RandomDraws | None,
-        sampled: tuple[Sequence, ...],
-        tokens: Tensor,
-        key: Key,
-        *,
-        has_graph: bool,
-    ) -> Work:
-        words = staging.send()
-        notes.apply(words, self.lane)
+    def _decode_work(self, inputs: StepInputs, key: Key, *, has_graph: bool) -> Work:
+        count = len(inputs.sampled)
+        words = inputs.send(self.lane)
         yield self.model.num_groups
         if not (has_graph and self._graphs.replay(key)):
             yield from self._captured_work(key.size, key.split)
-        logits = self.lane.logits(len(sampled), self.model.spec.vocab_size, self._dtype)
-        return (yield from self._finish(sampled, draws, words, tokens, words[: len(sampled)], logits))
+        logits = self.lane.logits(count, self.model.spec.vocab_size, self._dtype)
+        return (yield from self._finish(inputs, words, words[:count], logits))
 
     def _captured_work(self, size: int, split: Split) -> Work:
         """What a graph holds: from the staged columns to the lane's logits and likeliest tokens."""
@@ -143,29 +127,27 @@ class GpuRunner:
     def _mixed(self, step: Step, is_apart: bool) -> GpuFlight:
         """A graph that holds it, if it is small; else, and while there is none, kernel by kernel."""
         lane = self.lane
-        decodes = [c for c in step.chunks if c.length == 1]
-        chunks = (*decodes, *(c for c in step.chunks if c.length > 1))
-        size = MixedSize.of(chunks)
-        longest = max((c.start for c in decodes), default=0) + 1
-        key = None if is_apart else self._small_key(size, len(chunks), longest)
-        split = self._split(max(1, size.decodes), longest)
-        found = None
-        if key is not None:
-            found = self._found(key)
-            used = found or key  # padded in any case: with other shapes products round differently
-            size, split = MixedSize.of_graph(used), used.split
+        form, found = self._form(step, is_apart)
         pinned, tokens = lane.apart_buffers if is_apart else lane.next_buffers()
-        staging = Staging(pinned, lane.staging)
-        stage_mixed(staging, chunks, size)
-        notes = TableNotes(staging, chunks, self.kv, lane.shape.max_blocks, newest_known=False)
-        sampled = tuple(c.sequence for c in chunks if c.samples)
-        draws = self._stage_draws(staging, sampled)
-        work = self._mixed_work(staging, size, split, found, notes, draws, sampled, tokens, is_apart=is_apart)
-        return self._flight(step, sampled, tokens, work)
+        staging, slots = Staging(pinned, lane.staging), slots_of(step.decodes)
+        stage_mixed(staging, step, slots, form.size)
+        inputs = StepInputs(staging, tokens, step, slots, lane, newest_known=False)
+        return self._flight(step, inputs, self._mixed_work(inputs, form, found, is_apart=is_apart))
 
-    def _small_key(self, size: MixedSize, num_chunks: int, longest: int) -> Key | None:
+    def _form(self, step: Step, is_apart: bool) -> tuple[MixedForm, Key | None]:
+        """Padded in any case if the step could have a graph: with other shapes products round differently."""
+        size = MixedSize.of(step)
+        longest = int(step.positions.max(initial=0)) + 1
+        key = None if is_apart else self._small_key(size, len(step.prompts), longest)
+        if key is None:
+            return MixedForm(size, self._split(max(1, size.decodes), longest)), None
+        found = self._found(key)
+        used = found or key
+        return MixedForm(MixedSize.of_graph(used), used.split), found
+
+    def _small_key(self, size: MixedSize, num_prompts: int, longest: int) -> Key | None:
         """The graph that a step should have; None if it is none of the small ones."""
-        if num_chunks - size.decodes > MAX_CHUNKS:
+        if num_prompts > MAX_CHUNKS:
             return None
         return self._prompt_key(size.decodes, size.prompt_rows, longest)
 
@@ -177,22 +159,9 @@ class GpuRunner:
             return None
         return Key(id(self), beside, self._split(beside, longest), rows)
 
-    def _mixed_work(
-        self,
-        staging: Staging,
-        size: MixedSize,
-        split: Split,
-        graph: Key | None,
-        notes: TableNotes,
-        draws: RandomDraws | None,
-        sampled: tuple[Sequence, ...],
-        tokens: Tensor,
-        *,
-        is_apart: bool,
-    ) -> Work:
-        lane, vocab, places = self.lane, self.model.spec.vocab_size, size.places
-        words = staging.send()
-        notes.apply(words, lane)
+    def _mixed_work(self, inputs: StepInputs, form: MixedForm, graph: Key | None, *, is_apart: bool) -> Work:
+        lane, vocab, size = self.lane, self.model.spec.vocab_size, form.size
+        words = inputs.send(lane)
         if is_apart:  # others stage their inputs in the same place
             words = words.clone()
         logits = None
@@ -201,24 +170,25 @@ class GpuRunner:
         if graph is not None:
             yield self.model.num_groups
         if graph is None or not self._graphs.replay(graph):
-            yield from self._mixed_layers(words, size, split, logits)
-        if not sampled:
+            yield from self._mixed_layers(words, form, logits)
+        count = len(inputs.sampled)
+        if not count:
             return None
         if logits is None:
-            logits = lane.logits(len(sampled), vocab, self._dtype)
-        slots = words[places.last_slots][: len(sampled)]
-        return (yield from self._finish(sampled, draws, words, tokens, slots, logits))
+            logits = lane.logits(count, vocab, self._dtype)
+        slots = words[size.places.last_slots][:count]
+        return (yield from self._finish(inputs, words, slots, logits))
 
-    def _captured_mixed(self, size: MixedSize, split: Split) -> Work:
-        yield from self._mixed_layers(self.lane.staging, size, split, None)
+    def _captured_mixed(self, form: MixedForm) -> Work:
+        yield from self._mixed_layers(self.lane.staging, form, None)
         return None
 
     def _mixed_layers(
-        self, words: Tensor, size: MixedSize, split: Split, logits: Tensor | None
+        self, words: Tensor, form: MixedForm, logits: Tensor | None
     ) -> Generator[Need, None, None]:
         """From the staged words to logits, the lane's unless others are given, and to likeliest tokens."""
-        lane, model, places = self.lane, self.model, size.places
-        plan = mixed_plan(words, size, self.kv, model.spec.num_heads, split)
+        lane, model, size, places = self.lane, self.model, form.size, form.size.places
+        plan = mixed_plan(words, form, self.kv, model.spec.num_heads)
         yield 1
         ids = words[places.ids]
         ids = torch.where(ids < 0, lane.last_tokens[plan.slots], ids)
@@ -234,40 +204,25 @@ class GpuRunner:
 
     # --- draws --------------------------------------------------------------------------------------
 
-    def _stage_draws(self, staging: Staging, sampled: tuple[Sequence, ...]) -> RandomDraws | None:
-        if any(sequence.needs_history for sequence in sampled):
-            return None
-        return RandomDraws(staging, sampled)
-
-    def _finish(
-        self,
-        sampled: tuple[Sequence, ...],
-        draws: RandomDraws | None,
-        words: Tensor,
-        tokens: Tensor,
-        slots: Tensor,
-        logits: Tensor,
-    ) -> Work:
+    def _finish(self, inputs: StepInputs, words: Tensor, slots: Tensor, logits: Tensor) -> Work:
         """Where the likeliest token is not the one, draw; send the tokens to the host.
 
         Draws on the host need logits that are there: the last piece comes once the others have run.
         """
-        lane, drawn = self.lane, self.lane.drawn[: len(sampled)]
-        known: list[Sampled] | None = None
-        if draws is None:
+        lane, drawn = self.lane, self.lane.drawn[: len(inputs.sampled)]
+        known: Sampled | None = None
+        if inputs.on_host:
             yield Event().is_done
-            known = sample(logits.float(), sampled)
-            drawn.copy_(torch.tensor([draw.token for draw in known], dtype=torch.int32))
+            known = sample(logits.float(), inputs.sampled)
+            drawn.copy_(torch.tensor(known.tokens, dtype=torch.int32))
             lane.last_tokens.index_copy_(0, slots.long(), drawn)
-        else:
-            draws.apply(words, logits, slots, drawn, lane.last_tokens)
-        tokens[: len(sampled)].copy_(drawn, non_blocking=True)
+        elif inputs.draws is not None:
+            draw(inputs.draws, words, logits, slots, drawn, lane.last_tokens)
+        inputs.tokens.copy_(drawn, non_blocking=True)
         return known
 
-    def _flight(self, step: Step, sampled: tuple[Sequence, ...], tokens: Tensor, work: Work) -> GpuFlight:
-        for sequence in sampled:  # for the steps behind this one
-            sequence.is_token_placed = True
-        return GpuFlight(step, sampled, tokens[: len(sampled)], self.lane.stream, work)
+    def _flight(self, step: Step, inputs: StepInputs, work: Work) -> GpuFlight:
+        return GpuFlight(step, inputs.sampled, inputs.tokens, self.lane.stream, work)
 
 
 def layer_size(model: Decoder) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +27,11 @@ class Staging:
         self._target = target
         self._used = 0
 
-    def ints(self, values: Sequence[int]) -> slice:
+    def ints(self, values: Sequence[int] | NDArray[np.integer[Any]]) -> slice:
         """Append int32 values; returns where they will be on the device."""
         return self._place(values, len(values))
 
-    def floats(self, values: Sequence[float]) -> slice:
+    def floats(self, values: Sequence[float] | NDArray[np.float32]) -> slice:
         """Append fp32 values."""
         return self._place(np.asarray(values, np.float32).view(np.int32), len(values))
 
@@ -38,7 +39,7 @@ class Staging:
         """Append fp64 values."""
         return self._place(np.asarray(values, np.float64).view(np.int32), 2 * len(values))
 
-    def _place(self, words: Sequence[int] | NDArray[np.int32], count: int) -> slice:
+    def _place(self, words: Sequence[int] | NDArray[np.integer[Any]], count: int) -> slice:
         """Behind what is there."""
         place = slice(self._used, self._used + count)
         assert place.stop <= len(self._words), "a step brings more along than the staging area holds"

@@ -1,0 +1,72 @@
+"""What a step of decodes brings to the device: columns, and what the lane's tables do not know yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prism.engine.gpu.staging import Staging
+from prism.engine.sequence import Sequence
+from prism.engine.step import Step
+
+if TYPE_CHECKING:  # needs Triton, which only GPUs have
+    from prism.engine.gpu.lane import GpuLane
+
+
+def slots_of(sequences: Iterable[Sequence]) -> NDArray[np.intp]:
+    """Their rows in the lane's tables; all of them run, so each has one."""
+    return np.array([sequence.slot for sequence in sequences], np.intp)
+
+
+def stage_columns(staging: Staging, step: Step, slots: NDArray[np.intp], size: int) -> None:
+    """`[3, size]`: slots, positions, blocks; the first staged words, where graphs read them.
+
+    The block of a decode's position is its last one.
+    """
+    count = len(slots)
+    columns = np.zeros((3, size), np.int32)
+    columns[0, :count] = slots
+    columns[1, :count] = step.positions
+    columns[1, count:] = -1
+    columns[2, :count] = [sequence.blocks[-1] for sequence in step.decodes]
+    staging.ints(columns.ravel())
+
+
+class TableNotes:
+    """What the lane's tables do not know yet of the sequences of a step.
+
+    With `newest_known` the step itself notes the last block of each decode.
+    """
+
+    def __init__(self, staging: Staging, step: Step, stride: int, *, newest_known: bool) -> None:
+        """Rows of the tables have `stride` places."""
+        places: list[int] = []
+        blocks: list[int] = []
+        behind = [sequence for sequence in step.decodes if sequence.num_tabled < len(sequence.blocks)]
+        for sequence in (*behind, *(chunk.sequence for chunk in step.prompts)):
+            known, held = sequence.num_tabled, len(sequence.blocks)
+            is_noted = newest_known and known == held - 1
+            if known < held and not is_noted:
+                assert sequence.slot is not None
+                places += range(sequence.slot * stride + known, sequence.slot * stride + held)
+                blocks += sequence.blocks[known:]
+            sequence.num_tabled = held
+        new = [sequence for sequence in step.decodes if not sequence.is_token_placed]
+        self._tables = (staging.ints(places), staging.ints(blocks)) if places else None
+        self._tokens = None
+        if new:
+            newest = [sequence.tokens[sequence.num_computed - 1] for sequence in new]
+            self._tokens = (staging.ints(slots_of(new)), staging.ints(newest))
+
+    def apply(self, words: Tensor, lane: GpuLane) -> None:
+        """Queue the changes; most decodes have none."""
+        if self._tables is not None:
+            places, blocks = self._tables
+            lane.tables.view(-1).index_copy_(0, words[places].long(), words[blocks])
+        if self._tokens is not None:
+            slots, tokens = self._tokens
+            lane.last_tokens.index_copy_(0, words[slots].long(), words[tokens])

@@ -1,0 +1,73 @@
+"""What draws depend on, by row of the lane's tables: written once for a sequence, gathered at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prism.engine.gpu.staging import Staging
+from prism.engine.randomness import uniforms
+from prism.engine.sequence import Sequence
+
+
+class StagedDraws(NamedTuple):
+    """Where the numbers of a step's random draws lie among its words."""
+
+    places: slice
+    """Rows of the step that are drawn at random."""
+    uniforms: slice
+    temperature: slice
+    top_p: slice
+    min_p: slice
+    top_k: slice
+
+
+class DrawTable:
+    """That of one lane: an array for each of what the draws of a row depend on."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._streams = np.zeros(num_slots, np.uint64)
+        self._prompt_lens = np.zeros(num_slots, np.int32)
+        self._temperature = np.zeros(num_slots, np.float32)
+        self._top_p = np.zeros(num_slots, np.float32)
+        self._min_p = np.zeros(num_slots, np.float32)
+        self._top_k = np.zeros(num_slots, np.int32)
+        self._needs_history = np.zeros(num_slots, np.bool_)
+
+    def enter(self, sequences: Iterable[Sequence]) -> None:
+        """These are about to draw in their rows for the first time."""
+        for sequence in sequences:
+            slot, params = sequence.slot, sequence.params
+            assert slot is not None
+            self._streams[slot] = sequence.random_stream
+            self._prompt_lens[slot] = sequence.prompt_len
+            self._temperature[slot] = params.temperature
+            self._top_p[slot] = params.top_p
+            self._min_p[slot] = params.min_p
+            self._top_k[slot] = params.top_k
+            self._needs_history[slot] = sequence.needs_history
+
+    def needs_host(self, slots: NDArray[np.intp]) -> bool:
+        """Draws of one of these depend on earlier tokens, or report more than a token."""
+        return bool(self._needs_history[slots].any())
+
+    def stage(
+        self, staging: Staging, slots: NDArray[np.intp], lengths: NDArray[np.int32]
+    ) -> StagedDraws | None:
+        """Numbers for those of `slots` that draw at random, behind `lengths` tokens; None without any."""
+        places = np.flatnonzero(self._temperature[slots] > 0)
+        if not len(places):
+            return None
+        slots = slots[places]
+        numbers = uniforms(self._streams[slots], lengths[places] - self._prompt_lens[slots])
+        return StagedDraws(
+            staging.ints(places),
+            staging.doubles(numbers),
+            staging.floats(self._temperature[slots]),
+            staging.floats(self._top_p[slots]),
+            staging.floats(self._min_p[slots]),
+            staging.ints(self._top_k[slots]),
+        )

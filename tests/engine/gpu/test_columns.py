@@ -1,0 +1,98 @@
+"""What decodes bring to the device, and what their draws depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+
+from prism.engine.gpu.columns import TableNotes, slots_of, stage_columns
+from prism.engine.gpu.draw_table import DrawTable
+from prism.engine.gpu.staging import Staging
+from prism.engine.randomness import uniforms
+from prism.engine.sequence import Sequence
+from prism.engine.step import Chunk
+from prism.types import BlockId, RequestId, SamplingParams
+from tests.support.steps import step_of
+
+STRIDE = 8
+
+
+def decode(slot: int, position: int, blocks: Seq[int], tabled: int, seed: int = 0, **params: float) -> Chunk:
+    """A sequence with a prompt of two tokens that computes the token at `position`."""
+    settings = SamplingParams(max_tokens=99, **({"temperature": 0.0} | params), seed=seed)
+    tokens = list(range(100, 101 + position))
+    sequence = Sequence(RequestId(str(slot)), 0, 2, tokens, settings, 0.0, max_len=999)
+    sequence.slot, sequence.num_tabled = slot, tabled
+    sequence.blocks = [BlockId(block) for block in blocks]
+    sequence.num_computed, sequence.num_pending = position + 1, 1
+    return Chunk(sequence, position, 1, True)
+
+
+def staging() -> Staging:
+    return Staging(torch.zeros(256, dtype=torch.int32), torch.zeros(256, dtype=torch.int32))
+
+
+class FakeLane:
+    def __init__(self) -> None:
+        self.tables = torch.zeros(9, STRIDE, dtype=torch.int32)
+        self.last_tokens = torch.zeros(9, dtype=torch.int32)
+
+
+def test_columns_are_padded() -> None:
+    step = step_of([decode(4, 17, [70, 71], 2), decode(2, 3, [50], 1)])
+    words = staging()
+    stage_columns(words, step, slots_of(step.decodes), 4)
+    slots, positions, blocks = words.send()[:12].view(3, 4).tolist()
+    assert (slots, positions, blocks) == ([4, 2, 0, 0], [17, 3, -1, -1], [71, 50, 0, 0])
+
+
+def test_tables_learn_what_they_lack() -> None:
+    """The step notes a decode's last block itself, if that is all that the table lacks."""
+    chunks = [decode(1, 33, [10, 11, 12], 2), decode(2, 33, [20, 21, 22], 0), decode(3, 1, [30], 1)]
+    step, words, lane = step_of(chunks), staging(), FakeLane()
+    chunks[2].sequence.is_token_placed = True
+    notes = TableNotes(words, step, STRIDE, newest_known=True)
+    notes.apply(words.send(), lane)  # type: ignore[arg-type]
+    assert lane.tables[1].sum() == 0 and lane.tables[2, :3].tolist() == [20, 21, 22]
+    assert [chunk.sequence.num_tabled for chunk in chunks] == [3, 3, 1]
+    assert lane.last_tokens.tolist() == [0, 133, 133, 0, 0, 0, 0, 0, 0]
+
+
+def test_beside_prompts_all_blocks_are_entered() -> None:
+    chunks = [decode(1, 33, [10, 11, 12], 2), Chunk(decode(5, 9, [7, 8], 0).sequence, 0, 10, False)]
+    words, lane = staging(), FakeLane()
+    notes = TableNotes(words, step_of(chunks), STRIDE, newest_known=False)
+    notes.apply(words.send(), lane)  # type: ignore[arg-type]
+    assert lane.tables[1, :3].tolist() == [0, 0, 12] and lane.tables[5, :2].tolist() == [7, 8]
+
+
+def test_draws_are_those_of_their_sequences() -> None:
+    """Each row draws with its own seed, at its own place, whatever its slot was used for before."""
+    table = DrawTable(9)
+    table.enter([decode(3, 5, [1], 1, seed=9, temperature=2.0, top_k=7).sequence])
+    chunks = [
+        decode(3, 20, [1, 2], 2, seed=1 << 40, temperature=0.5, top_p=0.9),
+        decode(1, 4, [3], 1),
+        decode(8, 2, [4], 1, seed=3, temperature=1.0, top_k=5, min_p=0.25),
+    ]
+    sequences = [chunk.sequence for chunk in chunks]
+    table.enter(sequences)
+    words, slots = staging(), slots_of(sequences)
+    drawn = table.stage(words, slots, np.array([21, 5, 3], np.int32))
+    assert drawn is not None and not table.needs_host(slots)
+    sent, random = words.send(), [sequences[0], sequences[2]]
+    assert sent[drawn.places].tolist() == [0, 2]
+    expected = uniforms([s.random_stream for s in random], [s.draw_index for s in random])
+    assert sent[drawn.uniforms].view(torch.float64).tolist() == expected.tolist()
+    for name, values in (("temperature", [0.5, 1.0]), ("top_p", [0.9, 1.0]), ("min_p", [0.0, 0.25])):
+        assert torch.allclose(sent[getattr(drawn, name)].view(torch.float32), torch.tensor(values))
+    assert sent[drawn.top_k].tolist() == [0, 5]
+
+
+def test_who_needs_the_host_is_known_by_slot() -> None:
+    table = DrawTable(9)
+    table.enter([decode(3, 5, [1], 1, presence_penalty=0.5).sequence, decode(4, 5, [2], 1).sequence])
+    assert table.needs_host(np.array([4, 3])) and not table.needs_host(np.array([4]))
+    assert table.stage(staging(), np.array([4, 3]), np.array([6, 6], np.int32)) is None
