@@ -48,7 +48,7 @@ class Holdings:
 
     def may_displace(self, model: Model, now: float) -> bool:
         """Others may be stopped so that this model can be loaded."""
-        oldest, costs = self._oldest(model), self._costs.of(model.name)
+        oldest, costs = self._requests.oldest(model.name), self._costs.of(model.name)
         if oldest is None or costs is None:
             return True
         return now - oldest[0] >= patience(costs.activation)
