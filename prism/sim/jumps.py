@@ -16,6 +16,7 @@ given up. Then the policy is asked for each step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from prism.modes import Rules
 from prism.sim.model import SimModel
@@ -26,12 +27,24 @@ from prism.worker import turns
 from prism.worker.snapshot import Runnable, TurnSnapshot
 
 
+class Chosen(NamedTuple):
+    """A step: when it is chosen, when it begins, and when the lane has room behind it (see `Rounds`)."""
+
+    time: int
+    start: int
+    room: int | None
+
+    def next(self, end: int) -> Chosen:
+        """The one behind it, if it has run at `end`."""
+        return Chosen(end, end, None) if self.room is None else Chosen(self.room, end, end)
+
+
 def order_of_rounds(
     first: SimModel,
     members: Sequence[SimModel],
     rules: Rules,
     longer: Longer,
-    now: int,
+    chosen: Chosen,
 ) -> list[SimModel]:
     """The order in which all members take turns, or `first` alone if they do not.
 
@@ -44,17 +57,16 @@ def order_of_rounds(
         return [first]
     ticks = {model: model.decode_ticks(longer(model)) for model in order}
     state = {model: (model.last_end, model.last_turn) for model in order}
-    clock = now
     for step in range(2 * len(order)):
         expected = order[step % len(order)]
         seen = tuple(_runnable(model, *state[model], rules) for model in order)
-        turn = turns.decide(TurnSnapshot(seen, 1), to_seconds(clock))
+        turn = turns.decide(TurnSnapshot(seen, 1), to_seconds(chosen.time))
         if turn is None or turn.model != expected.name:
             return [first]
         cost, growth = ticks[expected]
-        end = clock + cost + growth * (step // len(order))
-        state[expected] = (end, clock)
-        clock = end
+        end = chosen.start + cost + growth * (step // len(order))
+        state[expected] = (end, chosen.time)
+        chosen = chosen.next(end)
     return order
 
 

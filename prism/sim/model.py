@@ -56,6 +56,9 @@ class SimModel:
         self.waiting: list[Job] = []
         """Admitted, without blocks."""
         self.prompt_blocks = 0
+        self.num_leaving = 0
+        """Sequences whose last token is on its way."""
+        self.leaving_blocks = 0
         self.is_stalled = False
         """Its last turn found no memory."""
         self.last_turn = 0
@@ -87,7 +90,7 @@ class SimModel:
     @property
     def used_blocks(self) -> int:
         """Blocks that sequences hold."""
-        return self.decodes.num_blocks + self.prompt_blocks
+        return self.decodes.num_blocks + self.prompt_blocks + self.leaving_blocks
 
     @property
     def free_blocks(self) -> int:
@@ -112,7 +115,12 @@ class SimModel:
     @property
     def num_sequences(self) -> int:
         """Admitted and not ended."""
-        return self.decodes.size + len(self.prompts) + len(self.waiting)
+        return self.num_running + len(self.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Of the batch's places, those that are taken."""
+        return self.decodes.size + len(self.prompts) + self.num_leaving
 
     @property
     def has_waiting(self) -> bool:
@@ -221,7 +229,7 @@ class SimModel:
     def _prompts_want(self, budget: int, max_sequences: int) -> Iterator[Want]:
         budget -= self.decodes.size
         num_blocks = self.layout.num_blocks
-        places = max_sequences - self.decodes.size - len(self.prompts)
+        places = max_sequences - self.num_running
         for job in self.unstarted():
             if budget <= 0 or (not job.computed and places <= 0 and job not in self.prompts):
                 break
@@ -240,7 +248,7 @@ class SimModel:
                 break
             if not job.num_restarts or job in self.prompts:  # else it gave way to one before it
                 budget -= self._take(job, budget, chunks, may_preempt=True)
-        while self.waiting and budget > 0 and self.decodes.size + len(self.prompts) < max_sequences:
+        while self.waiting and budget > 0 and self.num_running < max_sequences:
             job = self.waiting[0]
             if job.num_restarts and (self.decodes.size or self.prompts) and not self._fits(job):
                 break

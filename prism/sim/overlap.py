@@ -67,6 +67,6 @@ def _kernel(model: SimModel) -> float:
     return seconds * VECTOR_PULL if batch == 1 else seconds
 
 
-def pulls_of_others(pulls: Sequence[float | None], lane: int) -> Pulls:
+def pulls_of_others(pulls: Sequence[float], lane: int) -> Pulls:
     """Those of the other lanes that decode."""
-    return tuple(pull for other, pull in enumerate(pulls) if other != lane and pull is not None)
+    return tuple(pull for other, pull in enumerate(pulls) if other != lane and pull)
