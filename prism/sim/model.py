@@ -62,6 +62,7 @@ class SimModel:
         self.is_stalled = False
         """Its last turn found no memory."""
         self.last_turn = 0
+        """When its last step began: two may be chosen at the same tick, and begin one after the other."""
         self.last_end = 0
         self.last_used = 0
         self.idle_times = IdleTimes()
@@ -109,6 +110,11 @@ class SimModel:
     def return_chance(self, now: int, threshold: float | None) -> float:
         """That it gets a request soon, if it has none."""
         return self.idle_times.return_chance(to_seconds(now - self.last_used), threshold)
+
+    @property
+    def due(self) -> int:
+        """When the next token of its streams is, the first of them; there is one at least."""
+        return self.last_end + self.decodes.ahead
 
     # --- the queue ------------------------------------------------------------------------------------
 

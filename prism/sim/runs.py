@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -68,7 +68,7 @@ def advance(run: Run, now: int) -> None:
         starts = rounds.steps_of(index, begun) - rounds.steps_of(index, rounds.begun)
         if starts:
             model.decodes.begin(starts)
-            model.last_turn = rounds.decided_at(rounds.last_of(index, begun))
+            model.last_turn = rounds.end_of(rounds.last_of(index, begun))
         ends = rounds.steps_of(index, closed) - rounds.steps_of(index, rounds.done)
         if ends:
             model.decodes.run(ends)
@@ -101,11 +101,27 @@ def _bank(model: SimModel, rounds: Rounds[SimModel], index: int, before: int, co
     def gain(steps: int) -> int:
         return steps * model.tpot - (rounds.end_of_member(index, before + steps) - model.last_end)
 
+    model.decodes.bank(gain(count), BANKED * model.tpot - gain(_peak(gain, count)))
+
+
+def _peak(gain: Callable[[int], int], count: int) -> int:
+    """The last of `count` steps up to which gains do not fall."""
     low, high = 1, count
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if gain(middle + 1) >= gain(middle) else (low, middle)
-    model.decodes.bank(gain(count), BANKED * model.tpot - gain(low))
+    return low
+
+
+def due_after(model: SimModel, rounds: Rounds[SimModel]) -> Callable[[int], int]:
+    """When the first stream of a model is due after so many of its steps, one behind the other; see `_bank`."""
+
+    def gain(steps: int) -> int:
+        return steps * model.tpot - (rounds.end_of(steps) - model.last_end)
+
+    ahead, most = model.decodes.ahead, BANKED * model.tpot
+    peak = _peak(gain, rounds.num_steps)
+    return lambda steps: model.last_end + steps * model.tpot + min(ahead, most - gain(min(steps, peak)))
 
 
 def steps_until_change(order: Sequence[SimModel]) -> int:

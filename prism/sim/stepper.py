@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
+from typing import NamedTuple
 
 from prism.modes import Rules
 from prism.sim.jobs import Chunk
-from prism.sim.jumps import Chosen, gives_up, may_follow, order_of_rounds, steps_with_time
+from prism.sim.jumps import gives_up, order_of_rounds, steps_in_turn, steps_with_time
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
@@ -273,7 +274,9 @@ class Stepper:
             if has_decodes:
                 model.decodes.forgo()
             return False
-        model.last_turn = now
+        run = self._runs[lane]
+        assert run is not None
+        model.last_turn = run.rounds.start
         return True
 
     def _start_prompts(
@@ -300,17 +303,38 @@ class Stepper:
         members = [m for m in self._lanes[lane] if m.can_step]
         prompts = (end for other, end in enumerate(self._prompt_ends) if other != lane)
         start, room = max(now, self._ends[lane], *prompts), self._room(lane, now)
-        is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
+        is_single = self._limits.is_stepping or room == now  # then the next step is chosen just now, too
+        is_single = is_single or any(m.prompts or m.waiting for m in members)
         is_single = is_single or gives_up(members, self._rules, longer)
-        order = [model]
-        if not is_single:
-            order = order_of_rounds(model, members, self._rules, longer, Chosen(now, start, room))
+        order = [model] if is_single else order_of_rounds(model, members)
+        rounds = self._steps(order, members, longer, Chosen(now, start, room), is_single=is_single)
+        if len(order) > 1 and rounds.num_steps < 2 * len(order):  # they do not take turns
+            rounds = self._steps([model], members, longer, Chosen(now, start, room), is_single=False)
+        self._runs[lane] = Run(rounds, others, turn_before=model.last_turn)
+
+    def _steps(
+        self,
+        order: list[SimModel],
+        members: Sequence[SimModel],
+        longer: Longer,
+        chosen: Chosen,
+        *,
+        is_single: bool,
+    ) -> Rounds[SimModel]:
+        """As many steps in this order as the policy would choose."""
         parts = [Part(m, *m.decode_ticks(longer(m))) for m in order]
         steps = 1 if is_single else steps_until_change(order)
         if steps > 1:
             steps = steps_with_time(steps, members, len(order), self._rules, longer)
-        rounds = Rounds(parts, start, steps, now, room)
-        if len(order) < len(members) and steps > 1:
-            steps = may_follow(rounds, model, members, self._rules)
-            rounds = Rounds(parts, start, steps, now, room)
-        self._runs[lane] = Run(rounds, others, turn_before=model.last_turn)
+        rounds = Rounds(parts, chosen.start, steps, chosen.time, chosen.room)
+        if steps > 1 and (fewer := steps_in_turn(rounds, members, self._rules)) < steps:
+            rounds = Rounds(parts, chosen.start, fewer, chosen.time, chosen.room)
+        return rounds
+
+
+class Chosen(NamedTuple):
+    """A step: when it is chosen, when it begins, and when the lane has room behind it (see `Rounds`)."""
+
+    time: int
+    start: int
+    room: int | None
