@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
 from shapes import CONTEXT, write_shape
 
 PRISM = [sys.executable, "-c", "from prism.cli.main import main; main()"]
-WARM_REQUESTS = "64"
+WARM_PAUSE = 5.0
+"""Seconds between the end of a first run of the trace and the second, about what clients take to end and begin."""
 FIGURES = ("ttft_attainment", "tpot_attainment", "attainment")
 
 
@@ -143,17 +144,17 @@ def make_trace(folder: Path, setup: Setup, options: argparse.Namespace) -> None:
 
 
 def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
-    """What `prism bench` says of a server that has seen its models before, and captured graphs.
+    """What `prism bench` says of a server that has seen the trace before, and captured its graphs.
 
-    The first one measures the models alone; the others are sent the beginning of the trace.
+    While there is no graph for the size of a prompt its step takes up to ten times as long, and a server of the
+    real world has met all sizes. The first server measures the models alone, too.
     """
     mode, log = config.stem, config.with_suffix(".log")
     log.unlink(missing_ok=True)
     with server(config, log, setup):
-        if alone.exists():
-            bench(folder, setup.port, "--max-requests", WARM_REQUESTS)
-        else:
+        if not alone.exists():
             bench(folder, setup.port, "--baseline", str(alone), "--baseline-requests", "8")
+        bench(folder, setup.port)
         saved = ["--save-result", "--result-dir", str(folder), "--result-filename", f"{mode}.json"]
         bench(folder, setup.port, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
         steps = steps_of(httpx.get(f"http://127.0.0.1:{setup.port}/metrics").text)
@@ -184,12 +185,23 @@ def predicted(folder: Path, config: Path, setup: Setup, scale: float, alone: Pat
         for name in setup.models
     }
     (folder / "shapes.json").write_text(json.dumps(entries))
-    given = ["--trace", str(folder / "trace.csv"), "--models", str(folder / "shapes.json")]
+    trace, warm_up = warm_trace(folder)
+    given = ["--trace", str(trace), "--warm-up", str(warm_up), "--models", str(folder / "shapes.json")]
     given += ["--profile", str(folder / "profile.json"), "--config", str(config)]
     output = folder / "predicted.json"
     prism("simulate", *given, "--devices", "1", "--mode", config.stem, "--output", str(output))
     result: dict[str, Any] = json.loads(output.read_text())
     return result
+
+
+def warm_trace(folder: Path) -> tuple[Path, float]:
+    """The trace twice, as servers see it, and when it begins for the second time."""
+    head, *rows = [line.split(",", 1) for line in (folder / "trace.csv").read_text().splitlines()]
+    begin = float(rows[-1][0]) + WARM_PAUSE
+    again = [[f"{begin + float(arrival):.6f}", rest] for arrival, rest in rows]
+    path = folder / "warm.csv"
+    path.write_text("\n".join(",".join(row) for row in (head, *rows, *again)) + "\n")
+    return path, begin
 
 
 def compared(real: dict[str, Any], simulated: dict[str, Any]) -> dict[str, Any]:
