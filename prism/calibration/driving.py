@@ -107,7 +107,7 @@ class Driver:
 
 
 def add_request(model: LoadedModel, name: str, prompt: Sequence[int], max_tokens: int) -> None:
-    """One that draws at random, as requests do by default: on a CPU that is a tenth of a small model's step."""
+    """It draws at random, as requests do by default: on a CPU that is a tenth of a small model's step."""
     params = SamplingParams(max_tokens=max_tokens, seed=0)
     model.engine.add(EngineRequest(RequestId(name), list(prompt), params))
 

@@ -1,7 +1,7 @@
 """How long the policy of turns would go on as it does, when models of a lane only decode.
 
-The policy's rule is then that the earliest deadline goes first; deadlines that have passed count as now, and of
-equals who has waited longest goes first. A step moves a model's deadline on by its TPOT objective, but no
+The policy's rule is then that the earliest deadline goes first; deadlines that have passed count as now, and
+of equals who has waited longest goes first. A step moves a model's deadline on by its TPOT objective, but no
 further than `BANKED` objectives behind the step's end. Two patterns are recognised:
 
 - **Rounds**: each model steps once, always in the same order.

@@ -1,11 +1,11 @@
 """How decode steps of several lanes slow each other down.
 
 Steps of two lanes are queues of kernels that a GPU serves in turns: while one of another lane runs, a step
-stands still, but for what the shorter of the two kernels has beside the longer. Where kernels take `a` and `b`,
-both have had one after `max(a, b) + o * min(a, b)`; beside a lane of `b` a step needs that over `a` of its time
-alone. So small models suffer beside large ones, and large ones little. `o` is what the profile's overlap of equal
-models says. H100, two lanes, in a server and back to back, 30 pairs of a 1B and an 8B at batches of 1 to 16: off
-by 7 % (root mean square; `tests/sim/test_overlap.py`).
+stands still, but for what the shorter of the two kernels has beside the longer. Where kernels take `a` and
+`b`, both have had one after `max(a, b) + o * min(a, b)`; beside a lane of `b` a step needs that over `a` of
+its time alone. So small models suffer beside large ones, and large ones little. `o` is what the profile's
+overlap of equal models says. 14 pairs of a 1B and an 8B on two lanes of an H100, 7 of them in a server: off by 7 %
+(root mean square; `tests/sim/test_overlap.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from prism.sim.model import SimModel
 
 VECTOR_PULL = 2.5
 """Kernels of steps of one row, beside those of larger ones, get so many times their time: they have many more
-blocks, which find room first. An H100's 1B at batch 4 takes 2.2 times as long beside one of batch 1, which takes
-1.3 times as long beside it."""
+blocks, which find room first. A 1B at batch 4 takes 2.2 times as long beside another one at batch 1, and that
+one 1.3 times as long."""
 
 Pulls = tuple[float, ...]
 """Mean times of a kernel on the other lanes that decode, in seconds a layer."""

@@ -37,7 +37,7 @@ def report(
 ) -> dict[str, Any]:
     """All of it as JSON values. `done` is what a controller has moved.
 
-    What came in the first `warm_up` seconds is left out, but in counts of what happened to models and devices.
+    What came in the first `warm_up` seconds is left out, but for counts of what happened to models.
     """
     outcomes = [o for result in results for o in result.outcomes if o.arrival >= warm_up]
     by_model: dict[ModelId, list[Outcome]] = defaultdict(list)

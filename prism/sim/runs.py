@@ -56,7 +56,7 @@ class Listener(Protocol):
 
 
 def advance(run: Run, now: int) -> None:
-    """Account for the decode steps of a run that have closed, and give those that were chosen their blocks."""
+    """Account for the decode steps of a run that have closed; those that were chosen get their blocks."""
     rounds = run.rounds
     closed, begun = rounds.closed_by(now), max(rounds.begun, rounds.begun_by(now))
     if closed == rounds.done and begun == rounds.begun:
@@ -114,7 +114,7 @@ def _peak(gain: Callable[[int], int], count: int) -> int:
 
 
 def due_after(model: SimModel, rounds: Rounds[SimModel]) -> Callable[[int], int]:
-    """When the first stream of a model is due after so many of its steps, one behind the other; see `_bank`."""
+    """When the first stream of a model is due after so many of its steps on end; see `_bank`."""
 
     def gain(steps: int) -> int:
         return steps * model.tpot - (rounds.end_of(steps) - model.last_end)
@@ -137,7 +137,8 @@ def steps_until_change(order: Sequence[SimModel]) -> int:
 
 def close(run: Run, listener: Listener) -> list[Leaving]:
     """Its last step counts as run: tell what is drawn, and take out who is done when it has."""
-    end, leaving = run.rounds.end, []
+    end = run.rounds.end
+    leaving: list[Leaving] = []
     for part in run.rounds.parts:
         model = part.who
         if model in run.gone:
