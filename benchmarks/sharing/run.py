@@ -76,7 +76,7 @@ def write_config(
     loads: dict[str, float],
     slos: dict[str, dict[str, float]],
 ) -> Path:
-    """A server's configuration with the models in this order, and what is known of their loads and objectives."""
+    """A server's configuration with the models in this order, their loads and objectives as far as known."""
     for shape in set(setup.shapes):
         write_shape(shape, folder)
     profile = folder / "profile.json"
@@ -267,8 +267,8 @@ def loads_of(folder: Path) -> dict[str, float]:
 
 
 def run_mode(folder: Path, setup: Setup, mode: str, scale: float) -> dict[str, Any]:
-    """Both. Models are configured by demand where those that do not fit any more are refused, else by size, in
-    which order they come into free memory."""
+    """Both. Models are configured by demand where those that do not fit any more are refused, else by size:
+    in that order they come into free memory."""
     loads = loads_of(folder)
     names = sorted(setup.models, key=lambda name: (-loads.get(name, 0.0), name))
     if mode in ("prism", "timeshare"):

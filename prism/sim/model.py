@@ -313,6 +313,11 @@ class SimModel:
         """Ticks of the next decode step, and by how much each following one is longer; see `StepTicks`."""
         return self._ticks.decode(self.decodes.size, self.decodes.context, longer)
 
+    @property
+    def kernel_seconds(self) -> float:
+        """Of a decode step without context, for each layer."""
+        return self._ticks.gemm(self.decodes.size) / self.served.costs.shape.num_layers
+
     def chunk_ticks(self, chunks: list[Chunk]) -> int:
         """Ticks of a step of these chunks and all decodes."""
         tokens = self.decodes.size + sum(chunk.length for chunk in chunks)

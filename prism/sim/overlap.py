@@ -4,8 +4,8 @@ Steps of two lanes are queues of kernels that a GPU serves in turns: while one o
 stands still, but for what the shorter of the two kernels has beside the longer. Where kernels take `a` and
 `b`, both have had one after `max(a, b) + o * min(a, b)`; beside a lane of `b` a step needs that over `a` of
 its time alone. So small models suffer beside large ones, and large ones little. `o` is what the profile's
-overlap of equal models says. 14 pairs of a 1B and an 8B on two lanes of an H100, 7 of them in a server: off by 7 %
-(root mean square; `tests/sim/test_overlap.py`).
+overlap of equal models says. 15 pairs of a 1B and an 8B on two lanes of an H100, 7 of them in a server: off
+by 7 % (root mean square; `tests/sim/test_overlap.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Overlap:
         total = seconds = 0.0
         for model in models:
             if model.is_active and model.decodes.size:
-                step = model.served.costs.steps.gemm(model.decodes.size)
+                step = model.kernel_seconds * model.served.costs.shape.num_layers
                 total += step * _kernel(model)
                 seconds += step
         return total / seconds if seconds else 0.0
@@ -65,9 +65,7 @@ def alone(model: SimModel) -> float:
 
 def _kernel(model: SimModel) -> float:
     """Its weight among others: seconds a layer, while it decodes."""
-    batch = model.decodes.size
-    seconds = model.served.costs.steps.gemm(batch) / model.served.costs.shape.num_layers
-    return seconds * VECTOR_PULL if batch == 1 else seconds
+    return model.kernel_seconds * (VECTOR_PULL if model.decodes.size == 1 else 1.0)
 
 
 def pulls_of_others(pulls: Sequence[float], lane: int) -> Pulls:

@@ -1,8 +1,8 @@
 """The lanes of a simulated device: what runs on them, and until when nothing about it can change.
 
 Mirrors `worker/stepper.py`: each lane that has room asks `worker/turns.py` for its next step; decodes of
-several lanes overlap; a step with prompts begins when what the others have queued has run, and what they queue
-later waits for its end.
+several lanes overlap; a step with prompts begins when what the others have queued has run, and what they
+queue later waits for its end.
 
 Where a lane has two steps queued the next one is chosen when the present one begins. So what models hold is
 that of one step ahead: a step counts as run, `last_end` and all, as soon as the next one may be chosen (it
@@ -116,7 +116,7 @@ class Stepper:
         """Close the runs that are due, and tell what has come."""
         self._close_due(now)
         while self._coming and self._coming[0][0] <= now:
-            end, _, leaving = heappop(self._coming)
+            leaving = heappop(self._coming)[2]
             if leaving is None:
                 self._listener.prompts_ran()
             else:
@@ -220,7 +220,7 @@ class Stepper:
 
     def _pulls(self) -> list[float]:
         """Of each lane; 0 where nothing decodes."""
-        return [self._overlap.pull(m for m in models if m.can_step) for models in self._lanes]
+        return [self._overlap.pull([m for m in models if m.can_step]) for models in self._lanes]
 
     def _plan(self, lane: int, now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
