@@ -92,7 +92,7 @@ def to_wait(job: Any) -> float:
 
 @pytest.mark.parametrize(("lanes", "which"), [(1, 0), (1, 1), (2, 1)])
 def test_a_prompt_waits_for_the_present_step_and_the_one_that_is_queued(lanes: int, which: int) -> None:
-    """Of its own lane, whatever the model, and of others: the next step is chosen when the present one begins.
+    """Of its own lane, whatever the model, and of others: the next step is chosen when one begins.
 
     It was predicted to wait for the present ones only, and first tokens to come a step early.
     """
