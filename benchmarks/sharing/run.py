@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
 from shapes import CONTEXT, write_shape
 
 PRISM = [sys.executable, "-c", "from prism.cli.main import main; main()"]
-WARM_REQUESTS = "64"
+PAUSE = 5.0
+"""Seconds between the end of one run of requests and the next, about what a client takes to end and begin."""
 FIGURES = ("ttft_attainment", "tpot_attainment", "attainment")
 
 
@@ -68,9 +69,14 @@ SETUPS = {
 
 
 def write_config(
-    folder: Path, setup: Setup, mode: str, names: Iterable[str], loads: dict[str, float]
+    folder: Path,
+    setup: Setup,
+    mode: str,
+    names: Iterable[str],
+    loads: dict[str, float],
+    slos: dict[str, dict[str, float]],
 ) -> Path:
-    """A server's configuration with the models in this order, and their loads as far as they are known."""
+    """A server's configuration with the models in this order, their loads and objectives as far as known."""
     for shape in set(setup.shapes):
         write_shape(shape, folder)
     profile = folder / "profile.json"
@@ -81,6 +87,7 @@ def write_config(
                 "path": str(folder / setup.models[name]),
                 "load_format": "dummy",
                 "expected_load": loads.get(name),
+                **({"slo": slos[name]} if name in slos else {}),
             }
             for name in names
         ],
@@ -125,10 +132,10 @@ def prism(*arguments: str) -> None:
     subprocess.run([*PRISM, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def bench(folder: Path, port: int, *arguments: str) -> None:
-    """`prism bench` with the trace."""
+def bench(folder: Path, port: int, *arguments: str, trace: str = "trace.csv") -> None:
+    """`prism bench` with a trace."""
     traffic = ["--models", str(folder / "models.json"), "--dataset-name", "trace"]
-    traffic += ["--dataset-path", str(folder / "trace.csv"), "--base-url", f"http://127.0.0.1:{port}"]
+    traffic += ["--dataset-path", str(folder / trace), "--base-url", f"http://127.0.0.1:{port}"]
     prism("bench", *traffic, *arguments)
 
 
@@ -142,18 +149,33 @@ def make_trace(folder: Path, setup: Setup, options: argparse.Namespace) -> None:
     (folder / "models.json").write_text(json.dumps({name: {"model": name} for name in setup.models}))
 
 
-def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
-    """What `prism bench` says of a server that has seen its models before, and captured graphs.
+def measure_alone(folder: Path, setup: Setup, alone: Path) -> None:
+    """Each model's P95s on a server that has nothing else to do; a mode that has room for each."""
+    config = write_config(folder, setup, "timeshare", setup.models, {}, {})
+    with server(config, folder / "alone.log", setup):
+        bench(folder, setup.port, "--baseline", str(alone), "--baseline-requests", "8")
 
-    The first one measures the models alone; the others are sent the beginning of the trace.
+
+def objectives(alone: Path, scale: float) -> dict[str, dict[str, float]]:
+    """Of each model: its P95s alone times the scale. Servers are told, the trace is judged by them."""
+    models = json.loads(alone.read_text())["models"]
+    return {
+        name: {"ttft": entry["ttft"] * scale, "tpot": entry["tpot"] * scale} for name, entry in models.items()
+    }
+
+
+def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
+    """What `prism bench` says of a server that has seen the trace before, and captured its graphs.
+
+    While there is no graph for the size of a prompt its step takes up to ten times as long, and a server that
+    runs for longer has met all sizes. At first everybody is asked once, in the order of the configuration:
+    models are bound to lanes in the order in which they come.
     """
     mode, log = config.stem, config.with_suffix(".log")
     log.unlink(missing_ok=True)
     with server(config, log, setup):
-        if alone.exists():
-            bench(folder, setup.port, "--max-requests", WARM_REQUESTS)
-        else:
-            bench(folder, setup.port, "--baseline", str(alone), "--baseline-requests", "8")
+        bench(folder, setup.port, trace="touch.csv")
+        bench(folder, setup.port)
         saved = ["--save-result", "--result-dir", str(folder), "--result-filename", f"{mode}.json"]
         bench(folder, setup.port, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
         steps = steps_of(httpx.get(f"http://127.0.0.1:{setup.port}/metrics").text)
@@ -173,23 +195,37 @@ def steps_of(metrics: str) -> dict[str, dict[str, float]]:
 
 def predicted(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
     """What the simulator says of the same trace, with the same objectives."""
-    slos = json.loads(alone.read_text())["models"]
-    entries = {
-        name: {
-            "shape": name,
-            "context": CONTEXT,
-            "ttft": slos[name]["ttft"] * scale,
-            "tpot": slos[name]["tpot"] * scale,
-        }
-        for name in setup.models
-    }
+    slos = objectives(alone, scale)
+    entries = {name: {"shape": name, "context": CONTEXT, **slos[name]} for name in setup.models}
     (folder / "shapes.json").write_text(json.dumps(entries))
-    given = ["--trace", str(folder / "trace.csv"), "--models", str(folder / "shapes.json")]
+    trace, warm_up = warm_trace(folder)
+    given = ["--trace", str(trace), "--warm-up", str(warm_up), "--models", str(folder / "shapes.json")]
     given += ["--profile", str(folder / "profile.json"), "--config", str(config)]
     output = folder / "predicted.json"
     prism("simulate", *given, "--devices", "1", "--mode", config.stem, "--output", str(output))
     result: dict[str, Any] = json.loads(output.read_text())
     return result
+
+
+def write_touches(folder: Path, names: Iterable[str]) -> None:
+    """A short request of each model in this order."""
+    rows = [f"{i / 20:.2f},{name},16,2" for i, name in enumerate(names)]
+    head = (folder / "trace.csv").read_text().partition("\n")[0]
+    (folder / "touch.csv").write_text("\n".join((head, *rows)) + "\n")
+
+
+def warm_trace(folder: Path) -> tuple[Path, float]:
+    """Touches and the trace twice, as servers see them, and when it begins for the second time."""
+    parts, begin, seen = [], 0.0, list[str]()
+    for name in ("touch.csv", "trace.csv", "trace.csv"):
+        head, *lines = (folder / name).read_text().splitlines()
+        rows = [line.split(",", 1) for line in lines]
+        seen += [f"{begin + float(arrival):.6f},{rest}" for arrival, rest in rows]
+        parts.append(begin)
+        begin += float(rows[-1][0]) + PAUSE
+    path = folder / "warm.csv"
+    path.write_text("\n".join((head, *seen)) + "\n")
+    return path, parts[-1]
 
 
 def compared(real: dict[str, Any], simulated: dict[str, Any]) -> dict[str, Any]:
@@ -231,10 +267,16 @@ def loads_of(folder: Path) -> dict[str, float]:
 
 
 def run_mode(folder: Path, setup: Setup, mode: str, scale: float) -> dict[str, Any]:
-    """Both, with the models that are more in demand first: who does not fit any more is refused by both."""
+    """Both. Models are configured by demand where those that do not fit any more are refused, else by size:
+    in that order they come into free memory."""
     loads = loads_of(folder)
     names = sorted(setup.models, key=lambda name: (-loads.get(name, 0.0), name))
-    config, alone = write_config(folder, setup, mode, names, loads), folder / "alone.json"
+    if mode in ("prism", "timeshare"):
+        costs = json.loads((folder / "profile.json").read_text())["models"]
+        names = sorted(names, key=lambda name: (costs[name]["shape"]["weight_bytes"], name))
+    alone = folder / "alone.json"
+    config = write_config(folder, setup, mode, names, loads, objectives(alone, scale))
+    write_touches(folder, names)
     real = measured(folder, config, setup, scale, alone)
     simulated = predicted(folder, config, setup, scale, alone)
     figures = compared(real, simulated)
@@ -264,13 +306,15 @@ def main() -> None:
         make_trace(folder, setup, options)
         profile = folder / "profile.json"
         if not profile.exists():
-            config = write_config(folder, setup, "prism", setup.models, {})
+            config = write_config(folder, setup, "prism", setup.models, {}, {})
             prism("profile", str(config), "--output", str(profile))
+        if not (folder / "alone.json").exists():
+            measure_alone(folder, setup, folder / "alone.json")
         result: dict[str, Any] = {"command": sys.argv[1:], "modes": {}}
         result["profile"] = json.loads(profile.read_text())
+        result["alone"] = json.loads((folder / "alone.json").read_text())
         for mode in options.modes.split(","):
             result["modes"][mode] = run_mode(folder, setup, mode, options.slo_scale)
-            result["alone"] = json.loads((folder / "alone.json").read_text())
             if options.output:  # of the modes so far
                 options.output.write_text(json.dumps(result, indent=1) + "\n")
 

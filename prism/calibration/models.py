@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ from prism.weights.protocol import Manifest, WeightSource
 from prism.weights.registrations import Registrations
 from prism.weights.transfers import Places, Transfer
 from prism.worker.device import Device
-from prism.worker.loading import Load, LoadPlan
+from prism.worker.loading import Load, Loaded, LoadPlan
 from prism.worker.models import read_profile
 
 clock = time.perf_counter
@@ -113,6 +115,15 @@ class TimedLink:
         self._watcher.join()
 
 
+def _run_beside(load: Load, meanwhile: Callable[[], None]) -> Loaded:
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(load.run)
+        while True:
+            meanwhile()
+            if loaded.done():
+                return loaded.result()
+
+
 class LoadedModel:
     """An engine on a lane. Use as a context manager; raises `PrismError` for what the device cannot hold."""
 
@@ -140,14 +151,14 @@ class LoadedModel:
             self.kv, runner, self.lane.slots, max_len=spec.max_position, max_batch_size=max_batch_size
         )
 
-    def load(self, weights: RandomWeights) -> LoadTime:
-        """Bring the weights in, once more if they are there."""
+    def load(self, weights: RandomWeights, meanwhile: Callable[[], None] | None = None) -> LoadTime:
+        """Bring the weights in, once more if they are there; `meanwhile` is called until they are."""
         self._arena.unmap()
         link = ThreadLink(self.device.backend.copier)
         timed = TimedLink(link)
         try:
             load = Load(self._plan(weights), weights.fetch, weights.registrations, timed, clock)
-            loaded = load.run()
+            loaded = load.run() if meanwhile is None else _run_beside(load, meanwhile)
         finally:
             link.close()
         if loaded.error is not None:

@@ -36,12 +36,15 @@ def simulate(
         bool, typer.Option("--step", help="Step one by one: slow, with the same results.")
     ] = False,
     save_trace: Annotated[Path | None, typer.Option(help="Write the requests, as served, to a CSV.")] = None,
+    warm_up: Annotated[
+        float, typer.Option(min=0, help="Requests of so many first seconds are served and not reported.")
+    ] = 0.0,
 ) -> None:
     """Run a trace through the shipped policies with a virtual clock and a device's measured costs."""
     from prism.cli.simulate import run_simulate, simulation_inputs
 
     inputs = simulation_inputs(given, step)
-    run_simulate(inputs, mode, devices, placement, output, plot, save_trace, expected_load)
+    run_simulate(inputs, mode, devices, placement, output, plot, save_trace, expected_load, warm_up)
 
 
 @with_groups

@@ -37,8 +37,8 @@ Profile = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="A server's configuration: its limits, its scheduling and what its first device is like hold, "
-        "but not its models, mode and profile."
+        help="A server's configuration: its limits, its scheduling, what its first device is like and the "
+        "order of its models hold, but not the models themselves, mode and profile."
     ),
 ]
 Memory = Annotated[

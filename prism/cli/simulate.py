@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def run_simulate(
     plot: Path | None,
     save_trace: Path | None,
     is_expected: bool = False,
+    warm_up: float = 0.0,
 ) -> None:
     """One mode, on a given placement or under the controller."""
     if is_expected and (mode is not Mode.PRISM or placement is not None):
@@ -109,12 +111,15 @@ def run_simulate(
         check_output("--save-trace", save_trace)
     profile = open_profile(inputs.profile)
     load = read_workload(inputs, profile)
+    if not any(row.arrival >= warm_up for row in load.requests):
+        raise ConfigError([f"--warm-up {warm_up:g}: no request comes as late as that"])
     if save_trace is not None:
         _save_rows(load.requests, save_trace)
     cluster = make_cluster(inputs, load, profile, mode)
     with _progress() as progress:
         task = progress.add_task(mode.value, total=len(load.requests))
-        result = _run(cluster, devices, placement, is_expected, lambda count: progress.advance(task, count))
+        tell = partial(progress.advance, task)
+        result = _run(cluster, devices, placement, is_expected, warm_up, tell)
     _write(result, output)
     if plot is not None:
         plot_models(result, plot)
@@ -125,18 +130,19 @@ def _run(
     devices: int,
     placement: Path | None,
     is_expected: bool,
+    warm_up: float,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """On a fixed placement, or under the controller where the mode has one."""
     if placement is None and cluster.setup.mode is Mode.PRISM:
         run = cluster.run_controlled(devices, is_expected, progress)
-        return report(cluster.load, run.placement, cluster.setup, run.results, run.done)
+        return report(cluster.load, run.placement, cluster.setup, run.results, run.done, warm_up)
     if placement is None:
         placed = default_placement(cluster, devices)
     else:
         placed = read_placement(placement, cluster, devices)
     results = cluster.run(placed, os.cpu_count() or 1, progress)
-    return report(cluster.load, placed, cluster.setup, results)
+    return report(cluster.load, placed, cluster.setup, results, warm_up=warm_up)
 
 
 def _check_outputs(output: Path | None, plot: Path | None) -> None:

@@ -40,6 +40,8 @@ class Setup:
     limits: Limits
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     """Of the controller."""
+    order: tuple[ModelId, ...] = ()
+    """Of a configuration's models: those that keep their weights are bound to lanes in this order."""
 
     @property
     def num_slabs(self) -> int:
@@ -134,6 +136,8 @@ class Cluster:
 
     def _device(self, models: Sequence[ModelId]) -> SimDevice:
         setup, rules, limits = self.setup, RULES[self.setup.mode], self.setup.limits
+        places = {model: place for place, model in enumerate(setup.order)}
+        models = sorted(models, key=lambda model: places.get(model, len(places)))
         served = {model: self.load.served[model] for model in models}
         shares = None
         if rules.has_shares:

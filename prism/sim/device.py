@@ -176,7 +176,7 @@ class SimDevice:
                     assert_never(decision)
 
     def _time_out(self, job: Job, now: int) -> None:
-        if job.request_id in self.models[job.model].tickets:
+        if job.produced < job.output and job.request_id in self.models[job.model].tickets:
             self.withdraw(job)
             self._end(job, End.TIMED_OUT, now)
 
@@ -197,18 +197,18 @@ class SimDevice:
 
     # --- what others tell -------------------------------------------------------------------------------
 
-    def drawn(self, job: Job, now: int) -> None:
+    def drawn(self, job: Job, end: int) -> None:
         """See `Listener.drawn`."""
-        job.last_token = now
+        job.last_token = end
         if job.first_token is None:
-            job.first_token = now
+            job.first_token = end
 
-    def completed(self, job: Job, now: int) -> None:
+    def completed(self, job: Job, end: int) -> None:
         """See `Listener.completed`."""
         job.produced = job.output
         self.models[job.model].output_lengths.add(job.output)
-        job.last_token = now
-        self._end(job, End.SERVED, now)
+        job.last_token = end
+        self._end(job, End.SERVED, end)
 
     def prompts_ran(self) -> None:
         """See `Listener.prompts_ran`."""

@@ -74,17 +74,17 @@ def read_workload(inputs: Inputs, profile: Profile) -> Workload:
 def make_cluster(inputs: Inputs, load: Workload, profile: Profile, mode: Mode) -> Cluster:
     """Everything but the placement."""
     limits, memory = Limits(is_stepping=inputs.is_stepping), int(MEMORY_SHARE * profile.device.memory_bytes)
-    scheduling = SchedulingConfig()
+    scheduling, order = SchedulingConfig(), tuple[ModelId, ...]()
     if inputs.config is not None:
         config = load_config(inputs.config)
         limits, memory = limits_of(config, is_stepping=inputs.is_stepping), config.devices[0].memory
-        scheduling = config.scheduling
+        scheduling, order = config.scheduling, tuple(ModelId(model.name) for model in config.models)
     if inputs.lanes is not None:
         limits = replace(limits, num_lanes=inputs.lanes)
     memory = memory if inputs.memory is None else inputs.memory
     if memory < 2 * limits.slab_bytes:
         raise ConfigError([f"--memory must hold two slabs of {limits.slab_bytes} bytes"])
-    setup = Setup(mode, profile, Bytes(memory), limits, scheduling)
+    setup = Setup(mode, profile, Bytes(memory), limits, scheduling, order)
     return Cluster(load, setup, demands(load.requests, load.served))
 
 

@@ -1,12 +1,10 @@
 """How long the policy of turns would go on as it does, when models of a lane only decode.
 
-Two patterns are recognised. In both, the policy's rule is that the earliest deadline goes first (deadlines
-that have passed count as now; of equals who waited longest), and a step moves a model's deadline to its end
-plus the model's TPOT objective.
+The policy's rule is then that the earliest deadline goes first; deadlines that have passed count as now, and
+of equals who has waited longest goes first. A step moves a model's deadline on by its TPOT objective, but no
+further than `BANKED` objectives behind the step's end. Two patterns are recognised:
 
-- **Rounds**: each model steps once, always in the same order. The policy itself is asked for two rounds in
-  advance. Steps only get longer as contexts grow, so the model whose turn is longest ago only gets more
-  urgent compared with the others: what held in the second round holds in all later ones.
+- **Rounds**: each model steps once, always in the same order.
 - **One model alone**, as long as its own next deadline comes before those of all others, which stand still.
 
 Both hold as long as a lane has time for all its streams: contexts grow, and from some step on streams are
@@ -21,46 +19,19 @@ from prism.modes import Rules
 from prism.sim.model import SimModel
 from prism.sim.overlap import Longer
 from prism.sim.rounds import Rounds
-from prism.sim.ticks import to_seconds
+from prism.sim.runs import due_after
 from prism.worker import turns
-from prism.worker.snapshot import Runnable, TurnSnapshot
+from prism.worker.foresight import BANKED
+from prism.worker.snapshot import Runnable
+
+MOST_STEPS = 256
+"""That are looked at one by one: more of them would be too many when the run is cut soon."""
 
 
-def order_of_rounds(
-    first: SimModel,
-    members: Sequence[SimModel],
-    rules: Rules,
-    longer: Longer,
-    now: int,
-) -> list[SimModel]:
-    """The order in which all members take turns, or `first` alone if they do not.
-
-    A member's step takes `longer` times its time alone.
-    """
-    if len(members) == 1:
-        return [first]
+def order_of_rounds(first: SimModel, members: Sequence[SimModel]) -> list[SimModel]:
+    """The order in which all members take turns, if they do, and `first` is to begin; else `first` alone."""
     order = sorted(members, key=lambda model: (model.last_turn, model.name))
-    if order[0] is not first:
-        return [first]
-    ticks = {model: model.decode_ticks(longer(model)) for model in order}
-    state = {model: (model.last_end, model.last_turn) for model in order}
-    clock = now
-    for step in range(2 * len(order)):
-        expected = order[step % len(order)]
-        seen = tuple(_runnable(model, *state[model], rules) for model in order)
-        turn = turns.decide(TurnSnapshot(seen, 1), to_seconds(clock))
-        if turn is None or turn.model != expected.name:
-            return [first]
-        cost, growth = ticks[expected]
-        end = clock + cost + growth * (step // len(order))
-        state[expected] = (end, clock)
-        clock = end
-    return order
-
-
-def _runnable(model: SimModel, last_end: int, last_turn: int, rules: Rules) -> Runnable:
-    deadline = to_seconds(last_end + model.tpot) if rules.by_deadline else 0.0
-    return Runnable(model.name, deadline, to_seconds(last_turn), num_decodes=1)
+    return order if order[0] is first else [first]
 
 
 def gives_up(members: Sequence[SimModel], rules: Rules, longer: Longer, more: int = 0) -> bool:
@@ -89,9 +60,41 @@ def steps_with_time(
     return min(steps, low * num_in_turn + 1)
 
 
-def may_follow(rounds: Rounds[SimModel], model: SimModel, members: Sequence[SimModel], rules: Rules) -> int:
-    """Steps of `model` that follow one another before somebody else's turn comes."""
-    if not rules.by_deadline:
-        return 1
-    due = min(other.last_end + other.tpot for other in members if other is not model)
-    return min(rounds.num_steps, rounds.ended_by(due - model.tpot - 1) + 1)
+def steps_in_turn(rounds: Rounds[SimModel], members: Sequence[SimModel], rules: Rules) -> int:
+    """Those of the steps that the policy would choose one after the other, as long as nothing happens."""
+    if len(members) == 1:
+        return rounds.num_steps
+    if len(rounds.parts) == 1:
+        return _alone(rounds, members) if rules.by_deadline else 1
+    return _in_rounds(rounds) if rules.by_deadline else rounds.num_steps
+
+
+def _alone(rounds: Rounds[SimModel], members: Sequence[SimModel]) -> int:
+    """Its deadlines and the times of decision only grow, so the first that is too late is searched for."""
+    model = rounds.parts[0].who
+    due = min(other.due for other in members if other is not model)
+    due_at = due_after(model, rounds)
+    low, high = 1, rounds.num_steps
+    while low < high:
+        middle = (low + high) // 2
+        follows = max(rounds.decided_at(middle), due_at(middle)) < due
+        low, high = (middle + 1, high) if follows else (low, middle)
+    return low
+
+
+def _in_rounds(rounds: Rounds[SimModel]) -> int:
+    parts, end = rounds.parts, rounds.start
+    models = [part.who for part in parts]
+    dues, turns_of = [model.due for model in models], [model.last_turn for model in models]
+    num_steps = min(rounds.num_steps, MOST_STEPS)
+    for step in range(num_steps):
+        time = rounds.decided_at(step)
+        number, index = divmod(step, len(parts))
+        keys = [(max(dues[i], time), turns_of[i], model.name) for i, model in enumerate(models)]
+        if step and min(keys) != keys[index]:
+            return step
+        turns_of[index] = end
+        end += parts[index].first + number * parts[index].growth
+        tpot = models[index].tpot
+        dues[index] = min(dues[index] + tpot, end + BANKED * tpot)
+    return num_steps

@@ -56,9 +56,13 @@ class SimModel:
         self.waiting: list[Job] = []
         """Admitted, without blocks."""
         self.prompt_blocks = 0
+        self.num_leaving = 0
+        """Sequences whose last token is on its way."""
+        self.leaving_blocks = 0
         self.is_stalled = False
         """Its last turn found no memory."""
         self.last_turn = 0
+        """When its last step began: two may be chosen at the same tick, and begin one after the other."""
         self.last_end = 0
         self.last_used = 0
         self.idle_times = IdleTimes()
@@ -87,7 +91,7 @@ class SimModel:
     @property
     def used_blocks(self) -> int:
         """Blocks that sequences hold."""
-        return self.decodes.num_blocks + self.prompt_blocks
+        return self.decodes.num_blocks + self.prompt_blocks + self.leaving_blocks
 
     @property
     def free_blocks(self) -> int:
@@ -107,12 +111,22 @@ class SimModel:
         """That it gets a request soon, if it has none."""
         return self.idle_times.return_chance(to_seconds(now - self.last_used), threshold)
 
+    @property
+    def due(self) -> int:
+        """When the next token of its streams is, the first of them; there is one at least."""
+        return self.last_end + self.decodes.ahead
+
     # --- the queue ------------------------------------------------------------------------------------
 
     @property
     def num_sequences(self) -> int:
         """Admitted and not ended."""
-        return self.decodes.size + len(self.prompts) + len(self.waiting)
+        return self.num_running + len(self.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Of the batch's places, those that are taken."""
+        return self.decodes.size + len(self.prompts) + self.num_leaving
 
     @property
     def has_waiting(self) -> bool:
@@ -221,7 +235,7 @@ class SimModel:
     def _prompts_want(self, budget: int, max_sequences: int) -> Iterator[Want]:
         budget -= self.decodes.size
         num_blocks = self.layout.num_blocks
-        places = max_sequences - self.decodes.size - len(self.prompts)
+        places = max_sequences - self.num_running
         for job in self.unstarted():
             if budget <= 0 or (not job.computed and places <= 0 and job not in self.prompts):
                 break
@@ -240,7 +254,7 @@ class SimModel:
                 break
             if not job.num_restarts or job in self.prompts:  # else it gave way to one before it
                 budget -= self._take(job, budget, chunks, may_preempt=True)
-        while self.waiting and budget > 0 and self.decodes.size + len(self.prompts) < max_sequences:
+        while self.waiting and budget > 0 and self.num_running < max_sequences:
             job = self.waiting[0]
             if job.num_restarts and (self.decodes.size or self.prompts) and not self._fits(job):
                 break
@@ -298,6 +312,11 @@ class SimModel:
     def decode_ticks(self, longer: float) -> tuple[int, int]:
         """Ticks of the next decode step, and by how much each following one is longer; see `StepTicks`."""
         return self._ticks.decode(self.decodes.size, self.decodes.context, longer)
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Of a decode step without context, for each layer."""
+        return self._ticks.gemm(self.decodes.size) / self.served.costs.shape.num_layers
 
     def chunk_ticks(self, chunks: list[Chunk]) -> int:
         """Ticks of a step of these chunks and all decodes."""

@@ -26,6 +26,8 @@ class Limits:
     """Seconds of prompts that engines may hold when requests go by deadlines."""
     quantum: float = 10.0
     """Seconds that a model may take requests in `timeshare` while others wait."""
+    is_queueing: bool = True
+    """A lane's next step is chosen when its present one begins, as on GPUs; else when it has run."""
     is_stepping: bool = False
     """Step one by one instead of many at once; the results are the same."""
 
@@ -44,5 +46,6 @@ def limits_of(config: Config, *, is_stepping: bool) -> Limits:
         idle_threshold=scheduling.idle_threshold,
         load_ahead=scheduling.load_ahead,
         quantum=scheduling.quantum,
+        is_queueing=device.kind == "cuda",
         is_stepping=is_stepping,
     )

@@ -33,13 +33,19 @@ def report(
     setup: Setup,
     results: Sequence[DeviceResult],
     done: Sequence[Done] = (),
+    warm_up: float = 0.0,
 ) -> dict[str, Any]:
-    """All of it as JSON values. `done` is what a controller has moved."""
-    outcomes = [outcome for result in results for outcome in result.outcomes]
+    """All of it as JSON values. `done` is what a controller has moved.
+
+    What came in the first `warm_up` seconds is left out, but for counts of what happened to models.
+    """
+    outcomes = [o for result in results for o in result.outcomes if o.arrival >= warm_up]
     by_model: dict[ModelId, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_model[outcome.model].append(outcome)
-    span = max(to_seconds(1), *(outcome.ended for outcome in outcomes))  # all may end where they begin
+    ends = [to_seconds(1), *(outcome.ended for outcome in outcomes)]  # all may end where they begin
+    span = max(ends)
+    reported = max(ends[0], span - warm_up)
     counts = _counts(results)
     devices = len(placement.devices)
     homes = placement.home()
@@ -47,7 +53,7 @@ def report(
     for model, served in sorted(load.served.items()):
         own = by_model[model]
         models[model] = {
-            **_figures(own, load.served, span),
+            **_figures(own, load.served, reported),
             "shape": served.shape,
             "slo_ttft_s": served.slo.ttft,
             "slo_tpot_s": served.slo.tpot,
@@ -55,7 +61,7 @@ def report(
             **asdict(counts.get(model, ModelCounts(0, 0, 0, 0))),
         }
     return {
-        **_figures(outcomes, load.served, span),
+        **_figures(outcomes, load.served, reported),
         "mode": setup.mode.value,
         "devices": devices,
         "device_hours": devices * span / 3600,

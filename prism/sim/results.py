@@ -27,6 +27,7 @@ class Outcome(NamedTuple):
     """What became of a request. Times are seconds."""
 
     model: ModelId
+    arrival: float
     end: End
     ttft: float | None
     tpot: float | None
@@ -74,4 +75,5 @@ def _outcome(job: Job) -> Outcome:
     if first is not None and job.output > 1:
         tpot = to_seconds(job.last_token - first) / (job.output - 1)
     ttft = None if first is None else to_seconds(first - job.arrival)
-    return Outcome(job.model, job.end, ttft, tpot, to_seconds(job.end_time), job.is_clipped)
+    times = to_seconds(job.arrival), to_seconds(job.end_time)
+    return Outcome(job.model, times[0], job.end, ttft, tpot, times[1], job.is_clipped)

@@ -3,6 +3,10 @@
 A round is one step of each member, in order. A member's step reads its context, which grows by one token a
 sequence and step, so the j-th round takes `first + j * growth` and the end of all is a quadratic in their
 number. A single step is one round of one member.
+
+Who steps next is chosen when the lane has room for one more step. Where steps are queued ahead that is before
+the present one has ended, so a step *closes*, for those who decide, one step early: everything is known of it
+by then but that it has run.
 """
 
 from __future__ import annotations
@@ -30,18 +34,31 @@ class Part(Generic[M]):
 class Rounds(Generic[M]):
     """`num_steps` steps from `start` on, in rounds of `parts`."""
 
-    def __init__(self, parts: list[Part[M]], start: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        parts: list[Part[M]],
+        start: int,
+        num_steps: int,
+        decided: int | None = None,
+        room: int | None = None,
+    ) -> None:
+        """`decided` is when the first step was chosen, `room` when there is for one behind it; None: no
+        step is chosen before the one in front of it has ended."""
         self.parts = parts
         self.start = start
         self.num_steps = num_steps
+        self.decided = start if decided is None else decided
+        self._room = room
         self.done = 0
-        """Steps whose end has been accounted for."""
+        """Steps that have been accounted for."""
         self.begun = 1
         """Steps that have got their blocks; the first one has them when this is made."""
         self._first = sum(part.first for part in parts)
         self.growth = sum(part.growth for part in parts)
         """Ticks by which each round takes longer than the one before."""
         self.end = self.end_of(num_steps)
+        self.closes = self.closed_at(num_steps)
+        """When what follows the last step is chosen."""
 
     def end_of(self, steps: int) -> int:
         """When the first `steps` steps have run."""
@@ -65,17 +82,34 @@ class Rounds(Generic[M]):
             steps += 1
         return steps
 
+    def closed_at(self, steps: int) -> int:
+        """When the first `steps` steps, one at least, count as run to who chooses the next one."""
+        if self._room is None:
+            return self.end_of(steps)
+        return self._room if steps == 1 else self.end_of(steps - 1)
+
+    def decided_at(self, index: int) -> int:
+        """When a step was chosen."""
+        return self.closed_at(index) if index else self.decided
+
+    def closed_by(self, now: int) -> int:
+        """Steps that count as run then."""
+        if self._room is None:
+            return self.ended_by(now)
+        return min(self.num_steps, 1 + self.ended_by(now)) if now >= self._room else 0
+
     def begun_by(self, now: int) -> int:
-        """Steps that have begun before then: one more than have ended, unless the last one ends just then."""
-        ended = self.ended_by(now)
-        return ended + (ended < self.num_steps and self.end_of(ended) < now)
+        """Steps that were chosen before then, or count as run by then."""
+        closed = self.closed_by(now)
+        return closed + (closed < self.num_steps and self.decided_at(closed) < now)
 
     def cut(self, now: int, at_least: int = 0) -> None:
-        """Nothing begins from `now` on; a step that has begun ends, and so do the first `at_least` ones."""
+        """Nothing is chosen from `now` on; what has been is run, and so are the first `at_least` steps."""
         keep = max(self.begun_by(now), at_least)
         if keep < self.num_steps:
             self.num_steps = keep
             self.end = self.end_of(keep)
+            self.closes = self.closed_at(keep) if keep else self.decided
 
     def steps_of(self, index: int, steps: int) -> int:
         """How many of the first `steps` are the member's."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prism.sim.jobs import Chunk, Job
 from prism.sim.model import SimModel
@@ -22,7 +22,7 @@ class Run:
     others: Pulls = ()
     """What decodes on other lanes, as its steps' times assume."""
     chunks: list[Chunk] = field(default_factory=list)
-    """Of prompts: such a step has the device to itself."""
+    """Of prompts: such a step has the device to itself, and is one."""
     has_decodes: bool = True
     turn_before: int = 0
     """When the first member had its turn before."""
@@ -30,15 +30,24 @@ class Run:
     """Members that have lost their memory meanwhile."""
 
 
+class Leaving(NamedTuple):
+    """A request whose last token a step on its way draws. It keeps its place and its blocks until then."""
+
+    end: int
+    model: SimModel
+    job: Job
+    blocks: int
+
+
 class Listener(Protocol):
     """Who hears of tokens."""
 
-    def drawn(self, job: Job, now: int) -> None:
-        """A prompt has been computed, and a token was drawn."""
+    def drawn(self, job: Job, end: int) -> None:
+        """A prompt has been computed, and a token is drawn then."""
         ...
 
-    def completed(self, job: Job, now: int) -> None:
-        """The last token was drawn."""
+    def completed(self, job: Job, end: int) -> None:
+        """The last token is drawn then, which is now or after all that is to come of it."""
         ...
 
     def prompts_ran(self) -> None:
@@ -47,10 +56,10 @@ class Listener(Protocol):
 
 
 def advance(run: Run, now: int) -> None:
-    """Account for the decode steps of a run that have ended, and give those that have begun their blocks."""
+    """Account for the decode steps of a run that have closed; those that were chosen get their blocks."""
     rounds = run.rounds
-    ended, begun = rounds.ended_by(now), max(rounds.begun, rounds.begun_by(now))
-    if ended == rounds.done and begun == rounds.begun:
+    closed, begun = rounds.closed_by(now), max(rounds.begun, rounds.begun_by(now))
+    if closed == rounds.done and begun == rounds.begun:
         return
     for index, part in enumerate(rounds.parts):
         model = part.who
@@ -60,15 +69,15 @@ def advance(run: Run, now: int) -> None:
         if starts:
             model.decodes.begin(starts)
             model.last_turn = rounds.end_of(rounds.last_of(index, begun))
-        ends = rounds.steps_of(index, ended) - rounds.steps_of(index, rounds.done)
+        ends = rounds.steps_of(index, closed) - rounds.steps_of(index, rounds.done)
         if ends:
             model.decodes.run(ends)
             model.usage.decoded_tokens += ends * model.decodes.size
             before = rounds.steps_of(index, rounds.done)
             _count(model, run, index, before, ends)
             _bank(model, rounds, index, before, ends)
-            model.last_end = model.last_used = rounds.end_of_member(index, rounds.steps_of(index, ended))
-    rounds.done, rounds.begun = ended, begun
+            model.last_end = model.last_used = rounds.end_of_member(index, rounds.steps_of(index, closed))
+    rounds.done, rounds.begun = closed, begun
 
 
 def _count(model: SimModel, run: Run, index: int, before: int, count: int) -> None:
@@ -92,11 +101,27 @@ def _bank(model: SimModel, rounds: Rounds[SimModel], index: int, before: int, co
     def gain(steps: int) -> int:
         return steps * model.tpot - (rounds.end_of_member(index, before + steps) - model.last_end)
 
+    model.decodes.bank(gain(count), BANKED * model.tpot - gain(_peak(gain, count)))
+
+
+def _peak(gain: Callable[[int], int], count: int) -> int:
+    """The last of `count` steps up to which gains do not fall."""
     low, high = 1, count
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if gain(middle + 1) >= gain(middle) else (low, middle)
-    model.decodes.bank(gain(count), BANKED * model.tpot - gain(low))
+    return low
+
+
+def due_after(model: SimModel, rounds: Rounds[SimModel]) -> Callable[[int], int]:
+    """When the first stream of a model is due after so many of its steps on end; see `_bank`."""
+
+    def gain(steps: int) -> int:
+        return steps * model.tpot - (rounds.end_of(steps) - model.last_end)
+
+    ahead, most = model.decodes.ahead, BANKED * model.tpot
+    peak = _peak(gain, rounds.num_steps)
+    return lambda steps: model.last_end + steps * model.tpot + min(ahead, most - gain(min(steps, peak)))
 
 
 def steps_until_change(order: Sequence[SimModel]) -> int:
@@ -110,39 +135,41 @@ def steps_until_change(order: Sequence[SimModel]) -> int:
     return min(limits)
 
 
-def close(run: Run, listener: Listener, now: int) -> None:
-    """Its last step has ended, and all have been accounted for: tell what was drawn and who is done."""
-    if run.chunks:
-        listener.prompts_ran()
+def close(run: Run, listener: Listener) -> list[Leaving]:
+    """Its last step counts as run: tell what is drawn, and take out who is done when it has."""
+    end = run.rounds.end
+    leaving: list[Leaving] = []
     for part in run.rounds.parts:
         model = part.who
         if model in run.gone:
             continue
         if run.chunks:
-            _close_prompts(model, run, listener, now)
+            leaving += _close_prompts(model, run, listener)
         for job in model.decodes.ended():
-            model.decodes.leave(job)
-            listener.completed(job, now)
+            leaving.append(Leaving(end, model, job, model.decodes.leave(job)))
+    return leaving
 
 
-def _close_prompts(model: SimModel, run: Run, listener: Listener, now: int) -> None:
+def _close_prompts(model: SimModel, run: Run, listener: Listener) -> Iterator[Leaving]:
+    end = run.rounds.end
     if run.has_decodes:
         model.decodes.run(1)
         model.usage.decoded_tokens += model.decodes.size
-        gain = model.tpot - (now - model.last_end)
+        gain = model.tpot - (end - model.last_end)
         model.decodes.bank(gain, BANKED * model.tpot - gain)
-    model.last_end = model.last_used = now
+    model.last_end = model.last_used = end
     model.usage.ran_prompts(run.rounds.end - run.rounds.start)
     for chunk in run.chunks:
         job = chunk.job
         if chunk.num_restarts != job.num_restarts or job.missing:
             continue
+        blocks = model.layout.num_blocks(job.computed)
         model.prompts.remove(job)
-        model.prompt_blocks -= model.layout.num_blocks(job.computed)
+        model.prompt_blocks -= blocks
         job.produced += 1
         model.usage.decoded_tokens += 1
-        listener.drawn(job, now)
+        listener.drawn(job, end)
         if job.produced < job.output:
             model.decodes.join(job, model.tpot)
         else:
-            listener.completed(job, now)
+            yield Leaving(end, model, job, blocks)

@@ -1,22 +1,30 @@
 """The lanes of a simulated device: what runs on them, and until when nothing about it can change.
 
-Mirrors `worker/stepper.py`: each idle lane asks `worker/turns.py` for its next step; decodes of several lanes
-overlap; a step with prompts begins when the others' present steps have ended, and they wait for its end.
+Mirrors `worker/stepper.py`: each lane that has room asks `worker/turns.py` for its next step; decodes of
+several lanes overlap; a step with prompts begins when what the others have queued has run, and what they
+queue later waits for its end.
+
+Where a lane has two steps queued the next one is chosen when the present one begins. So what models hold is
+that of one step ahead: a step counts as run, `last_end` and all, as soon as the next one may be chosen (it
+closes, `rounds.py`). Only its requests' ends come when it has run in fact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import NamedTuple
 
 from prism.modes import Rules
 from prism.sim.jobs import Chunk
-from prism.sim.jumps import gives_up, may_follow, order_of_rounds, steps_with_time
+from prism.sim.jumps import gives_up, order_of_rounds, steps_in_turn, steps_with_time
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
 from prism.sim.overlap import Longer, Overlap, pulls_of_others
 from prism.sim.rounds import Part, Rounds
-from prism.sim.runs import Listener, Run, advance, close, steps_until_change
+from prism.sim.runs import Leaving, Listener, Run, advance, close, steps_until_change
 from prism.sim.ticks import NEVER, to_seconds
 from prism.sim.views import runnable
 from prism.types import ModelId
@@ -39,15 +47,20 @@ class Stepper:
         self._lanes: list[list[SimModel]] = [[] for _ in range(limits.num_lanes)]
         self._runs: list[Run | None] = [None] * limits.num_lanes
         self._decided = [0] * limits.num_lanes
+        self._ends = [0] * limits.num_lanes
+        """When the last step of each lane that has closed has run."""
+        self._prompt_ends = [0] * limits.num_lanes
+        """The same of steps with prompts."""
+        self._coming: list[tuple[int, int, Leaving | None]] = []
+        """Ends of requests that are on their way, and of steps with prompts."""
+        self._numbers = count()
         self._memory = memory
         self._rules = rules
         self._limits = limits
         self._overlap = Overlap(together)
         self._listener = listener
-        self._has_prompts = False
-        """A step with prompts is on its way, on some lane."""
         self._has_emptied = False
-        """A lane has lost what it was to do."""
+        """A lane has lost what it was to do, or has room for more."""
         self.num_decisions = 0
         self.busy = 0
         """Ticks in which lanes worked, of all lanes."""
@@ -69,8 +82,9 @@ class Stepper:
                 advance(run, now)
 
     def next_end(self) -> int:
-        """When the next run ends."""
-        return min((run.rounds.end for run in self._runs if run is not None), default=NEVER)
+        """When the next run closes, or something on its way has come."""
+        end = min((run.rounds.closes for run in self._runs if run is not None), default=NEVER)
+        return min(end, self._coming[0][0]) if self._coming else end
 
     @property
     def has_stalled(self) -> bool:
@@ -87,53 +101,74 @@ class Stepper:
     # --- what has run -----------------------------------------------------------------------------------
 
     def sync(self, now: int) -> None:
-        """Account for the steps that have ended and begun by now.
+        """Account for the steps that have closed and were chosen by now.
 
-        A lane whose step ends just now decides anew, as all lanes do whose steps end now.
+        A lane whose step closes just now decides anew, as all lanes do whose steps close now.
         """
         for run in self._runs:
             if run is not None and not run.chunks:
                 advance(run, now)
                 rounds = run.rounds
-                if rounds.done and rounds.end_of(rounds.done) == now:
+                if rounds.done and rounds.closed_at(rounds.done) == now:
                     rounds.cut(now)
 
     def collect(self, now: int) -> None:
-        """Close the runs that have ended."""
-        for lane, run in enumerate(self._runs):
-            if run is None or run.rounds.end > now:
-                continue
-            self._runs[lane] = None
-            self.busy += run.rounds.end - run.rounds.start
-            if run.chunks:
-                self._has_prompts = False
+        """Close the runs that are due, and tell what has come."""
+        self._close_due(now)
+        while self._coming and self._coming[0][0] <= now:
+            leaving = heappop(self._coming)[2]
+            if leaving is None:
+                self._listener.prompts_ran()
             else:
-                self._decided[lane] = run.rounds.end_of(run.rounds.num_steps - 1)
-            close(run, self._listener, now)
+                self._leaves(leaving)
+
+    def _close_due(self, now: int) -> None:
+        for lane, run in enumerate(self._runs):
+            if run is None or run.rounds.closes > now:
+                continue
+            rounds = run.rounds
+            self._runs[lane] = None
+            self._has_emptied = True
+            self._ends[lane] = rounds.end
+            self.busy += rounds.end - rounds.start
+            if run.chunks:
+                heappush(self._coming, (rounds.end, next(self._numbers), None))
+            else:
+                advance(run, now)
+                self._decided[lane] = rounds.decided_at(rounds.num_steps - 1)
+            for leaving in close(run, self._listener):
+                leaving.model.num_leaving += 1
+                leaving.model.leaving_blocks += leaving.blocks
+                heappush(self._coming, (leaving.end, next(self._numbers), leaving))
+
+    def _leaves(self, leaving: Leaving) -> None:
+        leaving.model.num_leaving -= 1
+        leaving.model.leaving_blocks -= leaving.blocks
+        self._listener.completed(leaving.job, leaving.end)
 
     # --- what comes next --------------------------------------------------------------------------------
 
     def plan(self, now: int) -> None:
-        """Give each idle lane something to do, until all agree on how many decode side by side."""
+        """Give each lane that has room something to do, until all agree on what decodes side by side."""
         while True:
             self._has_emptied = False
             for lane in self._idle():
-                if not self._has_prompts:
-                    self._plan(lane, now)
+                self._plan(lane, now)
             pulls = self._pulls()
             for lane, run in enumerate(self._runs):
                 if run is not None and not run.chunks and run.others != pulls_of_others(pulls, lane):
                     self._cut(lane, now)
+            self._close_due(now)
             if not self._has_emptied:
                 return
 
     def _idle(self) -> list[int]:
-        """Lanes that have nothing to do and could, who decided longest ago first.
+        """Lanes that have room and could use it, who decided longest ago first.
 
-        A lane becomes idle, too, when what it was to do is cut before it began: then the number of lanes that
-        decode is another, or memory is.
+        A lane has room, too, when what it was to do is cut before it was due: then what decodes beside it is
+        another, or memory is.
         """
-        if self._has_prompts or None not in self._runs:
+        if None not in self._runs:
             return []
         idle = [
             lane
@@ -143,22 +178,31 @@ class Stepper:
         return idle if len(idle) < 2 else sorted(idle, key=lambda lane: (self._decided[lane], lane))
 
     def disturb(self, model: SimModel, now: int) -> None:
-        """Something about a model has changed: its lane decides anew after the present step.
+        """Something about a model has changed: its lane decides anew after what has been chosen.
 
-        A step that begins just now has its blocks and stays: else two models could take an empty slab from
-        each other for ever.
+        A step that was chosen just now has its blocks and stays: else two models could take an empty slab
+        from each other for ever.
         """
         if model.lane is not None:
             self._cut(model.lane, now, at_least=1)
 
     def remove(self, model: SimModel, now: int) -> None:
-        """The model loses its memory; what its present step draws is lost."""
+        """The model loses its memory; what a step draws that has not closed is lost.
+
+        The server waits for its steps: what they end has ended.
+        """
         if model.lane is None:
             return
         self._cut(model.lane, now)
         run = self._runs[model.lane]
         if run is not None:
             run.gone.add(model)
+        if model.num_leaving:
+            ending = [each[2] for each in sorted(self._coming) if each[2] and each[2].model is model]
+            self._coming = [each for each in self._coming if not each[2] or each[2].model is not model]
+            heapify(self._coming)
+            for leaving in ending:
+                self._leaves(leaving)
 
     def _cut(self, lane: int, now: int, at_least: int = 0) -> None:
         run = self._runs[lane]
@@ -174,12 +218,9 @@ class Stepper:
             self._runs[lane] = None
             self._has_emptied = True
 
-    def _pulls(self) -> list[float | None]:
-        """Of each lane; None of those on which no decodes run."""
-        return [
-            None if run is None or run.chunks else self._overlap.pull(models)
-            for run, models in zip(self._runs, self._lanes, strict=True)
-        ]
+    def _pulls(self) -> list[float]:
+        """Of each lane; 0 where nothing decodes."""
+        return [self._overlap.pull([m for m in models if m.can_step]) for models in self._lanes]
 
     def _plan(self, lane: int, now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
@@ -196,23 +237,18 @@ class Stepper:
         with_prompts = any(model.prompts or model.waiting for model in members)
         if len(members) == 1 and not with_prompts:
             return turns.Turn(members[0].name, self._limits.max_batch_tokens)
-        others = self._neighbours(lane) if with_prompts else ()
-        longer = {each: self._beside(each) for each in {lane, *(model.lane for model in others)}}
+        others, pulls = self._neighbours(lane) if with_prompts else (), self._pulls()
+        lanes = {lane, *(model.lane for model in others if model.lane is not None)}
+        longer = {each: self._overlap.beside(pulls_of_others(pulls, each)) for each in lanes}
         snapshot = TurnSnapshot(
             tuple(runnable(model, self._rules, longer[lane]) for model in members),
             self._limits.max_batch_tokens,
-            tuple(runnable(model, self._rules, longer[model.lane]) for model in others),
+            tuple(runnable(m, self._rules, longer[m.lane]) for m in others if m.lane is not None),
         )
         self.num_decisions += 1
         turn = turns.decide(snapshot, to_seconds(now))
         assert turn is not None
         return turn
-
-    def _beside(self, lane: int | None) -> Longer:
-        """By how much decodes of a lane take longer where all lanes that have any run side by side."""
-        pulls = (self._overlap.pull(models) for i, models in enumerate(self._lanes) if i != lane)
-        others = tuple(pull for pull in pulls if pull)
-        return self._overlap.beside(others)
 
     def _neighbours(self, lane: int) -> list[SimModel]:
         return [m for m in self._models.values() if m.lane != lane and m.is_active and m.decodes.size]
@@ -238,36 +274,67 @@ class Stepper:
             if has_decodes:
                 model.decodes.forgo()
             return False
-        model.last_turn = now
+        run = self._runs[lane]
+        assert run is not None
+        model.last_turn = run.rounds.start
         return True
 
     def _start_prompts(
         self, model: SimModel, chunks: list[Chunk], has_decodes: bool, lane: int, now: int
     ) -> None:
-        """Behind the present steps of the other lanes."""
-        start = now
+        """Behind all that the lanes have queued; behind it the lane queues nothing while others decode."""
+        start = max(now, self._ends[lane])
         for other, run in enumerate(self._runs):
             if run is not None:
                 self._cut(other, now, at_least=1)
-                start = max(start, run.rounds.end)
-        rounds = Rounds([Part(model, model.chunk_ticks(chunks), 0)], start, 1)
+            start = max(start, self._ends[other] if run is None else run.rounds.end)
+        room = None if self._neighbours(lane) else self._room(lane, now)
+        rounds = Rounds([Part(model, model.chunk_ticks(chunks), 0)], start, 1, now, room)
+        self._prompt_ends[lane] = rounds.end
         self._runs[lane] = Run(rounds, (), chunks, has_decodes)
-        self._has_prompts = True
+
+    def _room(self, lane: int, now: int) -> int | None:
+        """When the lane has room behind the step that is chosen now, unless that has to run before."""
+        return max(now, self._ends[lane]) if self._limits.is_queueing else None
 
     def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
         others = pulls_of_others(self._pulls(), lane)
         longer = self._overlap.beside(others)
         members = [m for m in self._lanes[lane] if m.can_step]
-        beside = self._beside(lane)
-        is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
-        is_single = is_single or gives_up(members, self._rules, beside)
-        order = [model] if is_single else order_of_rounds(model, members, self._rules, longer, now)
+        prompts = (end for other, end in enumerate(self._prompt_ends) if other != lane)
+        start, room = max(now, self._ends[lane], *prompts), self._room(lane, now)
+        is_single = self._limits.is_stepping or room == now  # then the next step is chosen just now, too
+        is_single = is_single or any(m.prompts or m.waiting for m in members)
+        is_single = is_single or gives_up(members, self._rules, longer)
+        order = [model] if is_single else order_of_rounds(model, members)
+        rounds = self._steps(order, members, longer, Chosen(now, start, room), is_single=is_single)
+        if len(order) > 1 and rounds.num_steps < 2 * len(order):  # they do not take turns
+            rounds = self._steps([model], members, longer, Chosen(now, start, room), is_single=False)
+        self._runs[lane] = Run(rounds, others, turn_before=model.last_turn)
+
+    def _steps(
+        self,
+        order: list[SimModel],
+        members: Sequence[SimModel],
+        longer: Longer,
+        chosen: Chosen,
+        *,
+        is_single: bool,
+    ) -> Rounds[SimModel]:
+        """As many steps in this order as the policy would choose."""
         parts = [Part(m, *m.decode_ticks(longer(m))) for m in order]
         steps = 1 if is_single else steps_until_change(order)
         if steps > 1:
-            steps = steps_with_time(steps, members, len(order), self._rules, beside)
-        rounds = Rounds(parts, now, steps)
-        if len(order) < len(members) and steps > 1:
-            steps = may_follow(rounds, model, members, self._rules)
-            rounds = Rounds(parts, now, steps)
-        self._runs[lane] = Run(rounds, others, turn_before=model.last_turn)
+            steps = steps_with_time(steps, members, len(order), self._rules, longer)
+        rounds = Rounds(parts, chosen.start, steps, chosen.time, chosen.room)
+        if steps > 1 and (fewer := steps_in_turn(rounds, members, self._rules)) < steps:
+            rounds = Rounds(parts, chosen.start, fewer, chosen.time, chosen.room)
+        return rounds
+
+
+class Chosen(NamedTuple):
+    """A step: when it is chosen, when it begins, and when the lane has room behind it (see `Rounds`)."""
+
+    time: int
+    start: int
+    room: int | None

@@ -42,13 +42,18 @@ class StepTicks:
         self._costs = costs
         self._gemm: dict[int, float] = {}
 
+    def gemm(self, batch: int) -> float:
+        """See `StepCosts.gemm`: asked for at each choice, so looked up."""
+        gemm = self._gemm.get(batch)
+        if gemm is None:
+            gemm = self._gemm[batch] = self._costs.gemm(batch)
+        return gemm
+
     def decode(self, batch: int, context: int, longer: float) -> tuple[int, int]:
         """Ticks of a step, and by how much the next one is longer: each sequence has a token more by then.
 
         It takes `longer` times its time alone because other lanes decode meanwhile.
         """
-        gemm = self._gemm.get(batch)
-        if gemm is None:
-            gemm = self._gemm[batch] = self._costs.gemm(batch)
+        gemm = self.gemm(batch)
         slope = to_ticks(self._costs.per_context * longer)
         return to_ticks(gemm * longer) + slope * context, slope * batch

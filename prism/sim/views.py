@@ -134,9 +134,8 @@ def runnable(model: SimModel, rules: Rules, longer: Longer = alone) -> Runnable:
     Without deadlines all are due at once, so they take turns.
     """
     decodes, steps = model.decodes.size, model.served.costs.steps
-    due = model.last_end + model.tpot if decodes else NEVER
+    due = model.due if decodes else NEVER
     by_deadline = rules.by_deadline
-    decode_deadline = model.last_end + model.decodes.ahead if decodes and by_deadline else NEVER
     tokens = start = 0
     prompt_due = NEVER
     if model.prompts or model.waiting:
@@ -148,7 +147,7 @@ def runnable(model: SimModel, rules: Rules, longer: Longer = alone) -> Runnable:
         deadline=_seconds(min(due, prompt_due)) if by_deadline else 0.0,
         last_turn=to_seconds(model.last_turn),
         num_decodes=decodes,
-        decode_deadline=_seconds(decode_deadline),
+        decode_deadline=_seconds(due if by_deadline else NEVER),
         decode_seconds=longer(model) * steps.decode(decodes, model.decodes.context) if decodes else 0.0,
         prompt_tokens=tokens,
         prompt_start=start,

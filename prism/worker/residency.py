@@ -201,7 +201,7 @@ class Residency:
     def _new_engine(self, model: Model, profile: Profile, arena: Arena, kv: KvSpace) -> Engine:
         """Bound to a lane for ever, and to the arena's addresses."""
         device, spec = self._device, profile.spec
-        lane = model.lane = device.bind()
+        lane = model.lane = model.lane or device.bind()
         decoder = Decoder(spec, device.weight_tensors(profile, arena), device.rotary_tensor(profile, arena))
         runner = device.backend.runner(decoder, device.kv_view(spec, profile.kv), lane.lane_id)
         return Engine(kv, runner, lane.slots, max_len=spec.max_position, max_batch_size=self._max_batch_size)

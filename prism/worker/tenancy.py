@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def settle_residents(worker: Worker, device: int) -> None:
     """Modes static and elastic: the models of this device keep their weights there from the start.
 
-    In the order of the configuration, as far as weights and a least of KV fit; the others fail. With fixed
-    shares all that is left is divided (`kv_shares`), and each has its part as floor and limit.
+    In the order of the configuration, as far as weights and a least of KV fit; the others fail. They are
+    bound to lanes in that order, whichever is packed first, so one server is like another. With fixed shares
+    all that is left is divided (`kv_shares`), and each has its part as floor and limit.
     """
     room = worker.device.num_slabs
     least = least_kv(room, worker.device.slab_bytes)
@@ -42,6 +43,7 @@ def settle_residents(worker: Worker, device: int) -> None:
             continue
         room -= needed
         model.pinned = model.is_wanted = True
+        model.lane = worker.device.bind()
         residents.append(model)
     if worker.rules.has_shares and residents:
         floors = [max(least, model.kv_floor) for model in residents]

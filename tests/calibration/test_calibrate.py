@@ -12,13 +12,14 @@ import pytest
 
 from prism.calibration import calibrate, steps
 from prism.calibration.driving import Driver, NoRoom, add_request, random_prompt
+from prism.calibration.loads import Decodes
 from prism.calibration.models import LoadedModel, RandomWeights
 from prism.calibration.overlap import steps_per_second
 from prism.calibration.plan import DecodeSize, Limits, PromptSize
 from prism.config import Config
 from prism.errors import ConfigError, DriverError, OutOfSlabs
 from prism.profile import read_profile
-from prism.types import MiB
+from prism.types import MiB, SamplingParams
 from prism.worker.cost_book import Work, work_of
 from prism.worker.device import Device
 from prism.worker.open_device import open_device
@@ -127,6 +128,60 @@ def test_a_mixed_steps_work(model: LoadedModel) -> None:
     assert all(r.seconds > 0 for r in ran)
     driver.end()
     assert_clean(model)
+
+
+def test_requests_draw_at_random_as_they_do_by_default(model: LoadedModel) -> None:
+    """Profiles were of likeliest tokens: steps of small models were quicker than a server's by 4 to 10 %."""
+    add_request(model, "a", [1, 2, 3], 8)
+    (sequence,) = model.engine.scheduler.waiting
+    assert sequence.params == SamplingParams(max_tokens=8, seed=sequence.params.seed)
+    assert sequence.params.temperature == 1.0
+    Driver([model], 16).end()
+
+
+def test_loads_are_measured_beside_steps(
+    device: Device, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a server, whose loop wants the interpreter meanwhile: alone they are twice as quick."""
+    calls: list[bool] = []
+    load = LoadedModel.load
+
+    def watched(model: LoadedModel, weights: RandomWeights, meanwhile: Any = None) -> Any:
+        calls.append(meanwhile is not None)
+        return load(model, weights, meanwhile)
+
+    monkeypatch.setattr(LoadedModel, "load", watched)
+    config, said = config_of(folder), list[str]()
+    calibration = calibrate._Calibration(device, config.devices[0], config.models, said.append)
+    with closing(RandomWeights(config.models[0], device)) as weights:
+        times = calibration._loads(config.models[0], weights)
+    assert calls == [False, *[True] * (1 + calibrate.NUM_LOADS)] and len(times) == calibrate.NUM_LOADS
+    assert not any("without steps" in line for line in said)
+
+
+def test_a_load_goes_on_beside_decodes(device: Device, folder: Path) -> None:
+    with (
+        closing(RandomWeights(config_of(folder).models[0], device)) as weights,
+        open_model(device, folder, "a") as a,
+        open_model(device, folder, "b") as b,
+    ):
+        a.load(weights)
+        with closing(Decodes(a)) as decodes:
+            before = decodes.num_steps
+            assert b.load(weights, decodes.turn).whole > 0
+            assert decodes.num_steps > before
+        assert_clean(a)
+
+
+def test_where_only_one_model_fits_its_load_is_measured_alone(device: Device, folder: Path) -> None:
+    config, said = config_of(folder), list[str]()
+    calibration = calibrate._Calibration(device, config.devices[0], config.models, said.append)
+    with (
+        closing(RandomWeights(config.models[0], device)) as weights,
+        open_model(device, folder, "large", kv_slabs=device.pool.num_free - 4),
+    ):
+        assert len(calibration._loads(config.models[0], weights)) == calibrate.NUM_LOADS
+    assert any(line.startswith("loads are measured without steps beside them: ") for line in said)
 
 
 def test_a_step_without_room_is_no_endless_wait(device: Device, folder: Path) -> None:

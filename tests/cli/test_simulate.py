@@ -48,6 +48,26 @@ def test_expected_loads_are_known_if_wanted(tmp_path: Path, monkeypatch: pytest.
     assert known == [False, True]
 
 
+def test_what_comes_while_it_warms_up_is_served_and_not_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that is measured has seen requests before: models are in memory, or others are."""
+    trace, output = tmp_path / "t.csv", tmp_path / "o.json"
+    head = "arrival_s,model_key,prompt_tokens,output_tokens\n"
+    trace.write_text(head + "0,a,10,5\n20,a,10,5\n30,b,10,5\n")
+    given = ["--devices", "1", "--trace", str(trace), "--output", str(output)]
+    assert run("simulate", *given, "--warm-up", "20") == 0
+    warm = json.loads(output.read_text())
+    assert run("simulate", *given) == 0
+    cold = json.loads(output.read_text())
+    assert (cold["requests"], warm["requests"]) == (3, 2)
+    assert [warm["models"][name]["requests"] for name in ("a", "b")] == [1, 1]
+    assert warm["goodput"] == pytest.approx(2 / (warm["span_s"] - 20))
+    assert warm["models"]["a"]["activations"] == cold["models"]["a"]["activations"] == 1
+    assert run("simulate", *given, "--warm-up", "31") != 0
+    assert "no request comes as late as that" in capsys.readouterr().err
+
+
 def test_a_run_may_end_where_it_begins(tmp_path: Path) -> None:
     """All of it was refused at 0 s, and the report divided by its length."""
     trace, output = tmp_path / "t.csv", tmp_path / "o.json"

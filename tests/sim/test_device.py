@@ -17,15 +17,22 @@ MODES = st.sampled_from(list(Mode))
 WAITS = st.sampled_from([0.02, 0.1, 0.5, 2.0])
 
 
-@given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12), WAITS, st.booleans())
+@given(MODES, models, requests, st.integers(1, 3), st.integers(0, 12), WAITS, st.booleans(), st.booleans())
 @settings(max_examples=150)
 def test_jumping_equals_stepping(
-    mode: Mode, shapes: list[Any], asked: list[Any], lanes: int, slabs: int, wait: float, is_ahead: bool
+    mode: Mode,
+    shapes: list[Any],
+    asked: list[Any],
+    lanes: int,
+    slabs: int,
+    wait: float,
+    is_ahead: bool,
+    is_queueing: bool,
 ) -> None:
     """To the picosecond, in every mode, with memory short and models coming and going."""
+    options = {"max_wait": wait, "load_ahead": is_ahead, "is_queueing": is_queueing}
     jumped, stepped = (
-        serve(mode, shapes, asked, lanes, slabs, max_wait=wait, load_ahead=is_ahead, is_stepping=flag)
-        for flag in (False, True)
+        serve(mode, shapes, asked, lanes, slabs, is_stepping=flag, **options) for flag in (False, True)
     )
     assert [_story(job) for job in jumped] == [_story(job) for job in stepped]
 
@@ -81,6 +88,53 @@ def test_what_has_come_ahead_waits_for_nothing_and_gives_way() -> None:
 def to_wait(job: Any) -> float:
     assert job.end is End.SERVED
     return float(job.first_token - job.arrival) / 1e12
+
+
+@pytest.mark.parametrize(("lanes", "which"), [(1, 0), (1, 1), (2, 1)])
+def test_a_prompt_waits_for_the_present_step_and_the_one_that_is_queued(lanes: int, which: int) -> None:
+    """Of its own lane, whatever the model, and of others: the next step is chosen when one begins.
+
+    It was predicted to wait for the present ones only, and first tokens to come a step early.
+    """
+    shapes = [(1, 1024, 5e-3, 0.0, 1.0), (1, 1024, 5e-3, 0.0, 1.0)]
+    asked = [(0.0, 0, 1, 60), (0.1234, which, 1, 1)]
+    queued, not_queued = (
+        to_wait(serve(Mode.STATIC, shapes, asked, lanes, 8, is_queueing=flag)[1]) for flag in (True, False)
+    )
+    assert 5e-3 < not_queued < 10e-3 + 1e-4
+    assert queued - not_queued == pytest.approx(5e-3)
+
+
+def test_decodes_that_are_chosen_behind_a_prompt_begin_when_it_has_run() -> None:
+    """A lane goes on to choose steps while a prompt of another one has the device."""
+    shapes = [(1, 1024, 1e-3, 0.0, 1.0), (1, 1024, 20e-3, 0.0, 1.0)]
+    asked = [(0.0, 0, 1, 30), (0.0052, 1, 1, 1), (0.0101, 0, 1, 1)]
+    first, prompt, last = serve(Mode.STATIC, shapes, asked, 2, 8)
+    assert prompt.first_token is not None and last.first_token is not None
+    assert first.last_token > prompt.first_token > 20e9
+    steps = (last.first_token - prompt.first_token) / 1e12
+    assert steps == pytest.approx(3e-3, rel=0.2), "two steps were queued when it came, and its own is third"
+
+
+def test_a_request_keeps_its_place_until_its_last_token_has_come() -> None:
+    """Its last step is on its way when the next one is chosen: that has nobody else in its place."""
+    shapes = [(1, 1024, 1e-3, 0.0, 1.0)]
+    first, second = serve(Mode.STATIC, shapes, [(0.0, 0, 1, 20), (0.001, 0, 1, 2)], 1, 8, max_batch_size=1)
+    assert first.end_time == first.last_token < second.first_token
+    assert (second.first_token - first.last_token) / 1e12 == pytest.approx(1e-3, rel=0.2)
+
+
+def test_turns_go_by_what_streams_are_ahead() -> None:
+    """Of two streams on a lane that has time for both, the one of the looser objective just keeps it.
+
+    Deadlines were thought to count from the last token on, whatever came early before.
+    """
+    shapes = [(1, 1024, 1e-3, 0.0, 20e-3), (1, 1024, 1e-3, 0.0, 6e-3)]
+    slow, quick = serve(Mode.PRISM, shapes, [(0.0, 0, 1, 40), (0.0, 1, 1, 900)], 1, 16)
+    pace = [(job.last_token - job.first_token) / 1e12 / (job.output - 1) for job in (slow, quick)]
+    ahead = 8 * 6e-3  # in the end, as the other one is all along
+    assert pace[0] == pytest.approx((39 * 20e-3 - ahead) / 39, rel=0.01)
+    assert pace[1] < 1.1e-3
 
 
 def test_two_lanes_overlap() -> None:

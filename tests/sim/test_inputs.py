@@ -14,6 +14,7 @@ import pytest
 from prism.config import Config
 from prism.errors import ConfigError
 from prism.modes import Mode
+from prism.sim.cluster import Cluster
 from prism.sim.generate import Synthetic, generate
 from prism.sim.inputs import SHIPPED, Inputs, make_cluster, open_profile, read_workload
 from prism.sim.modes import Limits, limits_of
@@ -138,6 +139,8 @@ def test_limits_are_those_of_the_server(tmp_path: Path) -> None:
     limits = setup.limits
     assert (limits.slab_bytes, limits.num_lanes, limits.max_batch_size) == (2 * MiB, 1, 8)
     assert (limits.max_wait, limits.idle_threshold) == (3.0, 45.0)
+    assert not limits.is_queueing, "steps of a CPU have run when they are launched"
+    assert setup.order == ("a",)
     assert setup.memory_bytes == 1024 * MiB and setup.scheduling.migration_cooldown == 7.0
     more = replace(inputs, lanes=3, memory=64 * MiB)
     setup = make_cluster(more, read_workload(more, profile), profile, Mode.PRISM).setup
@@ -165,3 +168,15 @@ def test_placements_hold_what_they_are_given() -> None:
     moving = Room(load.served, slabs, SLAB, Mode.PRISM)
     assert not by_load(demand, 4, moving).unplaced
     assert sorted(by_controller(load.served, demand, 4, moving, slabs * SLAB, SLAB).home()) == KEYS
+
+
+def test_residents_are_bound_to_lanes_in_the_order_of_the_configuration() -> None:
+    """As in the server, where it decides who is slowed down by whom."""
+    profile = open_profile("h100")
+    inputs = Inputs(None, Synthetic(models=4, duration=9.0), None, "h100", None, None, None, 1.0, 5.0, 1)
+    cluster = make_cluster(inputs, read_workload(inputs, profile), profile, Mode.ELASTIC)
+    names = sorted(cluster.load.served)
+    ordered = Cluster(cluster.load, replace(cluster.setup, order=tuple(reversed(names))), cluster.demand)
+    device = ordered._device(names)
+    assert [device.models[name].lane for name in reversed(names)] == [0, 1, 0, 1]
+    assert [cluster._device(names).models[name].lane for name in names] == [0, 1, 0, 1]

@@ -14,18 +14,25 @@ def _is_in_time(job: Job, tpot: float) -> bool:
 
 
 def test_too_many_streams_do_not_all_come_late() -> None:
-    """Eight models need a quarter of a lane each. They took turns, and none of them was in time."""
+    """Eight models need a quarter of a lane each. They took turns, and none of them was in time.
+
+    Three are, to a few steps over all their tokens: each comes about when it is due.
+    """
     shapes = [(1, 1024, 1e-3, 0.0, 4e-3)] * 8
     asked = [(0.0, i, 1, 120) for i in range(8)]
     served = serve(Mode.PRISM, shapes, asked, 1, 16)
-    assert sum(_is_in_time(job, 4e-3) for job in served) == 3
+    assert sum(_is_in_time(job, 4e-3 * 1.01) for job in served) == 3
 
 
 def test_a_prompt_is_in_time_beside_streams_that_are_late() -> None:
-    """Prompts waited for decodes whose deadlines had passed, and came in pieces of 128 tokens."""
+    """Prompts waited for decodes whose deadlines had passed, and came in pieces of 128 tokens.
+
+    Where a step is chosen when the one before has run: chosen a step ahead, no stream counts as late whose
+    step is on its way.
+    """
     shapes = [(1, 1024, 1e-3, 0.0, 1e-3), (1, 1024, 1e-3, 0.0, 1e-3)]
     asked = [(0.0, 0, 1, 120), (0.0, 0, 1, 120), *((0.02 + i / 50, 1, 200, 1) for i in range(3))]
-    served = serve(Mode.PRISM, shapes, asked, 1, 16)
+    served = serve(Mode.PRISM, shapes, asked, 1, 16, is_queueing=False)
     for job in served[2:]:
         assert job.first_token is not None
         assert (job.first_token - job.arrival) / 1e12 <= 20e-3

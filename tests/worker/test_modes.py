@@ -77,6 +77,18 @@ def test_static_shares_go_by_expected_load_where_it_is_known(paths: dict[str, Pa
     assert shares == kv_shares(11, [1, 1, 1], list(loads.values())) == [7, 3, 1]
 
 
+@pytest.mark.parametrize("mode", ["static", "elastic"])
+def test_residents_have_their_lanes_from_the_start(start: Any, mode: str) -> None:
+    """Lanes went by who was packed first: one server was not like another, and no prediction fitted both."""
+    local = start(mode, 12)
+    assert not active(local)
+    assert all(model.lane is not None for model in local.worker.models.values())
+    assert sum(lane.num_models for lane in local.worker.device.lanes) == len(FAMILIES)
+    local.run()
+    assert active(local) == set(FAMILIES)
+    assert sum(lane.num_models for lane in local.worker.device.lanes) == len(FAMILIES)
+
+
 def test_elastic_moves_kv_and_no_weights(start: Any) -> None:
     local = start("elastic", 7)
     for i, prompt in enumerate(prompts(30, 400)):
