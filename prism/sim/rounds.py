@@ -100,8 +100,12 @@ class Rounds(Generic[M]):
 
     def begun_by(self, now: int) -> int:
         """Steps that were chosen before then, or count as run by then."""
+        return self.progress(now)[1]
+
+    def progress(self, now: int) -> tuple[int, int]:
+        """`closed_by` and `begun_by`."""
         closed = self.closed_by(now)
-        return closed + (closed < self.num_steps and self.decided_at(closed) < now)
+        return closed, closed + (closed < self.num_steps and self.decided_at(closed) < now)
 
     def cut(self, now: int, at_least: int = 0) -> None:
         """Nothing is chosen from `now` on; what has been is run, and so are the first `at_least` steps."""

@@ -58,7 +58,8 @@ class Listener(Protocol):
 def advance(run: Run, now: int) -> None:
     """Account for the decode steps of a run that have closed; those that were chosen get their blocks."""
     rounds = run.rounds
-    closed, begun = rounds.closed_by(now), max(rounds.begun, rounds.begun_by(now))
+    closed, begun = rounds.progress(now)
+    begun = max(begun, rounds.begun)
     if closed == rounds.done and begun == rounds.begun:
         return
     for index, part in enumerate(rounds.parts):

@@ -220,7 +220,8 @@ class Stepper:
 
     def _pulls(self) -> list[float]:
         """Of each lane; 0 where nothing decodes."""
-        return [self._overlap.pull([m for m in models if m.can_step]) for models in self._lanes]
+        pull = self._overlap.pull
+        return [pull([m for m in models if m.decodes.size and m.can_step]) for models in self._lanes]
 
     def _plan(self, lane: int, now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
