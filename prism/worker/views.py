@@ -244,16 +244,17 @@ def turn_snapshot(
 def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, rules: Rules) -> Runnable:
     """A queued step counts as one token more for all."""
     costs = book.of(model.name)
-    num_decodes = context = prompt_tokens = prompt_start = 0
+    num_decodes = context = prompt_start = 0
+    prompts: list[int] = []
     for sequence in engine.scheduler.running:
         missing = sequence.num_missing
         if missing <= 1:
             num_decodes += 1
             context += sequence.num_computed
         else:
-            prompt_start = prompt_start or sequence.num_computed
-            prompt_tokens += missing
-    prompt_tokens += sum(sequence.num_missing for sequence in engine.scheduler.waiting)
+            prompt_start = sequence.num_computed if not prompts else prompt_start
+            prompts.append(missing)
+    prompts += [sequence.num_missing for sequence in engine.scheduler.waiting]
     due = decode_due = prompt_due = tpot = float("inf")
     for ticket in requests.of_model(model.name):
         if ticket.is_running:
@@ -264,7 +265,7 @@ def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, 
                 tpot = min(tpot, ticket.submit.slo.tpot)
             else:
                 prompt_due = min(prompt_due, deadline)
-    if prompt_tokens and prompt_due == float("inf"):
+    if prompts and prompt_due == float("inf"):
         prompt_due = due  # of streams that have lost their place
     seconds = 0.0 if costs is None or not num_decodes else costs.steps.decode(num_decodes, context)
     return Runnable(
@@ -274,7 +275,8 @@ def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, 
         num_decodes=num_decodes,
         decode_deadline=decode_due if rules.by_deadline else float("inf"),
         decode_seconds=seconds,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=sum(prompts),
+        prompts=tuple(prompts) if rules.by_deadline else (),
         prompt_start=prompt_start,
         costs=None if costs is None else costs.steps,
         prompt_deadline=prompt_due,
