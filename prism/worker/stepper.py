@@ -262,6 +262,7 @@ class Stepper:
         for item in drawn:
             ticket = self._requests.get(item.sequence.request_id)
             assert ticket is not None
+            model.usage.num_late += ticket.is_late(now)
             ticket.got_tokens(now)
             tpot = min(tpot, ticket.submit.slo.tpot)
             pairs.append((ticket, item))
