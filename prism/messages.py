@@ -280,6 +280,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """The part of the device's time that its steps had."""
     needed_seconds: float = 0.0
     """What of it the objectives asked for."""
+    num_late: int = 0
+    """Requests that found the model in memory, and whose first token was late though alone it would not."""
     blocked_seconds: list[float] = []
     """How long who came had to wait longer than each of `WAITS` for the end of a step."""
 

@@ -66,6 +66,7 @@ PURE = [
     "worker/shares.py",
     "worker/timeshare.py",
     "worker/turns.py",
+    "worker/usage.py",
     "worker/reclaim.py",
     "worker/kv_costs.py",
     "worker/foresight.py",

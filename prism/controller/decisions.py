@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prism.controller.snapshot import Home
 from prism.types import ModelId, WorkerId
@@ -34,6 +34,8 @@ class Replicate:
 
     model: ModelId
     target: WorkerId
+    compute: float = field(default=0.0, compare=False)
+    """What was asked of the model then, in devices."""
 
 
 @dataclass(frozen=True, slots=True)

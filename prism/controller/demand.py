@@ -14,6 +14,8 @@ BUCKET = 1.0
 """Seconds that are kept as one sum."""
 BEYOND = 1 / 4
 """Of the time that a model takes though its objectives do not ask for it: others are slower meanwhile."""
+DOUBT = 2.0
+"""Standard deviations of the number of late requests that are left out: a few may be chance."""
 LEAST_SHARE = 1 / 3
 """Share of the window that must have been seen before rates are what was seen; they grow until then."""
 
@@ -28,6 +30,8 @@ class Load:
     busy: float = 0.0
     """The same as measured: steps may come sooner than they must."""
     request_rate: float = 0.0
+    late: float = 0.0
+    """Share of the requests whose first token was late for want of the device, beyond doubt."""
     blocked: tuple[float, ...] = (0.0,) * len(WAITS)
     """Seconds a second in which who comes waits longer than each of `WAITS` for the end of a step."""
     noise: float = 1.0
@@ -36,7 +40,7 @@ class Load:
 
 
 _Sums = tuple[float, ...]
-"""Requests that began, tokens, seconds needed, seconds busy, and for each of `WAITS` seconds blocked."""
+"""Requests that began and that were late, tokens, seconds needed, busy, and blocked for each of `WAITS`."""
 
 
 @dataclass(slots=True)
@@ -82,8 +86,8 @@ class DemandWindow:
         buckets = self._buckets.setdefault(model, deque())
         if not buckets or now >= buckets[-1].begin + BUCKET:
             buckets.append(_Bucket(now, self._running[model], (0.0,) * len(new.sums)))
-        requests, tokens, needed, busy, *blocked = map(sub, new.sums, last.sums)
-        parts = requests, tokens, needed * speed, busy * speed, *blocked
+        requests, late, tokens, needed, busy, *blocked = map(sub, new.sums, last.sums)
+        parts = requests, late, tokens, needed * speed, busy * speed, *blocked
         buckets[-1].sums = tuple(map(add, buckets[-1].sums, parts))
 
     def load(self, model: ModelId, now: float) -> Load:
@@ -95,16 +99,17 @@ class DemandWindow:
             return Load()
         seen = min(self._window, max(now - self._since, self._window * LEAST_SHARE))
         sums = [sum(parts) for parts in zip(*(bucket.sums for bucket in buckets), strict=True)]
-        requests, tokens, needed, busy, *blocked = (each / seen for each in sums)
+        requests, _, tokens, needed, busy, *blocked = (each / seen for each in sums)
         noise = max(1.0, buckets[0].num_running + sums[0]) ** -0.5
         compute = needed + BEYOND * (busy - needed)
-        return Load(tokens, compute, busy, requests, tuple(blocked), noise)
+        late = max(0.0, sums[1] - DOUBT * sums[1] ** 0.5) / max(1.0, sums[0])
+        return Load(tokens, compute, busy, requests, late, tuple(blocked), noise)
 
 
 def _counters(incarnation: int, model: ModelReport) -> _Counters:
     tokens = model.prompt_tokens + model.decoded_tokens
     seconds = model.needed_seconds, model.device_seconds, *_blocked(model.blocked_seconds)
-    return _Counters(incarnation, model.num_running, (model.num_started, tokens, *seconds))
+    return _Counters(incarnation, model.num_running, (model.num_started, model.num_late, tokens, *seconds))
 
 
 def _blocked(seconds: Sequence[float]) -> Sequence[float]:

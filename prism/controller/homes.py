@@ -118,7 +118,7 @@ class Homes:
         """One home more."""
         self.moves_left -= 1
         target = self.fleet.workers[place]
-        self._decisions.append(Replicate(model.model, target))
+        self._decisions.append(Replicate(model.model, target, model.compute))
         self._set(model.model, (*self._homes[model.model], Home(target, self._now)))
 
     def merge(self, model: ModelNeed, place: int) -> None:

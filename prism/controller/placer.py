@@ -93,7 +93,8 @@ class Placer:
                 return self._state.set_homes(model, plan.homes[model])
             case Move(model=model, source=source, target=target):
                 self._moves.start(model, source, target, now)
-            case Replicate(model=model, target=target):
+            case Replicate(model=model, target=target, compute=compute):
+                self._state.replicated_at[model] = compute
                 self._moves.start(model, None, target, now)
             case Merge(model=model, source=source):
                 self._moves.start(model, source, None, now)

@@ -151,6 +151,11 @@ class Fleet:
         late = float(self._blocked[place] @ entry.asked + self._asked[place] @ entry.blocked)
         return late - 2 * float(entry.asked @ entry.blocked) if is_there else late
 
+    def late_share(self, entry: Entry, place: int) -> float:
+        """Of a model's requests on its device, those that are late for a neighbour's step alone."""
+        late = float((self._blocked[place] - entry.blocked) @ entry.asked)
+        return late / float(entry.asked.sum()) if late > 0 else 0.0
+
     def remove(self, entry: Entry, place: int) -> None:
         """It leaves."""
         self.add(entry, place, -1)

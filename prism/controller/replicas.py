@@ -7,21 +7,33 @@ from prism.controller.pressure import entry_of, lowest
 from prism.controller.snapshot import ModelNeed
 
 FULL = 0.9
+TOLERATED = 0.01
+"""Share of first tokens that may be late for want of the device: objectives are mostly promised to 99 %."""
+CALMER = 0.5
+"""Of what was asked of a model when it got one more home, what it must have fallen to before one goes: what
+was late then would be late again."""
 MERGE_PATIENCE = 5.0
 """Cooldowns before a home is given up: having one too many costs little, and getting it back costs a load."""
 
 
 def fit_replicas(homes: Homes) -> None:
-    """One home less where fewer suffice by far, one more where they do not; never two changes at a time."""
+    """One home less where fewer suffice by far, one more where they do not; never two changes at a time.
+
+    A share of time does not tell how long requests wait for it: where many come at once, their first tokens
+    are late on a device that is idle most of the time. So late ones ask for a home, too, on a device that
+    stays half free: bursts need idle time, and where there is none one home more only takes memory.
+    """
     for model in homes.models.values():
         if model.tp > 1 or model.device is not None or not homes.may_move(model):
             continue
         count = len(homes.of(model.model))
-        if count > 1 and _share(homes, model, count - 1) < homes.policy.merge_below:
-            if homes.may_move(model, MERGE_PATIENCE):
-                _merge(homes, model)
-        elif homes.moves_left and _is_too_much(homes, model, _share(homes, model, count)):
-            _replicate(homes, model)
+        policy, before = homes.policy, _pressure(homes, model)
+        if homes.moves_left and _is_too_much(homes, model, count):
+            _replicate(homes, model, before - policy.gain)
+        elif homes.moves_left and _is_late(homes, model):
+            _replicate(homes, model, min(before, policy.merge_below))
+        elif _is_calm(homes, model, count) and homes.may_move(model, MERGE_PATIENCE):
+            _merge(homes, model)
 
 
 def _share(homes: Homes, model: ModelNeed, count: int) -> float:
@@ -30,8 +42,22 @@ def _share(homes: Homes, model: ModelNeed, count: int) -> float:
     return model.compute / count / slowest if count else 0.0
 
 
-def _is_too_much(homes: Homes, model: ModelNeed, share: float) -> bool:
+def _is_late(homes: Homes, model: ModelNeed) -> bool:
+    """For itself: where a neighbour's steps are to blame it should move, not live there as well."""
+    entry, places = homes.entries[model.model], homes.places(model.model)
+    by_others = sum(homes.fleet.late_share(entry, place) for place in places) / max(1, len(places))
+    return model.late - by_others > TOLERATED
+
+
+def _is_calm(homes: Homes, model: ModelNeed, count: int) -> bool:
+    """One home less would do."""
+    share = _share(homes, model, count - 1)
+    return count > 1 and share < homes.policy.merge_below and model.compute <= CALMER * model.replicated_at
+
+
+def _is_too_much(homes: Homes, model: ModelNeed, count: int) -> bool:
     """Beyond doubt, or a device is full: no more than that can be measured, whatever is asked for."""
+    share = _share(homes, model, count)
     return share * (1 - model.noise) > homes.policy.replicate_above or share >= FULL
 
 
@@ -46,14 +72,19 @@ def _merge(homes: Homes, model: ModelNeed) -> None:
         homes.merge(model, last)
 
 
-def _replicate(homes: Homes, model: ModelNeed) -> None:
-    """Where the pressure is least after adding it, if that is less than where it lives now."""
+def _pressure(homes: Homes, model: ModelNeed) -> float:
+    """Where it lives now, at most."""
     places = homes.places(model.model)
-    entry = entry_of(model, len(places) + 1)
+    return float(homes.fleet.pressures()[places].max()) if places else 0.0
+
+
+def _replicate(homes: Homes, model: ModelNeed, most: float) -> None:
+    """Where the pressure is least after adding it, if that is less than `most`."""
+    entry = entry_of(model, len(homes.places(model.model)) + 1)
     roomy = homes.roomy(model, entry)
     if not roomy.any():
         return
     added = homes.fleet.with_added(entry)
     place = lowest(added, roomy)
-    if added[place] < homes.fleet.pressures()[places].max() - homes.policy.gain:
+    if added[place] < most:
         homes.replicate(model, place)

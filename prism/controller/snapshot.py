@@ -28,10 +28,14 @@ class ModelNeed:
     """Objective of the first token, in seconds."""
     request_rate: float = 0.0
     """Requests that started, a second."""
+    late: float = 0.0
+    """Share of them whose first token was late for want of the device, beyond doubt."""
     blocked: tuple[float, ...] = ()
     """Shares of the time in which who comes waits longer than each of `WAITS` for the end of its steps."""
     noise: float = 0.0
     """Relative standard deviation of both, as measured: requests come at random."""
+    replicated_at: float = float("inf")
+    """`compute` when it last got one more home, as far as is known."""
     move_seconds: float = 0.0
     """What a migration costs: the load's time on the target's link, and computing again what was cached."""
     tp: int = 1

@@ -23,6 +23,8 @@ class ControllerState:
     speeds: dict[WorkerId, float] = field(default_factory=dict)
     reports: dict[WorkerId, Report] = field(default_factory=dict)
     migrations: dict[ModelId, Migration] = field(default_factory=dict)
+    replicated_at: dict[ModelId, float] = field(default_factory=dict)
+    """What was asked of a model when it last got one more home, in devices."""
     version: int = 0
     _models: dict[WorkerId, dict[ModelId, ModelReport]] = field(default_factory=dict)
 

@@ -136,5 +136,6 @@ def _model_report(device: SimDevice, model: SimModel, now: int) -> ModelReport:
         decoded_tokens=usage.decoded_tokens,
         device_seconds=usage.device_seconds,
         needed_seconds=usage.needed_seconds,
+        num_late=usage.num_late,
         blocked_seconds=usage.blocked_seconds,
     )

@@ -140,6 +140,7 @@ class SimDevice:
             return
         if not model.tickets and model.last_used:
             model.idle_times.add(to_seconds(self.now - model.last_used))
+        job.is_hopeful = model.is_hopeful(job)
         model.take(job)
         self._wait(job, model)
         self._timers.came(job)
@@ -171,6 +172,7 @@ class SimDevice:
                     self.models[job.model].admit(job)
                     self.stepper.disturb(self.models[job.model], now)
                 case admission.Expire():
+                    self.models[job.model].first_token(job, now)
                     self._end(job, End.EXPIRED, now)
                 case _:
                     assert_never(decision)
@@ -202,6 +204,7 @@ class SimDevice:
         job.last_token = end
         if job.first_token is None:
             job.first_token = end
+            self.models[job.model].first_token(job, end)
 
     def completed(self, job: Job, end: int) -> None:
         """See `Listener.completed`."""

@@ -60,6 +60,8 @@ class Job:
     is_late: bool = False
     """Admitted as one that cannot have its first token in time."""
     is_started: bool = False
+    is_hopeful: bool = False
+    """It came while its model was in memory, and could well have had its first token in time."""
     end: End | None = None
     end_time: int = 0
     num_restarts: int = 0

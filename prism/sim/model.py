@@ -19,6 +19,7 @@ from prism.sim.ticks import StepTicks, to_seconds, to_ticks
 from prism.sim.usage import Usage
 from prism.types import Bytes, ModelId, ModelState, RequestId
 from prism.worker.foresight import GROWTH, IdleTimes, OutputLengths
+from prism.worker.usage import is_hopeful
 
 _rank = attrgetter("rank")
 
@@ -145,6 +146,15 @@ class SimModel:
         self.tickets[job.request_id] = job
         if youngest is not None and youngest.rank > job.rank:
             self.tickets = {each.request_id: each for each in sorted(self.tickets.values(), key=_rank)}
+
+    def is_hopeful(self, job: Job) -> bool:
+        """A request that comes now could well have its first token in time."""
+        alone = self.served.costs.steps.prefill(job.prompt)
+        return self.is_active and not job.is_started and is_hopeful(alone, self.served.slo.ttft)
+
+    def first_token(self, job: Job, now: int) -> None:
+        """It is drawn, or never will be: that may be late for want of the device."""
+        self.usage.num_late += job.is_hopeful and now > job.arrival + to_ticks(self.served.slo.ttft)
 
     def oldest(self) -> Job | None:
         """Its first request, waiting or running."""

@@ -68,6 +68,8 @@ class Usage:
     prompt_tokens: int = 0
     """Theirs."""
     decoded_tokens: int = 0
+    num_late: int = 0
+    """First tokens that came late, or never, of requests that were hopeful."""
     _parts: int = 0
     _needed: int = 0
     """In parts of ticks, times the objective."""

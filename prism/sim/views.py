@@ -137,10 +137,12 @@ def runnable(model: SimModel, rules: Rules, longer: Longer = alone) -> Runnable:
     due = model.due if decodes else NEVER
     by_deadline = rules.by_deadline
     tokens = start = 0
+    lengths: tuple[int, ...] = ()
     prompt_due = NEVER
     if model.prompts or model.waiting:
         prompts = list(model.unstarted())
-        tokens, start = sum(job.missing for job in prompts), prompts[0].computed
+        lengths = tuple(job.missing for job in prompts)
+        tokens, start = sum(lengths), prompts[0].computed
         prompt_due = min(_next_due(job, model) for job in prompts)
     return Runnable(
         model=model.name,
@@ -150,6 +152,7 @@ def runnable(model: SimModel, rules: Rules, longer: Longer = alone) -> Runnable:
         decode_deadline=_seconds(due if by_deadline else NEVER),
         decode_seconds=longer(model) * steps.decode(decodes, model.decodes.context) if decodes else 0.0,
         prompt_tokens=tokens,
+        prompts=lengths if by_deadline else (),
         prompt_start=start,
         costs=steps,
         prompt_deadline=_seconds(prompt_due),

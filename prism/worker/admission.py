@@ -59,7 +59,9 @@ def decide(snapshot: AdmissionSnapshot, now: float) -> Admission:
     6. Batch size and memory bound what enters; a request that does not fit holds back those behind it in its
        model, so that small ones cannot starve a large one. An idle model always takes one, and one that is
        stuck one that is older than all it has: memory may be there for that and not for them.
-    7. Prompts enter as long as those in the engines take less than the horizon.
+    7. Prompts enter as long as those in the engines take less than the horizon; a late one only when they
+       hold none, unless it is owed its place: an engine computes in the order of arrival, so whoever comes in
+       time would be behind all late ones that are in there, and late, too.
     """
     expired = tuple(Expire(r.request_id) for r in snapshot.waiting if r.expires <= now)  # 1
     waiting: Sequence[WaitingRequest] = snapshot.waiting
@@ -78,14 +80,21 @@ def decide(snapshot: AdmissionSnapshot, now: float) -> Admission:
     service = Service(snapshot, waiting, now)  # 4
     owed = snapshot.owed_to_late
     entering = []
-    for request, is_late, change in _admit(snapshot, service):
-        entering.append(Admit(request.request_id, is_late))
-        owed = max(0.0, owed + change)
+    for place in _admit(snapshot, service):
+        entering.append(Admit(place.request.request_id, place.is_late))
+        owed = max(0.0, owed + place.change)
     return Admission((*expired, *entering), owed if service.has_late else 0.0)
 
 
-Place = tuple[WaitingRequest, bool, float]
-"""In the order of service: a request, whether it is late, and what it adds to what is owed to late ones."""
+class Place(NamedTuple):
+    """In the order of service."""
+
+    request: WaitingRequest
+    is_late: bool
+    change: float
+    """What it adds to what is owed to late ones."""
+    is_owed: bool = False
+    """It is late, and goes first all the same."""
 
 
 class Service:
@@ -130,7 +139,7 @@ class Service:
             while oldest is not None and owed >= oldest.seconds:  # 3
                 owed -= oldest.seconds
                 gone.add(oldest.request_id)
-                yield oldest, True, -oldest.seconds
+                yield Place(oldest, True, -oldest.seconds, is_owed=True)
                 oldest = next(by_age, None)
             if is_late:
                 if request.request_id in gone:
@@ -141,7 +150,7 @@ class Service:
                 change = -request.seconds
                 oldest = next(by_age, None)
             owed = max(0.0, owed + change)
-            yield request, is_late, change
+            yield Place(request, is_late, change)
 
     def _in_turn(self) -> Iterator[tuple[WaitingRequest, bool]]:
         for on_time, late in zip(self._on_time, self._late, strict=True):  # 2
@@ -173,13 +182,14 @@ def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Pl
     stuck = {name: load.stuck for name, load in open_models.items() if load.stuck is not None}
     work = snapshot.busy
     for place in service:
-        request = place[0]
+        request = place.request
         model = request.model
         if model not in open_models:
             continue
+        has_room = work <= 0 if place.is_late and not place.is_owed else work < snapshot.horizon
         fits = request.num_sequences <= places[model] and memory.fits(model, request.num_blocks)  # 6
         is_older = model in stuck and (request.arrival, request.request_id, 0) < stuck[model]
-        if model in idle or is_older or (fits and work < snapshot.horizon):  # 7
+        if model in idle or is_older or (fits and has_room):  # 7
             idle.discard(model)
             stuck.pop(model, None)
             places[model] -= request.num_sequences

@@ -85,6 +85,7 @@ class Endings:
     def expired(self, ticket: Ticket) -> None:
         """It has waited too long for its start."""
         model, most = self._worker.models[ticket.model], self._worker.limits.max_wait
+        model.usage.num_late += ticket.is_late(self._clock())
         error: RequestError
         if model.state is ModelState.FAILED:
             error = Unavailable(f"model {model.name} cannot be loaded: {model.error}", retry_after=5.0)

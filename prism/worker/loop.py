@@ -56,7 +56,8 @@ from prism.worker.spare_room import SpareRoom
 from prism.worker.standstill import STANDSTILL_SECONDS, Standstill
 from prism.worker.stepper import Stepper
 from prism.worker.tenancy import Tenancy, settle_residents
-from prism.worker.views import admission_snapshot, estimate, kv_capacity_tokens
+from prism.worker.usage import is_hopeful
+from prism.worker.views import admission_snapshot, estimate, kv_capacity_tokens, waiting_request
 
 LEAST_PATIENCE = 0.05
 """Who lacks memory looks again after `min_residency`, when busy models may be evicted, but no sooner."""
@@ -174,6 +175,8 @@ class Worker:
         model = self.models[ticket.model]
         ticket.queue_position, ticket.estimated_seconds = estimate(self, model, deadline, submit.tenant)
         self._note_return(model)
+        if model.is_active and not submit.resumed:
+            ticket.is_hopeful = is_hopeful(waiting_request(self, ticket).seconds, submit.slo.ttft)
         self.requests.add(ticket)
         self._needs_admission = True
         self.residency.want(model)

@@ -61,6 +61,7 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         decoded_tokens=model.usage.decoded_tokens,
         device_seconds=model.usage.device_seconds,
         needed_seconds=model.usage.needed_seconds,
+        num_late=model.usage.num_late,
         blocked_seconds=list(model.usage.blocked_seconds),
         registered_bytes=(
             0 if worker.registrations is None else worker.registrations.registered_bytes(model.name)

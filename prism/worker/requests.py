@@ -26,6 +26,8 @@ class Ticket:
     is_running: bool = False
     is_started: bool = False
     """`Started` has been sent in this attempt."""
+    is_hopeful: bool = False
+    """It came while its model was in memory, and could well have had its first token in time."""
     last_token: float | None = None
     due: float = field(init=False)
     """When its next token is due."""
@@ -72,6 +74,11 @@ class Ticket:
         """
         if self.last_token is None:
             self.due = now + self.submit.slo.ttft
+
+    def is_late(self, now: float) -> bool:
+        """It has no token yet, and there is none to blame but the others on the device."""
+        in_vain = self.last_token is None and now > self.submit.arrival + self.submit.slo.ttft
+        return in_vain and self.is_hopeful
 
     def clip(self, max_tokens: int) -> None:
         """Lower a default max_tokens to what memory can hold."""

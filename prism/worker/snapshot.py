@@ -92,6 +92,8 @@ class Runnable:
     """What a step of its decodes takes."""
     prompt_tokens: int = 0
     """Of its prompts, those not computed yet."""
+    prompts: tuple[int, ...] = ()
+    """Tokens of each that are not computed yet, in the engine's order; may be left out."""
     prompt_start: int = 0
     """Where the first of these prompts goes on."""
     costs: StepCosts | None = None

@@ -22,6 +22,8 @@ DECODE_SHARE = 0.8
 """Of a lane's time, what streams may need that are kept in time; the rest is for prompts."""
 PATIENCE = 8
 """TPOT objectives within which streams have a step all the same, given up or late behind prompts."""
+WORTH_SHARING = 0.25
+"""Of the time that a prompt takes alone, what it must save to join others in their step: they wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
        takes no more than the least chunk then, and decodes wait for `PATIENCE` at most.
     5. Where there is too little time for the least chunk, the earliest deadline decides, and prompts take so
        many tokens all the same: they go on while decodes are late.
+    6. A step's prompts all have their first tokens at its end, so no more of them share it than it saves time
+       for, and none is cut where whole ones fill the half of it (`_shared`).
     """
     if not snapshot.runnable:
         return None
@@ -58,11 +62,12 @@ def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
         least = _least_chunk(prompt)
         chunk = _chunk(prompt, least, decoding, lost, now)
         if chunk >= min(least, prompt.prompt_tokens):
-            return Turn(prompt.model, min(budget, chunk + prompt.num_decodes))
+            return Turn(prompt.model, min(budget, _shared(prompt, chunk) + prompt.num_decodes))  # 6
     first = _earliest(runnable, lost, now)  # 2, 5
-    if first.prompt_tokens and decoding:
-        return Turn(first.model, min(budget, _least_chunk(first) + first.num_decodes))
-    return Turn(first.model, budget)
+    if not first.prompt_tokens:
+        return Turn(first.model, budget)
+    chunk = _shared(first, _least_chunk(first) if decoding else budget)  # 6
+    return Turn(first.model, min(budget, chunk + first.num_decodes))
 
 
 def given_up(runnable: Iterable[Runnable]) -> frozenset[ModelId]:
@@ -99,6 +104,25 @@ def _least_chunk(prompt: Runnable) -> int:
     if prompt.costs is None:
         return LEAST_CHUNK
     return max(LEAST_CHUNK, prompt.costs.tokens_within(LEAST_READS * prompt.costs.gemm(1)))
+
+
+def _shared(r: Runnable, chunk: int) -> int:
+    """Of a chunk, the prompts that are better off in one step than in several."""
+    costs = r.costs
+    if costs is None or len(r.prompts) < 2:
+        return chunk
+    again = max(0.0, r.decode_seconds - costs.gemm(r.num_decodes)) if r.num_decodes else 0.0
+    tokens, seconds = 0, 0.0
+    for length in r.prompts:
+        alone = costs.gemm(length, has_prompts=True)
+        together = costs.gemm(tokens + length, has_prompts=True)
+        saved = seconds + alone + again - together  # what pairs cost is the same
+        if tokens and saved < WORTH_SHARING * costs.prefill(length):
+            return min(chunk, tokens)
+        if tokens + length > chunk:
+            return tokens if tokens >= chunk / 2 else chunk
+        tokens, seconds = tokens + length, together
+    return chunk
 
 
 def _chunk(first: Runnable, least: int, decoding: Iterable[Runnable], lost: Set[ModelId], now: float) -> int:

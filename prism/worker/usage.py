@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from prism.messages import WAITS
 
+HOPE = 2.0
+"""Times that a prompt takes alone which an objective must allow, that a late first token tells of the device:
+it mostly waits for the end of a step, whatever else is asked."""
+
 
 def needed(seconds: float, gap: float, tpot: float) -> float:
     """The part of a decode step's time that the objective of its streams asks for.
@@ -17,6 +21,11 @@ def needed(seconds: float, gap: float, tpot: float) -> float:
     return seconds if gap >= tpot else seconds * gap / tpot
 
 
+def is_hopeful(alone: float, ttft: float) -> bool:
+    """Whether a first token could well be in time whose prompt takes so many seconds alone."""
+    return HOPE * alone <= ttft
+
+
 @dataclass(slots=True)
 class Usage:
     """Counters of one model; they only grow."""
@@ -26,6 +35,8 @@ class Usage:
     prompt_tokens: int = 0
     """Theirs, what the prefix cache had included."""
     decoded_tokens: int = 0
+    num_late: int = 0
+    """First tokens that came late, or never, of requests that found the model here and were hopeful."""
     device_seconds: float = 0.0
     needed_seconds: float = 0.0
     """What of them the objectives asked for: decode steps by `needed`, all else in full."""

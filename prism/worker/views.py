@@ -250,14 +250,14 @@ def turn_snapshot(
 def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, rules: Rules) -> Runnable:
     costs = book.of(model.name)
     scheduler = engine.scheduler
-    prompts = scheduler.prompts
-    num_decodes = len(scheduler.running) - len(prompts)
-    context = sum([s.num_computed for s in scheduler.running]) - sum(s.num_computed for s in prompts)
-    prompt_start = next((s.num_computed for s in prompts if s.num_computed), 0)
-    prompt_tokens = sum(s.num_missing for s in (*prompts, *scheduler.waiting))
+    begun = scheduler.prompts
+    num_decodes = len(scheduler.running) - len(begun)
+    context = sum([s.num_computed for s in scheduler.running]) - sum(s.num_computed for s in begun)
+    prompt_start = begun[0].num_computed if begun else 0
+    prompts = [s.num_missing for s in (*begun, *scheduler.waiting)]
     decode_due, prompt_due, tpot = _dues(requests.of_model(model.name), engine.num_queued)
     due = min(decode_due, prompt_due)
-    if prompt_tokens and prompt_due == float("inf"):
+    if prompts and prompt_due == float("inf"):
         prompt_due = due  # of streams that have lost their place
     seconds = 0.0 if costs is None or not num_decodes else costs.steps.decode(num_decodes, context)
     return Runnable(
@@ -267,7 +267,8 @@ def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, 
         num_decodes=num_decodes,
         decode_deadline=decode_due if rules.by_deadline else float("inf"),
         decode_seconds=seconds,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=sum(prompts),
+        prompts=tuple(prompts) if rules.by_deadline else (),
         prompt_start=prompt_start,
         costs=None if costs is None else costs.steps,
         prompt_deadline=prompt_due,

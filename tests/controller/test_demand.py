@@ -41,6 +41,15 @@ def test_rates_are_differences_within_the_window() -> None:
     assert demand.load(A, 1200.0) == Load()
 
 
+def test_late_requests_count_beyond_what_may_be_chance() -> None:
+    for num_late, share in ((0, 0.0), (4, 0.0), (16, 0.08), (100, 0.8)):
+        demand = window()
+        for now, num_started, late in ((0.0, 7, 3), (60.0, 107, 3 + num_late)):
+            model = model_report("a", num_started=num_started, num_late=late)
+            demand.on_report(report("worker-0", model), now)
+        assert demand.load(A, 60.0).late == pytest.approx(share)
+
+
 def test_all_workers_count_and_fast_ones_more() -> None:
     demand = window(worker_1=2.0)
     for second in (0, 60):

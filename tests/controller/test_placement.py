@@ -295,6 +295,43 @@ def test_a_model_that_fills_a_device_gets_another_and_gives_it_back() -> None:
         assert len(merges) == count and all(isinstance(each, Merge) for each in merges)
 
 
+def test_a_model_whose_first_tokens_are_late_gets_another_home_however_idle_its_device() -> None:
+    """Bursts of prompts on a device that was idle three quarters of the time stayed there for ten minutes."""
+    bursty = model("a", 10, W0, compute=0.2, token_rate=5.0, late=0.02)
+    devices = [device(0), device(1)]
+    plan = run([bursty], devices, {"a": at(W0)})
+    assert plan.decisions == (Replicate(ModelId("a"), W1),)
+    assert isinstance(plan.decisions[0], Replicate) and plan.decisions[0].compute == 0.2
+    assert run([replace(bursty, late=0.009)], devices, {"a": at(W0)}).decisions == ()
+    assert run([bursty], devices, {"a": at(W0, since=NOW - 60)}).decisions == (), "it has just got one"
+    busy = model("b", 10, W1, compute=0.3, token_rate=5.0, device=W1)
+    assert run([bursty, busy], devices, {"a": at(W0), "b": at(W1)}).decisions == (), "no better there"
+    both = [replace(bursty, compute=0.8), replace(busy, compute=0.2)]
+    assert run(both, devices, {"a": at(W0), "b": at(W1)}).decisions == (), "not half free then"
+
+
+def test_who_is_late_for_a_neighbours_steps_moves_instead() -> None:
+    """With a second home half of its requests would still wait for them."""
+    late = model("a", 10, W0, compute=0.05, token_rate=5.0, late=0.3, ttft=0.016, request_rate=5.0)
+    long = model("b", 10, W0, token_rate=5.0, device=W0, **blocking(0.9, 0.032))
+    kinds = [
+        type(each) for each in run([late, long], [device(0), device(1)], {"a": at(W0), "b": at(W0)}).decisions
+    ]
+    assert kinds == [Move]
+    own = replace(late, late=0.5)
+    plan = run([own, long], [device(0), device(1)], {"a": at(W0), "b": at(W0)})
+    assert Replicate(ModelId("a"), W1) in plan.decisions
+
+
+def test_a_home_that_came_for_late_tokens_stays_while_as_much_is_asked_for() -> None:
+    """A small share of time would do with one home; so it would go, and come back when tokens are late."""
+    devices = [device(0), device(1)]
+    for compute, count in ((0.2, 0), (0.11, 0), (0.09, 1)):
+        calm = model("a", 10, W0, W1, compute=compute, token_rate=5.0, replicated_at=0.2)
+        merges = run([calm], devices, {"a": at(W0, W1)}).decisions
+        assert len(merges) == count and all(isinstance(each, Merge) for each in merges)
+
+
 def test_a_replica_that_is_not_in_memory_is_the_first_to_go() -> None:
     cool = model("a", 10, W0, compute=0.1)
     other = model("b", 10, W0, compute=0.5)

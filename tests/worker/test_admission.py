@@ -130,8 +130,18 @@ def test_what_cannot_be_in_time_comes_behind() -> None:
     """One long prompt would have made two others late."""
     long = waiting("long", deadline=10.0, seconds=8.0)
     short = [waiting(f"s{i}", deadline=11.0 + i, seconds=3.0) for i in range(2)]
-    taken = decisions(snapshot(long, *short), 0.0)
-    assert taken == (Admit(RequestId("s0")), Admit(RequestId("s1")), Admit(RequestId("long"), is_late=True))
+    assert decisions(snapshot(long, *short), 0.0) == (Admit(RequestId("s0")), Admit(RequestId("s1")))
+    assert decisions(snapshot(long), 3.0) == (Admit(RequestId("long"), is_late=True),)
+
+
+def test_late_ones_enter_when_engines_hold_nothing() -> None:
+    """They filled the engines up to the horizon, and what came in time was computed behind them."""
+    late = [waiting(f"l{i}", deadline=1.0, seconds=0.4) for i in range(3)]
+    base = replace(snapshot(*late, num_sequences=1), horizon=10.0)
+    assert decisions(base, 5.0) == (Admit(RequestId("l0"), is_late=True),), "one at a time"
+    assert decisions(replace(base, busy=0.1), 5.0) == ()
+    owed = replace(base, busy=0.1, owed_to_late=0.5)
+    assert decisions(owed, 5.0) == (Admit(RequestId("l0"), is_late=True),), "its share is its own"
 
 
 def test_engines_hold_no_more_than_the_horizon() -> None:
@@ -154,7 +164,7 @@ def test_a_load_under_way_counts() -> None:
 
 
 def test_tenants_over_their_share_come_behind_those_within() -> None:
-    greedy = [waiting(f"g{i}", deadline=1.0, seconds=0.4, tenant="greedy") for i in range(2)]
+    greedy = [waiting(f"g{i}", deadline=1.0, seconds=0.3, tenant="greedy") for i in range(2)]
     modest = waiting("m", deadline=2.0, seconds=0.4, tenant="modest")
     snap = replace(snapshot(*greedy, modest), over_share=frozenset({"greedy"}))
     names = [d.request_id for d in decisions(snap, 0.0) if isinstance(d, Admit)]

@@ -182,6 +182,36 @@ def test_several_decodes_that_are_due_add_up() -> None:
     assert one is not None and many is not None and many.budget < one.budget
 
 
+FIXED = StepCosts(((1, 0.005), (256, 0.009), (512, 0.013), (8192, 0.173)), 1e-9, 3e-8)
+"""5 ms, and a millisecond for 64 tokens up to 512, for 48 beyond."""
+
+
+def shared(*prompts: int, costs: StepCosts = COSTS, **values: Any) -> int:
+    """Tokens of the step of a model with these prompts."""
+    runnable = prompting(A, 1.0, prompt_tokens=sum(prompts), prompts=prompts, costs=costs, **values)
+    turn = decide(TurnSnapshot((runnable,), 2048), 0.0)
+    assert turn is not None
+    return turn.budget
+
+
+def test_prompts_share_a_step_as_long_as_that_saves_time() -> None:
+    """The first of several was told of its token only when the last had been computed, too."""
+    assert shared(100, 100, 100, costs=FIXED) == 2048, "they mostly read weights"
+    assert shared(1000, 900, 50, costs=FIXED) == 1000, "5 ms are saved of 24: the second waits for no less"
+    assert shared(1000, costs=FIXED) == 2048
+    assert shared(3000, 50, costs=FIXED) == 2048, "a part of the first"
+
+
+def test_no_prompt_is_cut_where_whole_ones_fill_a_step() -> None:
+    """What was left of it took a step of its own, with another reading of the weights."""
+    prompt = prompting(A, 1.0, prompt_tokens=1200, prompts=(300, 300, 300, 300), costs=FIXED)
+    late = decoding(B, 1.0, last_turn=9.9)
+    turn = decide(TurnSnapshot((replace(prompt, prompt_deadline=12.0, deadline=12.0), late), 2048), 10.0)
+    least = FIXED.tokens_within(LEAST_READS * FIXED.gemm(1))
+    assert 600 < least < 900
+    assert turn == Turn(A, 600)
+
+
 def test_ties_go_to_the_one_that_waited_longest() -> None:
     turn = decide(TurnSnapshot((decoding(A, 1.0, 5.0), decoding(B, 1.0, 4.0)), 2048), 0.0)
     assert turn is not None and turn.model == B

@@ -31,6 +31,26 @@ def test_reports_count_tokens_of_requests_that_started(tmp_path: Path) -> None:
     local.close()
 
 
+def test_reports_count_first_tokens_that_are_late_for_want_of_the_device(tmp_path: Path) -> None:
+    """Not those that waited for a load, nor those that could not have been in time at all."""
+    local = LocalWorker({"m": save(make_model("llama"), tmp_path / "m")}, 8)
+
+    def num_late(name: str, ttft: float, waits: float) -> int:
+        local.submit(name, "m", [5] * 40, max_tokens=2, slo=Slo(ttft, 1.0))
+        local.now += waits
+        local.run()
+        (report,) = make_report(local.worker, local.now).models
+        return report.num_late
+
+    assert num_late("cold", 1.0, waits=1.5) == 0
+    assert num_late("in time", 1.0, waits=0.5) == 0
+    assert num_late("late", 1.0, waits=1.5) == 1
+    assert num_late("hopeless", 1e-9, waits=1.5) == 1
+    assert num_late("refused", 1.0, waits=local.worker.limits.max_wait + 1) == 2
+    assert "refused" in local.outbox.rejected
+    local.close()
+
+
 def test_a_stream_needs_the_device_at_the_pace_of_its_objective() -> None:
     """However much sooner its steps come, one after the other or beside those of others."""
     for gap, share in ((0.01, 1.0), (0.02, 0.5), (0.049, 0.25)):
