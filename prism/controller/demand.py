@@ -66,6 +66,7 @@ class DemandWindow:
         self._speeds = speeds
         self._since: float | None = None
         self._last: dict[tuple[WorkerId, ModelId], _Counters] = {}
+        self._reports: dict[tuple[WorkerId, ModelId], ModelReport] = {}
         self._buckets: dict[ModelId, deque[_Bucket]] = {}
         self._running: Counter[ModelId] = Counter()
         """Requests that run now, on all workers."""
@@ -76,6 +77,9 @@ class DemandWindow:
         worker = WorkerId(report.worker)
         for model in report.models:
             key = worker, ModelId(model.model)
+            if self._reports.get(key) is model:
+                continue  # as the simulator tells it of a cold model
+            self._reports[key] = model
             counters, last = _counters(report.incarnation, model), self._last.get(key)
             self._last[key] = counters
             if last is not None and last.incarnation == counters.incarnation and last != counters:

@@ -111,6 +111,16 @@ def _blank(model: ModelId) -> ModelReport:
 
 
 def _model_report(device: SimDevice, model: SimModel, now: int) -> ModelReport:
+    """Of a cold model that has nothing to do the same again, as long as nothing has come of it: most are."""
+    if model.state is not ModelState.COLD or model.tickets:
+        return _new_report(device, model, now)
+    seen = model.num_activations, model.usage.num_late
+    if model.cold_report is None or model.cold_report[0] != seen:
+        model.cold_report = seen, _new_report(device, model, now)
+    return model.cold_report[1]
+
+
+def _new_report(device: SimDevice, model: SimModel, now: int) -> ModelReport:
     usage, slab, running = model.usage, device.slab_bytes, model.num_sequences
     is_here = model.state in (ModelState.LOADING, ModelState.ACTIVE)
     return ModelReport(

@@ -13,6 +13,7 @@ from operator import attrgetter
 from prism.engine.kv_layout import KvLayout, layout_of
 from prism.engine.scheduler import Want
 from prism.errors import ConfigError
+from prism.messages import ModelReport
 from prism.sim.decoding import DecodeGroup
 from prism.sim.jobs import Chunk, Job, Served, policy_rank
 from prism.sim.ticks import StepTicks, to_seconds, to_ticks
@@ -75,6 +76,8 @@ class SimModel:
         self.num_evictions = 0
         self.num_preemptions = 0
         self.usage = Usage(self.tpot)
+        self.cold_report: tuple[tuple[int, int], ModelReport] | None = None
+        """The last one while it was cold, with counters that tell whether it has been anything else since."""
         self._ticks = StepTicks(served.costs.steps)
 
     @property

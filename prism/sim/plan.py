@@ -4,7 +4,8 @@ For a number of devices several placements are tried: by load, as the controller
 one changed step by step. A step moves a model from the device that misses most requests to the one that is
 best off, or changes places with one there. Devices have nothing to do with one another, so a step runs
 only the two that it changes; what a device does with a set of models is kept. Where the mode has a controller
-that moves models, it is tried too, with the models' loads known from the start.
+that moves models, it is tried too, with the models' loads known from the start and without: means of a whole
+trace may tell little of its beginning.
 """
 
 from __future__ import annotations
@@ -103,10 +104,12 @@ class Planner:
         best = self._best_fixed(devices)
         if self._cluster.setup.mode is not Mode.PRISM or devices == 1:
             return best
-        return max(best, self._controlled(devices), key=_score)
+        return max(
+            best, *(self._controlled(devices, is_expected=known) for known in (True, False)), key=_score
+        )
 
-    def _controlled(self, devices: int) -> Trial:
-        run = self._cluster.run_controlled(devices, is_expected=True)
+    def _controlled(self, devices: int, *, is_expected: bool) -> Trial:
+        run = self._cluster.run_controlled(devices, is_expected=is_expected)
         return Trial(run.placement, *self._met(self._misses(run.results)), is_controlled=True)
 
     def _best_fixed(self, devices: int) -> Trial:

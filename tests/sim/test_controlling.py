@@ -13,14 +13,16 @@ from prism.config import SchedulingConfig
 from prism.controller import placement
 from prism.controller.decisions import Plan
 from prism.controller.snapshot import Home, PlacementSnapshot
+from prism.messages import ModelReport
 from prism.modes import RULES, Mode
 from prism.sim import commands
 from prism.sim.controlling import Controlled, Kind, worker_of
 from prism.sim.device import SimDevice
 from prism.sim.jobs import End, Job
 from prism.sim.ticks import NEVER, to_ticks
-from prism.types import ModelId, RequestId
-from tests.sim.random_loads import LIMITS, SLAB, models, served
+from prism.types import ModelId, ModelState, RequestId
+from tests.sim import random_loads
+from tests.sim.random_loads import LIMITS, SLAB, jobs, models, served
 
 EAGER = SchedulingConfig(
     placement_interval=0.25,
@@ -239,3 +241,24 @@ def test_what_comes_from_another_device_keeps_its_place() -> None:
     assert model.oldest() is old
     device.run_until(NEVER)
     assert old.end is End.TIMED_OUT and old.end_time == to_ticks(1.0) and young.end is End.SERVED
+
+
+def test_a_cold_model_is_told_of_again_only_if_nothing_has_come_of_it() -> None:
+    """Between two looks a model may come, serve and go."""
+    shapes = [(6, 1024, 1e-3, 0.0, 5e-3)] * 2
+    device = random_loads.run(Mode.PRISM, shapes, [], 1, 0)
+    first, worker = device.models[ModelId("m0")], worker_of(0)
+
+    def told(now: int) -> ModelReport:
+        return next(m for m in commands.report_of(device, worker, now).models if m.model == "m0")
+
+    before = told(0)
+    assert told(to_ticks(0.1)) is before
+    for job in jobs(device, [(0.2, 0, 10, 5), (1.0, 1, 10, 5)]):
+        device.offer(job)
+    device.run_until(to_ticks(0.3))
+    assert told(to_ticks(0.3)).num_started == 1 and first.is_active
+    device.run_until(to_ticks(9.0))
+    assert first.state is ModelState.COLD
+    after = told(to_ticks(9.0))
+    assert after.num_started == 1 and after.decoded_tokens == 5 and told(to_ticks(9.5)) is after
