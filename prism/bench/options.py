@@ -61,6 +61,7 @@ class Options:
     baseline_requests: int = 20
     slo_from: Path | None = None
     slo_scale: float = DEFAULT_SLO_SCALE
+    send_slo: bool = False
     # results
     percentile_metrics: tuple[str, ...] = METRICS
     metric_percentiles: tuple[float, ...] = (99.0,)
@@ -123,6 +124,11 @@ def _rules(o: Options) -> Iterable[tuple[bool, str]]:
         o.slo_scale != DEFAULT_SLO_SCALE and o.slo_from is None and o.baseline is None,
         "--slo-scale goes with --slo-from",
     )
+    yield (
+        o.send_slo and (o.slo_from, o.models, o.goodput) == (None, None, NONE),
+        "--send-slo needs objectives: --slo-from, --goodput, or those of a --models file",
+    )
+    yield o.send_slo and o.baseline is not None, "--baseline measures models alone, which need no --send-slo"
     yield o.baseline is not None and o.slo_from is not None, "--baseline measures, --slo-from uses: not both"
 
 

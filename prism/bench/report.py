@@ -30,6 +30,7 @@ CONDITIONS = (
     "max_concurrency",
     "seed",
     "slo_scale",
+    "send_slo",
     "duration",
     "p99_lateness_ms",
 )

@@ -38,6 +38,7 @@ def make_result(run: Run, options: Options, now: datetime) -> dict[str, Any]:
         "rate_scale": options.rate_scale,
         "seed": options.seed,
         "slo_scale": None if options.slo_from is None else options.slo_scale,
+        "send_slo": options.send_slo,
     }
     result |= _summary(records, run.duration, options) | metrics.lateness(records)
     result["models"] = {

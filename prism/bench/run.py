@@ -144,7 +144,12 @@ def _targets(
 
 def _style(options: Options) -> Style:
     return Style(
-        options.ignore_eos, options.temperature, options.extra_body, options.headers, options.token_ids
+        ignore_eos=options.ignore_eos,
+        temperature=options.temperature,
+        extra_body=options.extra_body,
+        headers=options.headers,
+        sends_slo=options.send_slo,
+        token_ids=options.token_ids,
     )
 
 

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from prism.bench.prompts import PromptMaker, TokenIds, load_texts
-from prism.bench.targets import Address, Target
+from prism.bench.targets import Address, Objectives, Target
 from prism.bench.workload import Planned
 from prism.errors import ConfigError
 
@@ -25,6 +25,8 @@ class Style:
     """None leaves it to the server."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
+    sends_slo: bool = False
+    """Each request tells the objectives by which it is judged."""
     token_ids: tuple[int, int] = (10, 250)
     """Range of the ids of prompts that need no tokenizer."""
 
@@ -75,9 +77,17 @@ def _request(target: Target, body: bytes, style: Style) -> bytes:
         "accept": "text/event-stream",
         "content-length": str(len(body)),
     }
+    if style.sends_slo:
+        headers |= slo_headers(target.objectives)
     lines = [f"POST {target.path} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in (headers | dict(style.headers)).items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def slo_headers(objectives: Objectives) -> dict[str, str]:
+    """Those of the Gateway API's inference extension, in milliseconds."""
+    values = {"x-slo-ttft-ms": objectives.ttft, "x-slo-tpot-ms": objectives.tpot}
+    return {name: f"{1000 * value:g}" for name, value in values.items() if value is not None}
 
 
 def host_header(address: Address) -> str:

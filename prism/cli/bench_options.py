@@ -107,6 +107,9 @@ class Objectives:
         Path | None, _in(OBJECTIVES, "Objectives are those of this baseline file times --slo-scale.")
     ] = None
     slo_scale: Annotated[float, _in(OBJECTIVES, "See --slo-from.")] = 5.0
+    send_slo: Annotated[
+        bool, _in(OBJECTIVES, "Tell the server, by x-slo-ttft-ms and x-slo-tpot-ms.", "--send-slo")
+    ] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

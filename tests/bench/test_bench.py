@@ -107,6 +107,7 @@ SYNTHETIC = ("--dataset-name", "synthetic", "--request-rate", "1")
         (("--result-dir", "/x"), "--result-dir and --result-filename go with --save-result"),
         (("--token-ids", "7"), "--token-ids 7: must be LOW:HIGH"),
         (("--slo-scale", "3"), "--slo-scale goes with --slo-from"),
+        (("--send-slo",), "--send-slo needs objectives"),
         (("--alpha", "3"), "--duration, --alpha, --on, --off and --length-spread go with"),
         (("--baseline", "b.json", "--html", "r.html"), "--baseline writes a baseline alone"),
         (("--baseline", "/nowhere/b.json"), "--baseline /nowhere/b.json: there is no folder /nowhere"),

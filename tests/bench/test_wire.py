@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from prism.bench.prompts import Texts, TokenIds, load_texts
-from prism.bench.targets import Target
+from prism.bench.targets import Objectives, Target
 from prism.bench.wire import Style, encode_all
 from prism.bench.workload import Planned
 from prism.demo.catalog import demo_model_path
@@ -85,6 +85,15 @@ def test_a_completion() -> None:
         "stream_options": {"include_usage": True},
         "seed": 1,
     }
+
+
+def test_objectives_are_told_if_so_wished() -> None:
+    to = replace(target(), objectives=Objectives(ttft=0.0125, tpot=0.004))
+    told = set(sent(to, Style(sends_slo=True))[0].split("\r\n"))
+    assert {"x-slo-ttft-ms: 12.5", "x-slo-tpot-ms: 4"} <= told
+    only = replace(to, objectives=Objectives(tpot=0.004))
+    assert "x-slo-ttft-ms" not in sent(only, Style(sends_slo=True))[0]
+    assert "x-slo" not in sent(to, Style())[0]
 
 
 def test_a_chat() -> None:
