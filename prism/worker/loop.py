@@ -122,6 +122,7 @@ class Worker:
             self.host,
             self.costs,
             min_residency=self.limits.min_residency,
+            max_wait=self.limits.max_wait,
             idle_threshold=idle_threshold,
         )
 
