@@ -11,7 +11,7 @@ from prism.controller import migration as steps
 from prism.controller.migration import Migration
 from prism.controller.moves import Moves
 from prism.controller.state import ControllerState
-from prism.errors import EngineFailure, RequestError
+from prism.errors import Conflict, EngineFailure, RequestError
 from prism.messages import Activate, Evict, SetLimits
 from prism.metrics import Metrics
 from prism.types import ModelId, WorkerId
@@ -118,7 +118,7 @@ class Mover:
             await self._commander.command(
                 worker, Evict(epoch=0, command_id=0, model=model, returns=returns, moved=True)
             )
-        except EngineFailure:
+        except (Conflict, EngineFailure):
             event = steps.EvictRefused()
         except RequestError:
             return  # the worker has ended, or does not answer: other events tell

@@ -378,6 +378,18 @@ class Scheduler:
                 sequence.num_tabled = min(sequence.num_tabled, moved[0])
                 sequence.ready_until = 0
 
+    def check(self) -> None:
+        """Each sequence is in one place, with what it needs there; decodes are ready that are said to be."""
+        size, sequences = self.kv.layout.tokens_per_block, (*self.running, *self.waiting)
+        indexed = [sequence for each in self._by_request.values() for sequence in each]
+        assert len(indexed) == len(sequences) and set(indexed) == set(sequences)
+        assert all(not s.blocks and s.slot is None and not s.ready_until for s in self.waiting)
+        for s in self.running:
+            assert s.slot is not None and not s.is_ended
+            assert len(s.blocks) == self.kv.layout.num_blocks(s.num_computed)
+            if s.num_computed < s.ready_until:
+                assert s.num_missing == 1 and s.can_step and s.num_computed < len(s.blocks) * size
+
 
 def _rank(sequence: Sequence) -> Rank:
     return sequence.rank

@@ -43,9 +43,7 @@ class SimDevice:
         self._rules = rules
         self._limits = limits
         self.models: dict[ModelId, SimModel] = {}
-        self.memory = Memory(
-            num_slabs, self, min_residency=limits.min_residency, idle_threshold=limits.idle_threshold
-        )
+        self.memory = Memory(num_slabs, self, limits)
         self.stepper = Stepper(self.memory, rules, limits, together, self)
         for one in served:
             self.learn(one, None if shares is None else shares[one.model]).is_at_home = True

@@ -8,6 +8,7 @@ from typing import Protocol, assert_never
 from prism.engine.scheduler import Want
 from prism.sim.jobs import policy_rank
 from prism.sim.model import SimModel
+from prism.sim.modes import Limits
 from prism.sim.ticks import first_after, to_seconds
 from prism.types import LAST_RANK, ModelId, ModelState, Rank
 from prism.worker import reclaim
@@ -43,15 +44,12 @@ class Owner(Protocol):
 class Memory:
     """The slabs of one device."""
 
-    def __init__(
-        self, num_slabs: int, owner: Owner, *, min_residency: float, idle_threshold: float | None
-    ) -> None:
+    def __init__(self, num_slabs: int, owner: Owner, limits: Limits) -> None:
         self.num_slabs = num_slabs
         self.free = num_slabs
         self._models: dict[ModelId, SimModel] = {}
         self._owner = owner
-        self._min_residency = min_residency
-        self._idle_threshold = idle_threshold
+        self._limits = limits
         self._demand = RecentDemand()
 
     def add(self, model: SimModel) -> None:
@@ -122,7 +120,10 @@ class Memory:
     def displaces_at(self, model: SimModel) -> int:
         """From when on that is so."""
         oldest = model.oldest()
-        return 0 if oldest is None else first_after(oldest.arrival, patience(model.served.costs.activation))
+        if oldest is None:
+            return 0
+        seconds = patience(model.served.costs.activation, self._limits.max_wait)
+        return first_after(oldest.arrival, seconds)
 
     def _reserved(self, model: SimModel, now: int) -> int:
         """Slabs for which older requests of models without weights are waiting, which may displace others."""
@@ -182,7 +183,7 @@ class Memory:
     def _snapshot(self, now: int) -> MemorySnapshot:
         models = self._models.values()
         loading = [m.name for m in models if m.state is ModelState.LOADING and not (m.tickets or m.is_wanted)]
-        threshold = self._idle_threshold
+        threshold = self._limits.idle_threshold
         return MemorySnapshot(
             num_retiring=0,
             unwanted_loads=tuple(loading),
@@ -191,7 +192,7 @@ class Memory:
                 for m in models
                 if m.state in (ModelState.LOADING, ModelState.ACTIVE)
             ),
-            min_residency=self._min_residency,
+            min_residency=self._limits.min_residency,
             expected_demand=self._demand.within_horizon(to_seconds(now)),
         )
 

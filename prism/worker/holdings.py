@@ -27,6 +27,7 @@ class Holdings:
         costs: CostBook,
         *,
         min_residency: float,
+        max_wait: float,
         idle_threshold: float | None,
     ) -> None:
         """Without an `idle_threshold` models are kept by how they came back before."""
@@ -36,6 +37,7 @@ class Holdings:
         self._host = host
         self._costs = costs
         self._min_residency = min_residency
+        self._max_wait = max_wait
         self._idle_threshold = idle_threshold
 
     def rank(self, model: Model) -> Rank:
@@ -51,7 +53,7 @@ class Holdings:
         oldest, costs = self._requests.oldest(model.name), self._costs.of(model.name)
         if oldest is None or costs is None:
             return True
-        return now - oldest[0] >= patience(costs.activation)
+        return now - oldest[0] >= patience(costs.activation, self._max_wait)
 
     def return_chance(self, model: Model, now: float) -> float:
         """That a model without requests gets one soon."""

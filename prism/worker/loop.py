@@ -122,6 +122,7 @@ class Worker:
             self.host,
             self.costs,
             min_residency=self.limits.min_residency,
+            max_wait=self.limits.max_wait,
             idle_threshold=idle_threshold,
         )
 
@@ -375,13 +376,16 @@ class Worker:
                 ticket.resumed[choice.choice] = choice
 
     def check(self) -> None:
-        """Conservation: every slab and every block has exactly one state and one owner."""
+        """Conservation: every slab and every block has exactly one state and one owner, every request too."""
         self.device.pool.check()
+        self.requests.check()
         self.host.check()
         for model in self.models.values():
             assert model.weight_slabs in ((), model.arena_slabs), f"{model.name}: slabs that no arena shows"
             if model.kv is not None:
                 model.kv.check()
+                if model.engine is not None:
+                    model.engine.scheduler.check()
                 assert set(model.kv.slabs) == set(self.device.pool.owned(KvOwner(model.name))), model.name
 
     def queue_seconds(self, model: Model) -> float:

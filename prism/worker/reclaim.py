@@ -22,6 +22,8 @@ DISPLACING_SHARE = 0.1
 """Of the time, that loads may take for which others are stopped."""
 MOST_PATIENCE = 30.0
 """Seconds."""
+WAIT_SHARE = 0.5
+"""Of `limits.max_wait`, after which others are stopped in any case: the rest is for the load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,12 @@ class CancelLoad:
     model: ModelId
 
 
-def patience(load_seconds: float) -> float:
+def patience(load_seconds: float, max_wait: float) -> float:
     """Seconds that a model's oldest request waits before others are stopped so that the model can be loaded.
 
     What is stopped for it is loaded again later, as many bytes: so it costs twice `load_seconds`.
     """
-    return min(MOST_PATIENCE, 2 * load_seconds / DISPLACING_SHARE)
+    return min(MOST_PATIENCE, WAIT_SHARE * max_wait, 2 * load_seconds / DISPLACING_SHARE)
 
 
 ReclaimDecision = TakeSlabs | DropOwnCache | Preempt | EvictModel | CancelLoad

@@ -208,6 +208,17 @@ class Requests:
         """One of a model's is among them."""
         return any(ticket.model == model for ticket in self._waiting.values())
 
+    def check(self) -> None:
+        """Each index tells what looking at every request would."""
+        tickets = self._tickets
+        assert self._waiting.keys() == {ticket.request_id for ticket in self if not ticket.is_running}
+        assert sum(map(len, self._by_model.values())) == len(tickets)
+        for model, own in self._by_model.items():
+            assert all(ticket.model == model and tickets[name] is ticket for name, ticket in own.items())
+            assert self.oldest(model) == min(map(_rank, own.values()), default=None), model
+        ends = [ticket.submit.latest_end for ticket in self]
+        assert self.latest_end == min(ends, default=float("inf"))
+
 
 def _rank(ticket: Ticket) -> Rank:
     return (ticket.submit.arrival, ticket.request_id, 0)

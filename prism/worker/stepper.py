@@ -262,7 +262,8 @@ class Stepper:
             model.use_times.saw(model.kv.num_uses, now)
         model.usage.decoded_tokens += len(drawn)
         tickets = self._requests.of_sequences(drawn.sequences)
-        model.usage.num_late += sum(ticket.is_late(now) for ticket in tickets if ticket.last_token is None)
+        first = {ticket for ticket in tickets if ticket.last_token is None}  # of several choices, perhaps
+        model.usage.num_late += sum(ticket.is_late(now) for ticket in first)
         got_tokens(tickets, now)
         for place in drawn.ends:
             self._choice_ended(model, tickets[place], drawn.sequences[place])

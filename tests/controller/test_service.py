@@ -13,6 +13,7 @@ from prism.clock import ManualClock
 from prism.config import SchedulingConfig
 from prism.controller import links as links_module
 from prism.controller.links import WorkerLinks
+from prism.controller.migration import Phase
 from prism.controller.planner import Planner
 from prism.controller.service import ControllerService
 from prism.controller.snapshot import DeviceState, Home, ModelNeed
@@ -331,6 +332,26 @@ async def test_a_source_that_does_not_drain_returns_its_requests(world: World, g
     await world.pass_time(59)
     assert not first.heard
     await world.pass_time(2)
+    evict = await command(world, first)
+    assert isinstance(evict, Evict) and evict.returns
+    first.say(done(evict))
+    await world.until(lambda: gateway.route == (["worker-1"], []))
+
+
+async def test_an_eviction_that_finds_a_request_is_tried_again(world: World, gateway: Gateway) -> None:
+    """The worker's refusal had become a conflict, which nobody heard: the source kept the model."""
+    first, second = await both(world)
+    task = asyncio.create_task(world.service.move(A, 1))
+    await answered(world, second, SetLimits)
+    await answered(world, second, Activate)
+    await task
+    world.clock.advance(2)
+    first.say(report("worker-0", model_report("a", state=ModelState.ACTIVE)))
+    evict = await command(world, first)
+    assert isinstance(evict, Evict) and not evict.returns
+    first.say(done(evict, "model a has unfinished requests", conflicts=True))
+    await world.until(lambda: world.service.state.migrations[A].phase is Phase.DRAINING)
+    await world.pass_time(61)
     evict = await command(world, first)
     assert isinstance(evict, Evict) and evict.returns
     first.say(done(evict))

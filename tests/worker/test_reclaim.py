@@ -113,9 +113,10 @@ def test_who_may_not_displace_takes_what_nobody_needs() -> None:
 
 
 def test_patience_grows_with_what_a_load_costs() -> None:
-    assert patience(0.1) == pytest.approx(2.0)
-    assert patience(1.0) == pytest.approx(20.0)
-    assert patience(100.0) == MOST_PATIENCE
+    assert patience(0.1, 60.0) == pytest.approx(2.0)
+    assert patience(1.0, 60.0) == pytest.approx(20.0)
+    assert patience(100.0, 600.0) == MOST_PATIENCE
+    assert patience(100.0, 10.0) == 5.0, "else it is refused before others are stopped"
 
 
 def test_floors_and_pins_hold() -> None:

@@ -63,7 +63,7 @@ def test_nobody_is_stopped_for_a_load_before_it_has_waited_in_proportion_to_what
     arrival = local.now
     waiting, costs = local.worker.models["llama"], local.worker.costs.of(ModelId("llama"))
     assert costs is not None
-    due = arrival + reclaim.patience(costs.activation)
+    due = arrival + reclaim.patience(costs.activation, local.worker.limits.max_wait)
     local.now = now + 0.01
     assert local.now < due - 0.02
     for _ in range(10):
@@ -76,6 +76,22 @@ def test_nobody_is_stopped_for_a_load_before_it_has_waited_in_proportion_to_what
     assert ("young", 0) not in local.outbox.finished
     local.run(rounds=10**5)
     assert ("young", 0) in local.outbox.finished
+    local.close()
+
+
+def test_a_model_whose_requests_may_not_wait_for_long_is_loaded_all_the_same(tmp_path: Path) -> None:
+    """Beside a busy model each of them was refused after `limits.max_wait`, before anybody was stopped."""
+    shape = {"max_position_embeddings": 4096}
+    names = ("llama", "qwen3")
+    paths = {name: save(make_model(name, seed=i, **shape), tmp_path / name) for i, name in enumerate(names)}
+    local = LocalWorker(paths, 3, sections={"limits": {"min_residency": 0.01, "max_wait": 0.2}})
+    local.submit("busy", "qwen3", prompts(1, 50)[0], max_tokens=2000)
+    local.run(until=lambda: ("busy", 0) in local.outbox.tokens)
+    now, local.now = local.now, local.now - 0.1
+    local.submit("old", "llama", [1, 2], max_tokens=2)
+    local.now = now
+    local.run(until=lambda: ("old", 0) in local.outbox.finished or "old" in local.outbox.rejected)
+    assert not local.outbox.rejected and ("busy", 0) not in local.outbox.finished
     local.close()
 
 

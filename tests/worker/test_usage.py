@@ -35,8 +35,8 @@ def test_reports_count_first_tokens_that_are_late_for_want_of_the_device(tmp_pat
     """Not those that waited for a load, nor those that could not have been in time at all."""
     local = LocalWorker({"m": save(make_model("llama"), tmp_path / "m")}, 8)
 
-    def num_late(name: str, ttft: float, waits: float) -> int:
-        local.submit(name, "m", [5] * 40, max_tokens=2, slo=Slo(ttft, 1.0))
+    def num_late(name: str, ttft: float, waits: float, n: int = 1) -> int:
+        local.submit(name, "m", [5] * 40, max_tokens=2, n=n, slo=Slo(ttft, 1.0))
         local.now += waits
         local.run()
         (report,) = make_report(local.worker, local.now).models
@@ -48,6 +48,7 @@ def test_reports_count_first_tokens_that_are_late_for_want_of_the_device(tmp_pat
     assert num_late("hopeless", 1e-9, waits=1.5) == 1
     assert num_late("refused", 1.0, waits=local.worker.limits.max_wait + 1) == 2
     assert "refused" in local.outbox.rejected
+    assert num_late("four choices, drawn in one step", 1.0, waits=1.5, n=4) == 3
     local.close()
 
 
