@@ -49,17 +49,17 @@ def report(
     counts = _counts(results)
     devices = len(placement.devices)
     homes = placement.home()
-    models = {}
-    for model, served in sorted(load.served.items()):
-        own = by_model[model]
-        models[model] = {
-            **_figures(own, load.served, reported),
+    models = {
+        model: {
+            **_figures(by_model[model], load.served, reported),
             "shape": served.shape,
             "slo_ttft_s": served.slo.ttft,
             "slo_tpot_s": served.slo.tpot,
             "device": homes.get(model),
             **asdict(counts.get(model, ModelCounts(0, 0, 0, 0))),
         }
+        for model, served in sorted(load.served.items())
+    }
     return {
         **_figures(outcomes, load.served, reported),
         "mode": setup.mode.value,
