@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -133,7 +132,9 @@ class TextModels:
         self.names = tuple(ModelId(model.name) for model in config.models)
         self._threads = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read")
         self._vocabularies = Vocabularies()
-        self._unread = OrderedDict((ModelId(model.name), model) for model in config.models)
+        self._unread = {ModelId(model.name): model for model in config.models}
+        self._asked: dict[ModelId, None] = {}
+        """Of the unread ones those that somebody asks for, in that order."""
         loop = asyncio.get_running_loop()
         self._loads: dict[ModelId, asyncio.Future[TextModel]] = {
             name: loop.create_future() for name in self.names
@@ -153,7 +154,9 @@ class TextModels:
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
         while self._unread:
-            name, config = self._unread.popitem(last=False)
+            name = next(iter(self._asked or self._unread))
+            self._asked.pop(name, None)
+            config = self._unread.pop(name)
             load = self._loads[name]
             try:
                 load.set_result(
@@ -170,7 +173,7 @@ class TextModels:
         if load is None:
             raise ModelNotFound(f"The model {name!r} does not exist", param="model")
         if name in self._unread:
-            self._unread.move_to_end(ModelId(name), last=False)
+            self._asked[ModelId(name)] = None
         try:
             return await asyncio.wait_for(asyncio.shield(load), timeout)
         except TimeoutError:
