@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import add, sub
 
 from prism.messages import WAITS, ModelReport, Report
@@ -53,6 +53,7 @@ class _Bucket:
 
 @dataclass(frozen=True, slots=True)
 class _Counters:
+    report: ModelReport = field(compare=False)
     incarnation: int
     num_running: int
     sums: _Sums
@@ -66,7 +67,6 @@ class DemandWindow:
         self._speeds = speeds
         self._since: float | None = None
         self._last: dict[tuple[WorkerId, ModelId], _Counters] = {}
-        self._reports: dict[tuple[WorkerId, ModelId], ModelReport] = {}
         self._buckets: dict[ModelId, deque[_Bucket]] = {}
         self._running: Counter[ModelId] = Counter()
         """Requests that run now, on all workers."""
@@ -77,10 +77,10 @@ class DemandWindow:
         worker = WorkerId(report.worker)
         for model in report.models:
             key = worker, ModelId(model.model)
-            if self._reports.get(key) is model:
-                continue  # as the simulator tells it of a cold model
-            self._reports[key] = model
-            counters, last = _counters(report.incarnation, model), self._last.get(key)
+            last = self._last.get(key)
+            if last is not None and last.report is model:
+                continue  # told again as it was
+            counters = _counters(report.incarnation, model)
             self._last[key] = counters
             if last is not None and last.incarnation == counters.incarnation and last != counters:
                 self._add(ModelId(model.model), last, counters, self._speeds.get(worker, 1.0), now)
@@ -113,7 +113,8 @@ class DemandWindow:
 def _counters(incarnation: int, model: ModelReport) -> _Counters:
     tokens = model.prompt_tokens + model.decoded_tokens
     seconds = model.needed_seconds, model.device_seconds, *_blocked(model.blocked_seconds)
-    return _Counters(incarnation, model.num_running, (model.num_started, model.num_late, tokens, *seconds))
+    sums = (model.num_started, model.num_late, tokens, *seconds)
+    return _Counters(model, incarnation, model.num_running, sums)
 
 
 def _blocked(seconds: Sequence[float]) -> Sequence[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -115,6 +115,7 @@ class Requests:
         self._tickets: dict[RequestId, Ticket] = {}
         self._by_model: defaultdict[ModelId, dict[RequestId, Ticket]] = defaultdict(dict)
         self._waiting: dict[RequestId, Ticket] = {}
+        self._num_waiting: Counter[ModelId] = Counter()
         self._oldest: defaultdict[ModelId, Earliest[Rank]] = defaultdict(Earliest)
         self._latest_ends: Earliest[tuple[float, RequestId]] = Earliest()
 
@@ -139,7 +140,7 @@ class Requests:
         """A new request, outside of any engine."""
         assert ticket.request_id not in self._tickets
         self._tickets[ticket.request_id] = ticket
-        self._waiting[ticket.request_id] = ticket
+        self._wait(ticket)
         self._by_model[ticket.model][ticket.request_id] = ticket
         self._oldest[ticket.model].add(_rank(ticket))
         self._latest_ends.add((ticket.submit.latest_end, ticket.request_id))
@@ -147,7 +148,8 @@ class Requests:
     def remove(self, ticket: Ticket) -> None:
         """The request has ended."""
         del self._tickets[ticket.request_id]
-        self._waiting.pop(ticket.request_id, None)
+        if not ticket.is_running:
+            self._wait_no_more(ticket)
         del self._by_model[ticket.model][ticket.request_id]
         self._oldest[ticket.model].remove(_rank(ticket))
         self._latest_ends.remove((ticket.submit.latest_end, ticket.request_id))
@@ -155,13 +157,21 @@ class Requests:
     def enter(self, ticket: Ticket) -> None:
         """Its model's engine takes it in."""
         ticket.is_running = True
-        del self._waiting[ticket.request_id]
+        self._wait_no_more(ticket)
 
     def leave(self, ticket: Ticket) -> None:
         """It has lost its place in the engine, and waits again."""
         ticket.is_running = False
         ticket.waiting = None
+        self._wait(ticket)
+
+    def _wait(self, ticket: Ticket) -> None:
         self._waiting[ticket.request_id] = ticket
+        self._num_waiting[ticket.model] += 1
+
+    def _wait_no_more(self, ticket: Ticket) -> None:
+        del self._waiting[ticket.request_id]
+        self._num_waiting[ticket.model] -= 1
 
     # --- who there is ---------------------------------------------------------------------------------
 
@@ -205,13 +215,14 @@ class Requests:
         return len(self._waiting)
 
     def has_waiting(self, model: ModelId) -> bool:
-        """One of a model's is among them."""
-        return any(ticket.model == model for ticket in self._waiting.values())
+        """One of a model's is among them; asked at each step."""
+        return self._num_waiting[model] > 0
 
     def check(self) -> None:
         """Each index tells what looking at every request would."""
         tickets = self._tickets
         assert self._waiting.keys() == {ticket.request_id for ticket in self if not ticket.is_running}
+        assert +self._num_waiting == Counter(ticket.model for ticket in self._waiting.values())
         assert sum(map(len, self._by_model.values())) == len(tickets)
         for model, own in self._by_model.items():
             assert all(ticket.model == model and tickets[name] is ticket for name, ticket in own.items())

@@ -78,9 +78,14 @@ def serve(
     """All requests, ended."""
     device = run(mode, shapes, asked, lanes, slabs, **changes)
     made = jobs(device, asked)
+    deal_with(device, made)
+    return made
+
+
+def deal_with(device: SimDevice, made: list[Job]) -> None:
+    """All of it, event by event."""
     for job in made:
         device.offer(job)
     while (time := device.next_event()) < NEVER:
         device.run_until(time + 1)
         device.check()
-    return made

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from prism.modes import Mode
 from prism.sim.jobs import End, Job
-from prism.sim.ticks import NEVER
-from tests.sim.random_loads import jobs, run, serve
+from tests.sim.random_loads import deal_with, jobs, run, serve
 
 
 def _is_in_time(job: Job, tpot: float) -> bool:
@@ -44,11 +43,7 @@ def test_a_device_does_not_spend_its_time_on_loads() -> None:
     asked = [(0.01 * i, i % 2, 10, 20) for i in range(400)]
     device = run(Mode.PRISM, shapes, [], 1, 0, min_residency=0.05, max_wait=60.0)
     made = jobs(device, asked)
-    for job in made:
-        device.offer(job)
-    while (time := device.next_event()) < NEVER:
-        device.run_until(time + 1)
-        device.check()
+    deal_with(device, made)
     assert all(job.end is End.SERVED for job in made)
     loads = sum(model.num_activations for model in device.models.values())
     assert 2 <= loads <= 2 + 4.0 / 0.4
