@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -27,7 +28,11 @@ def die_with_parent(parent: int) -> None:
 
 
 def main() -> int:
-    """Run one role until it ends."""
+    """Run one role until it ends.
+
+    What the libraries have made by then is left out of garbage collections: with torch's objects a full one
+    holds up a worker for 65 ms, without them for 2 ms.
+    """
     arguments = _arguments()
     die_with_parent(arguments.agent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole group; the agent decides
@@ -37,14 +42,17 @@ def main() -> int:
         case Role.GATEWAY:
             from prism.gateway.main import run as run_gateway
 
+            gc.freeze()
             return run_gateway(*place, listen_fd=arguments.listen_fd)
         case Role.CONTROLLER:
             from prism.controller.main import run as run_controller
 
+            gc.freeze()
             return run_controller(*place, listen_fd=arguments.listen_fd)
         case Role.WORKER:
             from prism.worker.main import run as run_worker
 
+            gc.freeze()
             return run_worker(*place)
 
 

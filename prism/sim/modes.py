@@ -27,7 +27,7 @@ class Limits:
     quantum: float = 10.0
     """Seconds that a model may take requests in `timeshare` while others wait."""
     is_queueing: bool = True
-    """A lane's next step is chosen when its present one begins, as on GPUs; else when it has run."""
+    """A lane's next step is chosen when its present one is about to end, as on GPUs; else when it has run."""
     is_stepping: bool = False
     """Step one by one instead of many at once; the results are the same."""
 

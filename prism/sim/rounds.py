@@ -4,9 +4,9 @@ A round is one step of each member, in order. A member's step reads its context,
 sequence and step, so the j-th round takes `first + j * growth` and the end of all is a quadratic in their
 number. A single step is one round of one member.
 
-Who steps next is chosen when the lane has room for one more step. Where steps are queued ahead that is before
-the present one has ended, so a step *closes*, for those who decide, one step early: everything is known of it
-by then but that it has run.
+Who steps next is chosen when the lane has room for one more step. Where steps are queued ahead that is `LEAD`
+before the present one ends, so a step *closes*, for those who decide, that much early: everything is known of
+it by then but that it has run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Generic, TypeVar
 
+from prism.sim.ticks import to_ticks
 from prism.sim.usage import Series
+
+LEAD = to_ticks(0.0015)
+"""As `LEAD_SECONDS` of the worker's stepper."""
 
 M = TypeVar("M")
 
@@ -40,15 +44,16 @@ class Rounds(Generic[M]):
         start: int,
         num_steps: int,
         decided: int | None = None,
-        room: int | None = None,
+        *,
+        is_ahead: bool = False,
     ) -> None:
-        """`decided` is when the first step was chosen, `room` when there is for one behind it; None: no
-        step is chosen before the one in front of it has ended."""
+        """`decided` is when the first step was chosen; `is_ahead` if steps are chosen before the one in front
+        of them has ended."""
         self.parts = parts
         self.start = start
         self.num_steps = num_steps
         self.decided = start if decided is None else decided
-        self._room = room
+        self._is_ahead = is_ahead
         self.done = 0
         """Steps that have been accounted for."""
         self.begun = 1
@@ -84,9 +89,8 @@ class Rounds(Generic[M]):
 
     def closed_at(self, steps: int) -> int:
         """When the first `steps` steps, one at least, count as run to who chooses the next one."""
-        if self._room is None:
-            return self.end_of(steps)
-        return self._room if steps == 1 else self.end_of(steps - 1)
+        end = self.end_of(steps)
+        return max(self.end_of(steps - 1), end - LEAD) if self._is_ahead else end
 
     def decided_at(self, index: int) -> int:
         """When a step was chosen."""
@@ -94,9 +98,8 @@ class Rounds(Generic[M]):
 
     def closed_by(self, now: int) -> int:
         """Steps that count as run then."""
-        if self._room is None:
-            return self.ended_by(now)
-        return min(self.num_steps, 1 + self.ended_by(now)) if now >= self._room else 0
+        ended = self.ended_by(now)
+        return ended + (ended < self.num_steps and self.closed_at(ended + 1) <= now)
 
     def begun_by(self, now: int) -> int:
         """Steps that were chosen before then, or count as run by then."""

@@ -4,9 +4,9 @@ Mirrors `worker/stepper.py`: each lane that has room asks `worker/turns.py` for 
 several lanes overlap; a step with prompts begins when what the others have queued has run, and what they
 queue later waits for its end.
 
-Where a lane has two steps queued the next one is chosen when the present one begins. So what models hold is
-that of one step ahead: a step counts as run, `last_end` and all, as soon as the next one may be chosen (it
-closes, `rounds.py`). Only its requests' ends come when it has run in fact.
+Where steps are queued ahead the next one is chosen when the present one is about to end. So what models hold
+is ahead of the clock by so much: a step counts as run, `last_end` and all, as soon as the next one may be
+chosen (it closes, `rounds.py`). Only its requests' ends come when it has run in fact.
 """
 
 from __future__ import annotations
@@ -289,28 +289,24 @@ class Stepper:
             if run is not None:
                 self._cut(other, now, at_least=1)
             start = max(start, self._ends[other] if run is None else run.rounds.end)
-        room = None if self._neighbours(lane) else self._room(lane, now)
-        rounds = Rounds([Part(model, model.chunk_ticks(chunks), 0)], start, 1, now, room)
+        is_ahead = self._limits.is_queueing and not self._neighbours(lane)
+        part = Part(model, model.chunk_ticks(chunks), 0)
+        rounds = Rounds([part], start, 1, now, is_ahead=is_ahead)
         self._prompt_ends[lane] = rounds.end
         self._runs[lane] = Run(rounds, (), chunks, has_decodes)
-
-    def _room(self, lane: int, now: int) -> int | None:
-        """When the lane has room behind the step that is chosen now, unless that has to run before."""
-        return max(now, self._ends[lane]) if self._limits.is_queueing else None
 
     def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
         others = pulls_of_others(self._pulls(), lane)
         longer = self._overlap.beside(others)
         members = [m for m in self._lanes[lane] if m.can_step]
         prompts = (end for other, end in enumerate(self._prompt_ends) if other != lane)
-        start, room = max(now, self._ends[lane], *prompts), self._room(lane, now)
-        is_single = self._limits.is_stepping or room == now  # then the next step is chosen just now, too
-        is_single = is_single or any(m.prompts or m.waiting for m in members)
+        start = max(now, self._ends[lane], *prompts)
+        is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
         is_single = is_single or gives_up(members, self._rules, longer)
         order = [model] if is_single else order_of_rounds(model, members)
-        rounds = self._steps(order, members, longer, Chosen(now, start, room), is_single=is_single)
+        rounds = self._steps(order, members, longer, Chosen(now, start), is_single=is_single)
         if len(order) > 1 and rounds.num_steps < 2 * len(order):  # they do not take turns
-            rounds = self._steps([model], members, longer, Chosen(now, start, room), is_single=False)
+            rounds = self._steps([model], members, longer, Chosen(now, start), is_single=False)
         self._runs[lane] = Run(rounds, others, turn_before=model.last_turn)
 
     def _steps(
@@ -327,15 +323,15 @@ class Stepper:
         steps = 1 if is_single else steps_until_change(order)
         if steps > 1:
             steps = steps_with_time(steps, members, len(order), self._rules, longer)
-        rounds = Rounds(parts, chosen.start, steps, chosen.time, chosen.room)
+        is_ahead = self._limits.is_queueing
+        rounds = Rounds(parts, chosen.start, steps, chosen.time, is_ahead=is_ahead)
         if steps > 1 and (fewer := steps_in_turn(rounds, members, self._rules)) < steps:
-            rounds = Rounds(parts, chosen.start, fewer, chosen.time, chosen.room)
+            rounds = Rounds(parts, chosen.start, fewer, chosen.time, is_ahead=is_ahead)
         return rounds
 
 
 class Chosen(NamedTuple):
-    """A step: when it is chosen, when it begins, and when the lane has room behind it (see `Rounds`)."""
+    """A step: when it is chosen, and when it begins."""
 
     time: int
     start: int
-    room: int | None

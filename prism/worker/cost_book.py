@@ -13,6 +13,10 @@ from prism.engine.step import Step
 from prism.types import Bytes, ModelId
 from prism.worker.models import Profile
 
+DOUBT = 0.1
+"""Of a step's least time, if it has prompts: of one size and another the profile may be off by so much."""
+RISE = 0.02
+"""Of the way from the shortest time of late to that of a step which took longer."""
 REFRESH = 16
 """Measurements after which the corrected costs are made anew."""
 
@@ -41,9 +45,21 @@ class _Page:
     def __init__(self, start: Costs) -> None:
         self.start = start
         self.steps = {"decode": Steps(), "prompt": Steps()}
+        self.least = {"decode": 0.0, "prompt": 0.0}
+        """Shortest times of late, in those predicted by `start`."""
         self.corrections = Corrections()
         self.costs = start
         self._num_seen = 0
+
+    def ran(self, kind: str, predicted: float, seconds: float) -> None:
+        """A step has taken so long."""
+        ratio, least = seconds / max(predicted, 1e-9), self.least[kind]
+        self.least[kind] = least + RISE * (ratio - least) if 0 < least < ratio else ratio
+        if kind == "prompt":
+            self.corrections.saw_prompt(predicted, seconds)
+        else:
+            self.corrections.saw_decode(predicted, seconds)
+        self.seen()
 
     def seen(self) -> None:
         """A measurement has been taken in."""
@@ -78,14 +94,21 @@ class CostBook:
             return
         work = work_of(step)
         predicted = page.start.steps.step(*work)
-        page.steps["prompt" if step.has_prompts else "decode"].add(work.tokens, seconds, predicted)
-        if seconds <= 0:
-            return
-        if step.has_prompts:
-            page.corrections.saw_prompt(predicted, seconds)
-        else:
-            page.corrections.saw_decode(predicted, seconds)
-        page.seen()
+        page.steps[kind_of(step)].add(work.tokens, seconds, predicted)
+        if seconds > 0:
+            page.ran(kind_of(step), predicted, seconds)
+
+    def least_seconds(self, model: ModelId, step: Step) -> float:
+        """What a step takes at least, going by the shortest of late; 0 before any has run.
+
+        Those that had the device to themselves tell. A step that ends sooner than was thought tells at once,
+        those that take longer little by little, since they may have had neighbours.
+        """
+        page = self._pages.get(model)
+        if page is None or not (least := page.least[kind_of(step)]):
+            return 0.0
+        doubt = DOUBT if step.has_prompts else 0.0
+        return (1 - doubt) * least * page.start.steps.step(*work_of(step))
 
     def steps(self, model: ModelId) -> Mapping[str, Steps]:
         """Steps of a model that have run, by kind: `decode`, and `prompt` for those with a prompt's chunk."""
@@ -98,6 +121,11 @@ class CostBook:
         if page is not None:
             page.corrections.saw_load(page.start.activation, seconds)
             page.seen()
+
+
+def kind_of(step: Step) -> str:
+    """`prompt` if any of a prompt is in it, else `decode`."""
+    return "prompt" if step.has_prompts else "decode"
 
 
 class Work(NamedTuple):

@@ -167,9 +167,9 @@ class Device:
     def take_turns(self, lane: Lane, flight: Flight) -> None:
         """Let a flight that may begin, and all behind it on the lane, run behind what it has to."""
         works = [other.queued for other in flight.after if not other.has_run]
-        if works:
+        if works and not flight.is_in_turn:
             self.backend.wait_for(lane.lane_id, works)
-        flight.after = ()
+        flight.is_in_turn = True
 
     def settle(self, lane: Lane) -> None:
         """Take note of copies that have run, as far as no step stands before them."""

@@ -44,9 +44,13 @@ class Flight:
     work: Work
     step: InFlight | None
     begin: float = 0.0
-    """When a step was queued."""
+    """When a step was queued, or later: when what it runs behind on other lanes was seen to have run."""
+    least_seconds: float = 0.0
+    """It takes no less, going by the shortest of its kind."""
     after: tuple[Flight, ...] = ()
-    """Work of other lanes that it runs behind."""
+    """Work of other lanes that it runs behind, as long as any of it has not run."""
+    is_in_turn: bool = False
+    """The device knows of it."""
     number: int = 0
     """Its place in the lane's count; 0 before it has one."""
     has_run: bool = False
@@ -77,9 +81,15 @@ class Flight:
         return self.work.queued
 
     @property
-    def may_begin(self) -> bool:
+    def may_be_launched(self) -> bool:
         """What it runs behind is on the device: what is not there cannot be waited for."""
         return all(other.is_launched for other in self.after)
+
+    def look(self, now: float) -> None:
+        """Note whether it can run by now, as far as other lanes go."""
+        if self.after and all(other.has_run for other in self.after):
+            self.after = ()
+            self.begin = max(self.begin, now)
 
 
 class Lane:
@@ -133,9 +143,14 @@ class Lane:
             flight = self.flights.popleft()
             self.num_completed = flight.number
             flight.has_run = True
+            flight.after = ()
             yield flight
 
     @property
-    def num_steps(self) -> int:
-        """Steps that are queued, copies not counted."""
-        return sum(flight.step is not None for flight in self.flights)
+    def steps(self) -> list[Flight]:
+        """Those that are queued, without copies."""
+        return [flight for flight in self.flights if flight.step is not None]
+
+    def earliest_end(self, flight: Flight) -> float:
+        """Of its oldest step, if nothing that runs beside holds it up; infinite before it can run."""
+        return float("inf") if flight.after else max(flight.begin, self.last_end) + flight.least_seconds

@@ -1,7 +1,8 @@
 """Queues steps on the lanes of a device and commits what has run.
 
-A lane has at most two steps queued: the next one is made and queued while the present one runs. A step that
-takes long to launch is launched in slices, and other lanes go on in between. Nothing here waits but `drain`.
+A lane has at most two steps queued. The next one is chosen when the present one is about to end: late, so
+that whoever comes meanwhile has a say, and so soon that the device does not wait for it. A step that takes
+long to launch is launched in slices, and other lanes go on in between. Nothing here waits but `drain`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ from prism.worker.views import neighbours_decode, turn_snapshot
 
 MAX_QUEUED = 2
 """Steps on a lane: one that runs, and one that keeps the device busy meanwhile."""
+LEAD_SECONDS = 0.0015
+"""Before the earliest end of the present step: a round of the loop, and the launch of what comes next."""
+MOST_MAKING = 0.005
+"""Of the time that steps take to make which is added to that: what takes longer was waiting for memory."""
+FORGETTING = 0.98
+"""What the longest of it still counts when another step has been made."""
 DRAIN_SECONDS = 30.0
 """Longer than any two steps take. A device that hangs ends the worker, and the agent starts another."""
 LOOK_SECONDS = 20e-6
@@ -99,6 +106,8 @@ class Stepper:
         self._num_free = device.pool.num_free
         """Free slabs at the last look."""
         self._device_time = DeviceTime()
+        self._making = [0.0] * len(device.lanes)
+        """Seconds that a step of each lane takes to make, the longest of late."""
         self._early = EarlySteps(
             device,
             models,
@@ -120,7 +129,7 @@ class Stepper:
     def _step(self, lane: Lane, now: float) -> bool:
         if lane.launching is not None:
             return self._launch(lane)
-        if not self._has_room(lane):
+        if not self._has_room(lane, now):
             return False
         snapshot = turn_snapshot(
             self._models, self._requests, self._costs, self._rules, self._max_batch_tokens, lane, now
@@ -140,9 +149,13 @@ class Stepper:
         self.announce(model, step)
         self._host.save_dropped(model, step.dropped)
         self._host.fetch(model, step.fetches)
+        after = self._device.neighbours(lane, step)
         begin = self._clock()
-        flight = engine.run(step)
-        lane.queue(model.name, flight, flight, begin).after = self._device.neighbours(lane, step)
+        flight = lane.queue(model.name, work := engine.run(step), work, begin)
+        flight.after = after
+        flight.least_seconds = self._costs.least_seconds(model.name, step)
+        making = min(self._clock() - now, MOST_MAKING)
+        self._making[lane.lane_id] = max(making, FORGETTING * self._making[lane.lane_id])
         self._launch(lane)
         return True
 
@@ -156,7 +169,7 @@ class Stepper:
             is_alone = not any(other.flights for other in self._device.lanes if other is not lane)
             seconds = LONG_SLICE_SECONDS if is_alone else SLICE_SECONDS
         has_advanced = False
-        while (flight := lane.launching) is not None and flight.may_begin:
+        while (flight := lane.launching) is not None and flight.may_be_launched:
             if isinstance(flight.work, Deferred):
                 flight.work.launch()
                 has_advanced = True
@@ -170,12 +183,19 @@ class Stepper:
             self.collect()
         return has_advanced
 
-    def _has_room(self, lane: Lane) -> bool:
+    def _has_room(self, lane: Lane, now: float) -> bool:
         """Behind prompts nothing more is queued while neighbours decode: their next step comes first."""
-        if lane.num_steps >= MAX_QUEUED:
+        steps = lane.steps
+        if not steps:
+            return True
+        if len(steps) >= MAX_QUEUED or now < lane.earliest_end(steps[0]) - self._lead:
             return False
-        has_prompts = any(flight.has_prompts for flight in lane.flights)
-        return not (has_prompts and neighbours_decode(self._models, lane))
+        return not (steps[0].has_prompts and neighbours_decode(self._models, lane))
+
+    @property
+    def _lead(self) -> float:
+        """Lanes have their turns one after the other, so one may have to wait for what others make."""
+        return LEAD_SECONDS + sum(self._making)
 
     def announce(self, model: Model, step: Step) -> None:
         """Tell gateways what starts, before it could kill this process."""
@@ -202,6 +222,10 @@ class Stepper:
             for flight in lane.finished():
                 self._has_run(lane, flight)
             pool.completed(lane.lane_id, lane.num_completed)
+        for lane in self._device.lanes:
+            for flight in lane.flights:
+                if flight.after:
+                    flight.look(self._clock())
         if pool.num_free > self._num_free:  # whoever gave them back, a compaction between two rounds too
             self._listener.memory_changed()
         self._num_free = pool.num_free

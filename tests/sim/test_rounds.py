@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from prism.sim.decoding import DecodeGroup
 from prism.sim.jobs import Job
-from prism.sim.rounds import Part, Rounds
+from prism.sim.rounds import LEAD, Part, Rounds
 from prism.sim.runs import _bank
 from prism.types import ModelId, RequestId
 from prism.worker.foresight import BANKED
@@ -29,8 +30,9 @@ def ends(members: list[tuple[int, int]], start: int, steps: int) -> list[int]:
     return times
 
 
-def rounds(members: list[tuple[int, int]], start: int, steps: int) -> Rounds[int]:
-    return Rounds([Part(i, first, growth) for i, (first, growth) in enumerate(members)], start, steps)
+def rounds(members: list[tuple[int, int]], start: int, steps: int, *, is_ahead: bool = False) -> Rounds[int]:
+    parts = [Part(i, first, growth) for i, (first, growth) in enumerate(members)]
+    return Rounds(parts, start, steps, is_ahead=is_ahead)
 
 
 @given(parts, st.integers(0, 10**12), st.integers(1, 50))
@@ -54,6 +56,24 @@ def test_ended_begun_and_cut(
     run.cut(now)
     assert run.num_steps == max(begun, ended)
     assert run.end == (times[run.num_steps - 1] if run.num_steps else 100)
+
+
+@given(parts, st.integers(1, 50), st.integers(-5, 5), st.data())
+def test_steps_close_shortly_before_they_end(
+    members: list[tuple[int, int]], steps: int, offset: int, data: st.DataObject
+) -> None:
+    """But none before it begins; the next one is chosen then."""
+    times = ends(members, 100, steps)
+    closes = [max(begin, end - LEAD) for begin, end in pairwise([100, *times])]
+    now = data.draw(st.sampled_from(closes)) + offset
+    run = rounds(members, 100, steps, is_ahead=True)
+    assert [run.closed_at(n + 1) for n in range(steps)] == closes
+    closed = sum(time <= now for time in closes)
+    begun = sum(time < now for time in [100, *closes[:-1]])
+    assert run.progress(now) == (closed, max(begun, closed))
+    run.cut(now)
+    assert run.num_steps == max(begun, closed)
+    assert run.closes == (closes[run.num_steps - 1] if run.num_steps else 100)
 
 
 def test_members_take_turns() -> None:

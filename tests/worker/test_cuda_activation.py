@@ -209,7 +209,7 @@ def test_the_link_is_used_in_full(
     residents: dict[ModelId, Resident],
     registered: NewRegistrations,
 ) -> None:
-    """Registered: 55 GB/s are possible. Through the ring: what one thread's copies reach."""
+    """Registered: nearly what plain copies from pinned memory reach. Through the ring: one thread's copies."""
     resident, weights = residents[A], packed[A]
     registrations = registered(A)
     speeds = {}
@@ -230,8 +230,22 @@ def test_the_link_is_used_in_full(
         resident.give_slabs_back()
         resident.unmap()
     print({what: f"{speed:.1f} GB/s" for what, speed in speeds.items()})
-    assert speeds["registered again"] > 40
-    assert speeds["ring again"] > 4
+    assert speeds["registered again"] > 0.85 * plain_speed()
+    assert speeds["ring again"] > 2
+
+
+def plain_speed() -> float:
+    """GB/s of a copy from pinned memory with nothing else to do."""
+    source = torch.empty(GiB, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(GiB, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return GiB / min(times) / 1e9
 
 
 def test_a_load_goes_on_while_the_victim_is_unmapped(

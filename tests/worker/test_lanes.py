@@ -92,7 +92,7 @@ def turn(device: Device, lane: int, step: FakeStep) -> Flight:
     """Queues a step as the stepper does, up to its launch."""
     flight = device.lanes[lane].queue(MODEL, step, step)
     flight.after = device.neighbours(device.lanes[lane], step.step)
-    if flight.may_begin:
+    if flight.may_be_launched:
         device.take_turns(device.lanes[lane], flight)
     return flight
 
@@ -118,11 +118,11 @@ def test_what_is_not_launched_is_not_waited_for(device: Device) -> None:
     prompt = FakeStep(300, pieces=2)
     turn(device, 0, prompt)
     decode = turn(device, 1, FakeStep(1, pieces=1))
-    assert not decode.may_begin and device.lanes[1].launching is decode
+    assert not decode.may_be_launched and device.lanes[1].launching is decode
     prompt.launch()
-    assert not decode.may_begin and not backend.waits
+    assert not decode.may_be_launched and not backend.waits
     prompt.launch()
-    assert decode.may_begin
+    assert decode.may_be_launched
     device.take_turns(device.lanes[1], decode)
     assert backend.waits == [(1, [prompt])]
 
@@ -137,7 +137,9 @@ def test_what_has_run_is_not_waited_for_on_the_device(device: Device) -> None:
     prompt.done = True
     assert len(list(device.lanes[0].finished())) == 1
     device.take_turns(device.lanes[1], decode)
-    assert backend.waits == [] and decode.after == ()
+    assert backend.waits == []
+    decode.look(7.0)
+    assert decode.after == () and decode.begin == 7.0
 
 
 def test_copies_are_queued_behind_a_step_that_is_half_launched(device: Device) -> None:

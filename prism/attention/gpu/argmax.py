@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from prism.attention.gpu.launch import overlap
+from prism.attention.gpu.launch import launch, overlap
 
 BLOCK = 4096
 PARTS = 64
@@ -61,7 +61,9 @@ def draw_greedy(
     blocks = triton.cdiv(size, BLOCK)
     pieces = triton.cdiv(blocks, PARTS)
     parts = triton.cdiv(blocks, pieces)
-    _part_kernel[rows, parts](
+    launch(
+        _part_kernel,
+        (rows, parts, 1),
         logits,
         best,
         place,
@@ -73,6 +75,16 @@ def draw_greedy(
         num_warps=8,
         **overlap(rows),
     )
-    _join_kernel[rows,](
-        best, place, slots, out, last_tokens, parts, PARTS=PARTS, num_warps=1, **overlap(rows)
+    launch(
+        _join_kernel,
+        (rows, 1, 1),
+        best,
+        place,
+        slots,
+        out,
+        last_tokens,
+        parts,
+        PARTS=PARTS,
+        num_warps=1,
+        **overlap(rows),
     )

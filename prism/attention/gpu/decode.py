@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from prism.attention.gpu.launch import overlap
+from prism.attention.gpu.launch import launch, overlap
 
 GROUP = 16
 """Rows of a matrix product: query heads of one KV head are padded to so many."""
@@ -188,7 +188,9 @@ def decode_attention(
         count = rows * heads * split.parts
         floats = scratch[: count * (dim + 1) * 4].view(torch.float32)
         target, sums = floats[: count * dim], floats[count * dim :]
-    _part_kernel[rows, kv_heads, split.parts](
+    launch(
+        _part_kernel,
+        (rows, kv_heads, split.parts),
         q,
         pages,
         tables,
@@ -214,7 +216,9 @@ def decode_attention(
         **overlap(rows),
     )
     if split.parts > 1:
-        _join_kernel[rows, heads](
+        launch(
+            _join_kernel,
+            (rows, heads, 1),
             target,
             sums,
             positions,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prism.attention.gpu.launch import launch
 from prism.attention.kernels import Weight
 
 PADDED = (16, 64)
@@ -72,7 +73,9 @@ def few_linear(
     size = weight.values.shape[0]
     tile = choose_tile(rows, size, width) if tile is None else tile
     out = torch.empty(rows, size, dtype=torch.bfloat16, device=values.device)
-    _few_kernel[(triton.cdiv(size, tile.channels),)](
+    launch(
+        _few_kernel,
+        (triton.cdiv(size, tile.channels), 1, 1),
         values,
         scales,
         weight.values,

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from prism.attention.gpu.few_rows import few_linear, is_few
-from prism.attention.gpu.launch import has_fp8, overlap
+from prism.attention.gpu.launch import has_fp8, launch, overlap
 from prism.attention.gpu.rows import normed_row, silu_mul_row
 from prism.attention.kernels import Stream, Weight
 from prism.modelspec import ModelSpec
@@ -128,7 +128,9 @@ def norm_quantised(stream: Stream, weight: Tensor, eps: float) -> Quantised:
     residual, delta = stream.residual, stream.delta
     rows, width = residual.shape
     out = _empty(rows, width, residual.device)
-    _norm_kernel[rows,](
+    launch(
+        _norm_kernel,
+        (rows, 1, 1),
         residual if delta is None else delta,
         residual,
         weight,
@@ -145,7 +147,8 @@ def silu_mul_quantised(gate_up: Tensor) -> Quantised:
     """As `rows.silu_mul`, quantised."""
     rows, double = gate_up.shape
     out = _empty(rows, double // 2, gate_up.device)
-    _silu_kernel[rows,](gate_up, out.values, out.scales, **_row_options(rows, double // 2))
+    options = _row_options(rows, double // 2)
+    launch(_silu_kernel, (rows, 1, 1), gate_up, out.values, out.scales, **options)
     return out
 
 
@@ -153,7 +156,7 @@ def quantised(x: Tensor) -> Quantised:
     """Rows of `x [rows, width]`, contiguous."""
     rows, width = x.shape
     out = _empty(rows, width, x.device)
-    _plain_kernel[rows,](x, out.values, out.scales, **_row_options(rows, width))
+    launch(_plain_kernel, (rows, 1, 1), x, out.values, out.scales, **_row_options(rows, width))
     return out
 
 

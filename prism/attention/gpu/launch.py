@@ -1,19 +1,56 @@
-"""Programmatic dependent launch: a kernel starts while the one before it ends, and waits for it by itself.
+"""How kernels are launched: what Triton has compiled is kept, so that a launch does not search for it again.
 
-At batch 1 a layer is seven kernels of some microseconds each, so their starts and ends count. Every kernel of
+Triton binds and sorts all arguments of each launch in Python before it finds the kernel that it has compiled
+for their like, which takes longer than many a kernel runs. Here a short key finds it (`launch`).
+
+Programmatic dependent launch: a kernel starts while the one before it ends, and waits for it by itself. At
+batch 1 a layer is seven kernels of some microseconds each, so their starts and ends count. Every kernel of
 this package waits before it reads or writes anything but weights, in all its programs, so that whoever comes
 behind it may rely on everything before it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 HOPPER = (9, 0)
 """The first capability that has it, and fast products of fp8 with a scale for each row and channel."""
+
+
+Grid = tuple[int, int, int]
+
+_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+"""By kernel, kinds of arguments, constants and options: what Triton compiled, and the constants in order."""
+
+
+def launch(kernel: Any, grid: Grid, *args: Tensor | float | None, **named: Any) -> None:
+    """`kernel[grid](*args, **named)` on the current stream of this process's device.
+
+    `named` are the constants and options like `num_warps`. Others than these come as `args`, all of them.
+    """
+    key = (kernel, *map(_kind, args), *named.items())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, constants = found
+        compiled[grid](*args, *constants)
+        return
+    compiled = kernel[grid](*args, **named)
+    if compiled is not None:  # else it is interpreted
+        _compiled[key] = compiled, tuple(named[name] for name in kernel.arg_names if name in named)
+
+
+def _kind(value: object) -> Any:
+    """What Triton compiles another kernel for: types, aligned addresses, and integers that are special."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, value >= 1 << 31
+    return type(value)
 
 
 @cache

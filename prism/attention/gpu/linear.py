@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from prism.attention.gpu.launch import has_fp8, overlap
+from prism.attention.gpu.launch import has_fp8, launch, overlap
 from prism.attention.kernels import Weight
 
 
@@ -117,7 +117,9 @@ def vector_linear(
     size, width = out.shape[1], x.shape[1]
     has_scales = weight.scale is not None
     tile = choose_tile(size, width, silu=silu, is_fp8=has_scales) if tile is None else tile
-    _vector_kernel[(triton.cdiv(size, tile.rows),)](
+    launch(
+        _vector_kernel,
+        (triton.cdiv(size, tile.rows), 1, 1),
         x,
         weight.values,
         weight.scale,
@@ -127,7 +129,7 @@ def vector_linear(
         bias,
         eps,
         size,
-        width,
+        K=width,
         HAS_SCALES=has_scales,
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,

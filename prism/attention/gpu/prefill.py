@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prism.attention.gpu.launch import launch
+
 BLOCK_M = 128
 TILE_WORDS = 5
 """Of an entry of the work list."""
@@ -134,7 +136,8 @@ def prefill_attention(q: Tensor, pages: Tensor, tables: Tensor, tiles: Tensor, o
     """
     heads, dim = q.shape[1], q.shape[2]
     cut = choose_cut(dim)
-    _prefill_kernel[heads, tiles.shape[0]](
+    launch(
+        _prefill_kernel, (heads, tiles.shape[0], 1),
         q, pages, tables, tiles, out, q.stride(0), tables.stride(0), pages.stride(0), pages.stride(1),
         dim**-0.5 * LOG2_E,
         HEADS=heads, KV_HEADS=pages.shape[3], DIM=dim, TOKENS=pages.shape[2],

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from prism.attention.gpu.launch import overlap
+from prism.attention.gpu.launch import launch, overlap
 from prism.attention.kernels import HeadNorms, Stream
 
 
@@ -49,7 +49,9 @@ def rms_norm(stream: Stream, weight: Tensor, eps: float) -> Tensor:
     rows, width = residual.shape
     out = torch.empty_like(residual)
     padded = triton.next_power_of_2(width)
-    _norm_kernel[rows,](
+    launch(
+        _norm_kernel,
+        (rows, 1, 1),
         residual if delta is None else delta,
         residual,
         weight,
@@ -88,9 +90,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(first half) times second half of `[rows, 2 width]`, contiguous."""
     rows, double = gate_up.shape
     out = torch.empty(rows, double // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_kernel[rows, triton.cdiv(double // 2, 2048)](
-        gate_up, out, WIDTH=double // 2, BLOCK=2048, num_warps=8, **overlap(rows)
-    )
+    grid = (rows, triton.cdiv(double // 2, 2048), 1)
+    launch(_silu_kernel, grid, gate_up, out, WIDTH=double // 2, BLOCK=2048, num_warps=8, **overlap(rows))
     return out
 
 
@@ -167,7 +168,9 @@ def rotate_and_store(
     """
     tokens, all_heads, dim = qkv.shape
     kv_heads = pages.shape[3]
-    _store_kernel[tokens, triton.cdiv(all_heads, STORE_GROUP)](
+    launch(
+        _store_kernel,
+        (tokens, triton.cdiv(all_heads, STORE_GROUP), 1),
         qkv,
         pages,
         tables,
@@ -230,7 +233,9 @@ def decode_inputs(
     out = torch.empty(rows, width, dtype=embed.dtype, device=embed.device)
     positions = torch.empty(rows, dtype=torch.int32, device=embed.device)
     slots = torch.empty_like(positions)
-    _inputs_kernel[rows, triton.cdiv(width, 1024)](
+    launch(
+        _inputs_kernel,
+        (rows, triton.cdiv(width, 1024), 1),
         step,
         tables,
         last_tokens,
@@ -239,7 +244,7 @@ def decode_inputs(
         positions,
         slots,
         tables.stride(0),
-        ROWS=rows,
+        rows,
         WIDTH=width,
         TOKENS=tokens_per_block,
         BLOCK=1024,

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prism.attention.gpu.launch import launch
+
 BLOCK = 4096
 LOG2_E = 1.4426950408889634
 
@@ -162,7 +164,8 @@ def draw_random(
     `temperature`, `top_p`, `min_p` fp32, `top_k` int32 (0 keeps all), `uniforms` fp64, all `[draws]`. Tokens
     go into `out [rows]` and `last_tokens[slots[row]]`, all of these int32. Nothing waits for the device.
     """
-    _draw_kernel[len(places),](
+    launch(
+        _draw_kernel, (len(places), 1, 1),
         logits, logits.stride(0), logits.shape[1], places, temperature, top_k, top_p, min_p, uniforms,
         slots, out, last_tokens, LOG2_E=LOG2_E, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
