@@ -209,7 +209,7 @@ def test_the_link_is_used_in_full(
     residents: dict[ModelId, Resident],
     registered: NewRegistrations,
 ) -> None:
-    """Registered: nearly what plain copies from pinned memory reach. Through the ring: one thread's copies."""
+    """Registered: nearly what plain copies of pinned memory reach. Through the ring: what one thread does."""
     resident, weights = residents[A], packed[A]
     registrations = registered(A)
     speeds = {}
