@@ -215,7 +215,7 @@ def elastic() -> Figure:
 
 def sharing() -> Figure:
     results = read("sharing", "results-h200.json")["modes"]
-    title = f"Eight models of 1B and 8B share 30 GiB of {H200}, 247 requests in 30 s"
+    title = f"Eight models of 1B and 8B share 30 GiB of {H200}, 342 requests in 40 s"
     made, axes = figure(title, (2.9, 2.9, 2.9, 2.9))
     for axis, mode in zip(axes, ("prism", "elastic", "static", "timeshare"), strict=True):
         compared = results[mode]["compared"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,6 +195,32 @@ def test_a_thread_carries_what_is_started_and_ends(packed: PackedWeights, tmp_pa
         assert transfer.error is None
         assert (target.reshape(-1)[: packed.total_bytes] == packed.data).all()
     link.close()
+
+
+def test_a_busy_thread_does_not_keep_the_link_waiting(packed: PackedWeights) -> None:
+    """It did, for 5 ms a piece, while a piece took half of one."""
+    copier = FakeCopier(packed, depth=1)
+    fly = FakeCopy.copy
+
+    class TimedCopy(FakeCopy):
+        def copy(self, piece: Piece) -> Wait:
+            land = fly(self, piece)
+
+            def wait() -> None:
+                time.sleep(0.0005)
+                land()
+
+            return wait
+
+    copier.begin = lambda total: TimedCopy(copier)  # type: ignore[method-assign]
+    link, transfer = ThreadLink(copier), copier.transfer(1)
+    begin = time.perf_counter()
+    link.start(transfer)
+    while not transfer.has_ended.is_set():
+        sum(range(1000))
+    seconds = time.perf_counter() - begin
+    link.close()
+    assert transfer.has_arrived and seconds / copier.num_pieces < 0.003
 
 
 def test_closing_ends_what_is_on_its_way(packed: PackedWeights) -> None:

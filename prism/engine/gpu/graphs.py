@@ -31,11 +31,13 @@ PROMPT_ROWS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536)
 bits of results, would depend on what has been captured."""
 MAX_CHUNKS = 8
 """Prompts of such a step; with more it fills the device in any case."""
-LAUNCH_BOUND = 1e11
-"""Weights of a layer times tokens up to which a step waits for its launches: 1,700 tokens of a 1B, 480 of an
-8B. Launching a layer takes about 0.3 ms, in which an H100 multiplies so much (`benchmarks/engine`)."""
-LIKELY_PROMPT_ROWS = (128, 512, 256, 32)
-"""Captured ahead, after the likely sizes of decodes."""
+LAUNCH_BOUND = 1.2e11
+"""Weights of a layer times tokens up to which a step waits for its launches: 2,000 tokens of a 1B, 550 of an
+8B. Launching a layer takes 0.3 ms or more, in which an H100 multiplies so much (`benchmarks/engine`)."""
+LIKELY_PROMPTS = tuple(
+    (beside, rows) for beside in (8, 32) for rows in (128, 512, 256, 32, 384, 64, 768, 1024, 1536)
+)
+"""Rows of decodes and prompt tokens, captured ahead after the likely sizes of decodes, in this order."""
 MAX_GRAPHS = 256
 BUDGET = Bytes(256 * MiB)
 """Of one lane, least recently used first out."""

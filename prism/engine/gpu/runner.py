@@ -24,7 +24,7 @@ from prism.engine.gpu.flight import Event, GpuFlight
 from prism.engine.gpu.graphs import (
     DECODES_BESIDE,
     LAUNCH_BOUND,
-    LIKELY_PROMPT_ROWS,
+    LIKELY_PROMPTS,
     LIKELY_SIZES,
     MAX_CHUNKS,
     Graphs,
@@ -61,8 +61,8 @@ class GpuRunner:
         for size in LIKELY_SIZES:
             if size <= self.lane.shape.max_batch:
                 self._want(Key(id(self), size, self._split(size, 1)), is_urgent=False)
-        for rows in LIKELY_PROMPT_ROWS:
-            key = self._prompt_key(0, rows, 1)
+        for beside, rows in LIKELY_PROMPTS:
+            key = self._prompt_key(beside, rows, 1)
             if key is not None:
                 self._want(key, is_urgent=False)
 

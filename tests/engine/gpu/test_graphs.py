@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from prism.engine.gpu.graphs import (
-    LIKELY_PROMPT_ROWS,
+    DECODES_BESIDE,
+    LIKELY_PROMPTS,
     LIKELY_SIZES,
     PROMPT_ROWS,
     SIZES,
@@ -37,7 +38,7 @@ def test_the_limit_is_the_largest_size() -> None:
 
 def test_likely_sizes_are_sizes() -> None:
     assert set(LIKELY_SIZES) <= set(SIZES) and LIKELY_SIZES[0] == 1
-    assert set(LIKELY_PROMPT_ROWS) <= set(PROMPT_ROWS)
+    assert set(LIKELY_PROMPTS) <= {(beside, rows) for beside in DECODES_BESIDE for rows in PROMPT_ROWS}
 
 
 def test_prompts_have_graphs_up_to_a_limit() -> None:
