@@ -59,7 +59,7 @@ def legend(made: Figure, axis: Axes) -> None:
 
 
 def engine() -> Figure:
-    results = read("engine", "results-h200-2026-11-26.json")
+    results = read("engine", "results-h200-columns.json")
     made, (floor, offline, together) = figure(f"The engine on {H200}, bf16", (3.6, 3.6, 4.2))
     for shape, color in (("8b", BLUE), ("1b", ORANGE)):
         steps = results[f"decode_{shape}"]
