@@ -7,6 +7,7 @@ A (8B shape) leaves its prefix cache; B (8B) takes the slabs; C (1B) decodes on 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -93,6 +94,7 @@ def main() -> None:
         folder = Path(name)
         a, c = LocalModel(device, "8b", "a", folder, options.gib), LocalModel(device, "1b", "c", folder, 4)
         b = LocalModel(device, "8b", "b", folder, 0.5)
+    gc.freeze()  # as the worker's process does
     count = options.gib * GiB // device.slab_bytes
     decoding = Decoding(c)
     c.add("warm", prompt(0, 512), 300)

@@ -9,21 +9,22 @@ Who holds a block:
 
 Pure bookkeeping: it touches no memory. Slabs come in through `add_slab` and leave, empty, through
 `remove_slab`; `gather` empties some. Both cost next to nothing for a slab without used blocks, so that
-gigabytes change their owner between two steps.
+gigabytes change their owner between two steps: what was cached there is gone at once, but the cache still
+lists it for a while (`_Slab.is_gone`), and forgets it bit by bit.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from operator import itemgetter
 from typing import NamedTuple
 
 from prism.engine.kv_layout import KvLayout
-from prism.types import BlockId, Bytes, SlabId
+from prism.types import BlockId, SlabId
 
 BlockKey = bytes
 ROOT_KEY: BlockKey = b""
@@ -59,10 +60,16 @@ def block_key(parent: BlockKey, tokens: Iterable[int]) -> BlockKey:
     return blake2b(parent + array("I", tokens).tobytes(), digest_size=16).digest()
 
 
-@dataclass(slots=True)
+TIDY = 4
+"""Keys of the cache that are forgotten, of those whose blocks are gone, with each block that is taken."""
+
+
+@dataclass(slots=True, eq=False)
 class _Block:
     """A block that is used or cached."""
 
+    home: _Slab
+    place: BlockId
     references: int = 1
     key: BlockKey | None = None
     last_use: int = 0
@@ -73,7 +80,7 @@ class DroppedGroup:
 
     __slots__ = ("_records",)
 
-    def __init__(self, records: dict[BlockId, _Block]) -> None:
+    def __init__(self, records: Mapping[BlockId, _Block | Dropped]) -> None:
         self._records = records
 
     def __len__(self) -> int:
@@ -88,24 +95,29 @@ class DroppedGroup:
 
 def grouped(dropped: Iterable[Dropped]) -> DroppedGroup:
     """Blocks that were dropped one by one."""
-    return DroppedGroup({block: _Block(0, key, last_use) for key, block, last_use in dropped})
+    return DroppedGroup({each.block: each for each in dropped})
 
 
 class _Slab:
     """One slab's blocks. Those that were never taken are numbers only, so a new slab is made at once."""
 
-    __slots__ = ("_first", "_fresh", "_returned", "_step", "count", "last_use", "num_used", "records")
+    __slots__ = (
+        "_first", "_fresh", "_returned", "_step", "count", "is_gone", "last_use", "num_used", "records",
+    )  # fmt: skip
 
-    def __init__(self, layout: KvLayout, slab: SlabId) -> None:
-        self._first = layout.block_at(Bytes(slab * layout.slab_bytes), 0)
-        self._step = layout.block_bytes // layout.unit
+    def __init__(self, first: int, step: int, count: int) -> None:
+        """`count` blocks from the id `first` on, `step` apart."""
+        self._first = first
+        self._step = step
         self._fresh = 0
         self._returned: list[BlockId] = []
-        self.count = layout.blocks_per_slab
+        self.count = count
         self.records: dict[BlockId, _Block] = {}
         self.num_used = 0
         self.last_use = 0
         """Serial number of the latest release of one of its blocks into the cache."""
+        self.is_gone = False
+        """Its blocks have been dropped, all at once."""
 
     @property
     def num_free(self) -> int:
@@ -122,7 +134,7 @@ class _Slab:
             blocks.append(BlockId(self._first + self._fresh * self._step))
             self._fresh += 1
         for block in blocks:
-            self.records[block] = _Block()
+            self.records[block] = _Block(self, block)
         self.num_used += count
         return blocks
 
@@ -143,11 +155,15 @@ class KvSpace:
     def __init__(self, layout: KvLayout) -> None:
         self.layout = layout
         self._units_per_slab = layout.slab_bytes // layout.unit
+        self._units_per_block = layout.block_bytes // layout.unit
+        self._blocks_per_slab = layout.blocks_per_slab
         self._slabs: dict[SlabId, _Slab] = {}
         self._partial: dict[SlabId, None] = {}  # slabs with free and taken blocks: filled first
         self._empty: dict[SlabId, None] = {}
-        self._published: dict[BlockKey, BlockId] = {}
+        self._published: dict[BlockKey, _Block] = {}
         self._cached: OrderedDict[BlockKey, None] = OrderedDict()  # least recently used first
+        self._num_gone = 0
+        """Keys in both whose blocks are gone."""
         self._num_free = 0
         self._num_used = 0
         self._serial = 0
@@ -172,7 +188,7 @@ class KvSpace:
     @property
     def num_cached(self) -> int:
         """Blocks that only the prefix cache holds."""
-        return len(self._cached)
+        return len(self._cached) - self._num_gone
 
     @property
     def num_used(self) -> int:
@@ -186,12 +202,14 @@ class KvSpace:
 
     @property
     def oldest_use(self) -> int:
-        """The serial number of the cached block that would be dropped first; `num_uses` without any."""
-        key = next(iter(self._cached), None)
-        if key is None:
+        """The serial number of the cached block that would be dropped first; `num_uses` without any.
+
+        It may be that of one which was dropped lately.
+        """
+        self._tidy(TIDY)
+        if not self.num_cached:
             return self._serial
-        block = self._published[key]
-        return self._slabs[self._slab_of(block)].records[block].last_use
+        return self._published[next(iter(self._cached))].last_use
 
     @property
     def num_empty_slabs(self) -> int:
@@ -206,16 +224,16 @@ class KvSpace:
     @property
     def num_gatherable(self) -> int:
         """Slabs that could be given up if the whole prefix cache were dropped."""
-        return (self._num_free + len(self._cached)) // self.layout.blocks_per_slab
+        return (self._num_free + self.num_cached) // self.layout.blocks_per_slab
 
     # --- slabs -------------------------------------------------------------------------------------
 
     def add_slab(self, slab: SlabId) -> None:
         """A slab of the pool now belongs to this model."""
         assert slab not in self._slabs
-        self._slabs[slab] = _Slab(self.layout, slab)
+        self._slabs[slab] = self._new_slab(slab)
         self._empty[slab] = None
-        self._num_free += self.layout.blocks_per_slab
+        self._num_free += self._blocks_per_slab
 
     def remove_slab(self, slab: SlabId) -> None:
         """An empty slab leaves."""
@@ -263,14 +281,13 @@ class KvSpace:
     def _drop_slab(self, slab: SlabId) -> DroppedGroup:
         """Forget all cached blocks of a slab that has no used ones."""
         home = self._slabs[slab]
-        for record in home.records.values():
-            assert record.key is not None
-            del self._published[record.key], self._cached[record.key]
-        self._num_free += len(home.records)
-        self._slabs[slab] = _Slab(self.layout, slab)
+        records, home.records, home.is_gone = home.records, {}, True
+        self._num_gone += len(records)
+        self._num_free += len(records)
+        self._slabs[slab] = self._new_slab(slab)
         self._partial.pop(slab, None)
         self._empty[slab] = None
-        return DroppedGroup(home.records)
+        return DroppedGroup(records)
 
     def _drop_records(self, slab: SlabId) -> list[Dropped]:
         """Free the cached blocks of a slab that has used ones too."""
@@ -291,12 +308,11 @@ class KvSpace:
             (target,) = self._take_free(1)
             there = self._slabs[self._slab_of(target)]
             there.records[target] = record
+            record.home, record.place = there, target
             there.num_used -= not record.references
             there.last_use = max(there.last_use, home.last_use)
-            if record.key is not None and self._published.get(record.key) == source:
-                self._published[record.key] = target
             moves.append(Move(source, target))
-        self._slabs[slab] = _Slab(self.layout, slab)
+        self._slabs[slab] = self._new_slab(slab)
         self._num_free += len(moves)
         self._num_used -= len(moves)
         self._empty[slab] = None
@@ -309,6 +325,8 @@ class KvSpace:
         if count > self._num_free:
             return None
         taken: list[BlockId] = []
+        if self._num_gone:
+            self._tidy(TIDY * count)
         while len(taken) < count:
             taken += self._take_free(count - len(taken))
         return taken
@@ -324,7 +342,7 @@ class KvSpace:
                 continue
             home.num_used -= 1
             self._num_used -= 1
-            if record.key is not None and self._published.get(record.key) == block:
+            if record.key is not None:
                 self._serial += 1
                 home.last_use = record.last_use = self._serial
                 self._cached[record.key] = None
@@ -335,50 +353,72 @@ class KvSpace:
         """The block is full and computed: others with the same prefix may use it. The first one wins."""
         record = self._slabs[self._slab_of(block)].records[block]
         assert record.references > 0
-        if key not in self._published:
-            self._published[key] = block
+        if self._find(key) is None:
+            if key in self._published:
+                self._forget(key)
+            self._published[key] = record
             record.key = key
 
     def match(self, keys: Iterable[BlockKey]) -> list[BlockId]:
         """Blocks of the longest published prefix of `keys`, each with one more reference."""
         found = []
         for key in keys:
-            block = self._published.get(key)
-            if block is None:
+            record = self._find(key)
+            if record is None:
                 break
-            home = self._slabs[self._slab_of(block)]
-            record = home.records[block]
             if not record.references:
                 del self._cached[key]
-                home.num_used += 1
+                record.home.num_used += 1
                 self._num_used += 1
             record.references += 1
-            found.append(block)
+            found.append(record.place)
         return found
 
     def num_published(self, keys: Iterable[BlockKey]) -> int:
         """How many blocks `match` would find."""
         count = 0
         for key in keys:
-            if key not in self._published:
+            if self._find(key) is None:
                 break
             count += 1
         return count
 
     def is_missing(self, key: BlockKey) -> bool:
         """Whether no block here has this content."""
-        return key not in self._published
+        return self._find(key) is None
 
     def drop_cached(self, count: int) -> list[Dropped]:
         """Free the least recently used cached blocks, `count` at most."""
-        dropped = []
-        for _ in range(max(0, min(count, len(self._cached)))):
+        dropped: list[Dropped] = []
+        while len(dropped) < count and self._cached:
             key, _none = self._cached.popitem(last=False)
-            block = self._published.pop(key)
-            last_use = self._slabs[self._slab_of(block)].records[block].last_use
-            self._put_free(block)
-            dropped.append(Dropped(key, block, last_use))
+            record = self._published.pop(key)
+            if record.home.is_gone:
+                self._num_gone -= 1
+                continue
+            self._put_free(record.place)
+            dropped.append(Dropped(key, record.place, record.last_use))
         return dropped
+
+    def _find(self, key: BlockKey) -> _Block | None:
+        record = self._published.get(key)
+        return None if record is None or record.home.is_gone else record
+
+    def _forget(self, key: BlockKey) -> None:
+        """A key whose block is gone."""
+        del self._published[key], self._cached[key]
+        self._num_gone -= 1
+
+    def _tidy(self, count: int) -> None:
+        """Forget so many of such keys, as far as they come first: slabs are dropped in the order of use."""
+        for _ in range(count):
+            key = next(iter(self._cached), None)
+            if key is None or not self._published[key].home.is_gone:
+                return
+            self._forget(key)
+
+    def _new_slab(self, slab: SlabId) -> _Slab:
+        return _Slab(slab * self._units_per_slab, self._units_per_block, self._blocks_per_slab)
 
     def _slab_of(self, block: BlockId) -> SlabId:
         return SlabId(block // self._units_per_slab)
@@ -418,12 +458,16 @@ class KvSpace:
             assert home.num_free == len(free)
             used = {block for block, record in home.records.items() if record.references}
             for block in home.records.keys() - used:
-                key = home.records[block].key
-                assert key is not None and key in self._cached and self._published[key] == block
+                record = home.records[block]
+                key = record.key
+                assert key is not None and key in self._cached and self._published[key] is record
+            assert all(r.home is home and r.place == block for block, r in home.records.items())
             assert home.num_used == len(used) and all(self._slab_of(b) == slab for b in home.records)
             assert (slab in self._empty) == home.is_empty
             assert (slab in self._partial) == (0 < home.num_free < home.count)
             num_free, num_used = num_free + len(free), num_used + len(used)
         assert (num_free, num_used) == (self._num_free, self._num_used)
         total = len(self._slabs) * self.layout.blocks_per_slab
-        assert num_free + num_used + len(self._cached) == total
+        assert num_free + num_used + self.num_cached == total
+        gone = [key for key, record in self._published.items() if record.home.is_gone]
+        assert len(gone) == self._num_gone and all(key in self._cached for key in gone)

@@ -18,7 +18,6 @@ from prism.types import Bytes
 from prism.weights.copiers import Copier, Copy, Wait
 from prism.weights.transfers import Transfer
 
-
 SWITCH_SECONDS = 0.0005
 """After which a thread gives up the interpreter when another one wants it, in a process with a link.
 

@@ -173,6 +173,35 @@ def test_gigabytes_leave_a_cache_at_once() -> None:
     kv.check()
 
 
+def test_what_is_gone_is_neither_found_nor_dropped_again() -> None:
+    """The cache still lists it: its key can be published anew, and is then the new block's."""
+    kv = KvSpace(LAYOUT)
+    for slab in range(4):
+        kv.add_slab(SlabId(slab))
+    keys = [b"%d" % number for number in range(4 * LAYOUT.blocks_per_slab)]
+    blocks = kv.allocate(len(keys)) or []
+    for block, key in zip(blocks, keys, strict=True):
+        kv.publish(block, key)
+    kv.release(blocks)
+    oldest = kv.oldest_use
+    gone = kv.gather(3)
+    lost = {item.key for group in gone.dropped for item in group}
+    assert len(lost) == 3 * LAYOUT.blocks_per_slab and kv.num_cached == LAYOUT.blocks_per_slab
+    assert all(kv.is_missing(key) == (key in lost) for key in keys)
+    assert kv.match(sorted(lost)) == [] and kv.num_published(sorted(lost)) == 0
+    again = kv.allocate(2) or []
+    for block, key in zip(again, sorted(lost), strict=False):
+        kv.publish(block, key)
+    kv.release(again)
+    kv.check()
+    assert kv.match(sorted(lost)[:2]) == again and kv.oldest_use >= oldest
+    kv.release(again)
+    dropped = kv.drop_cached(100)
+    assert {item.key for item in dropped} == {*keys} - lost | {*sorted(lost)[:2]}
+    kv.check()
+    assert kv.num_cached == 0 and kv.num_free == len(keys) and kv.oldest_use == kv.num_uses
+
+
 def test_the_slab_used_least_recently_goes_first() -> None:
     kv = KvSpace(LAYOUT)
     for slab in range(3):
