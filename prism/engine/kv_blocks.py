@@ -164,6 +164,8 @@ class KvSpace:
         self._cached: OrderedDict[BlockKey, None] = OrderedDict()  # least recently used first
         self._num_gone = 0
         """Keys in both whose blocks are gone."""
+        self._gone: list[list[_Block]] = []
+        """Those blocks, by slab, and some whose keys are not there any more."""
         self._num_free = 0
         self._num_used = 0
         self._serial = 0
@@ -282,6 +284,7 @@ class KvSpace:
         """Forget all cached blocks of a slab that has no used ones."""
         home = self._slabs[slab]
         records, home.records, home.is_gone = home.records, {}, True
+        self._gone.append(list(records.values()))
         self._num_gone += len(records)
         self._num_free += len(records)
         self._slabs[slab] = self._new_slab(slab)
@@ -325,8 +328,7 @@ class KvSpace:
         if count > self._num_free:
             return None
         taken: list[BlockId] = []
-        if self._num_gone:
-            self._tidy(TIDY * count)
+        self._tidy(TIDY * count)
         while len(taken) < count:
             taken += self._take_free(count - len(taken))
         return taken
@@ -410,12 +412,14 @@ class KvSpace:
         self._num_gone -= 1
 
     def _tidy(self, count: int) -> None:
-        """Forget so many of such keys, as far as they come first: slabs are dropped in the order of use."""
-        for _ in range(count):
-            key = next(iter(self._cached), None)
-            if key is None or not self._published[key].home.is_gone:
-                return
-            self._forget(key)
+        """Forget the keys of so many blocks that are gone."""
+        while count and self._gone:
+            record = self._gone[-1].pop()
+            if not self._gone[-1]:
+                self._gone.pop()
+            if record.key is not None and self._published.get(record.key) is record:
+                self._forget(record.key)
+            count -= 1
 
     def _new_slab(self, slab: SlabId) -> _Slab:
         return _Slab(slab * self._units_per_slab, self._units_per_block, self._blocks_per_slab)
@@ -469,5 +473,6 @@ class KvSpace:
         assert (num_free, num_used) == (self._num_free, self._num_used)
         total = len(self._slabs) * self.layout.blocks_per_slab
         assert num_free + num_used + self.num_cached == total
-        gone = [key for key, record in self._published.items() if record.home.is_gone]
+        gone = {key: record for key, record in self._published.items() if record.home.is_gone}
         assert len(gone) == self._num_gone and all(key in self._cached for key in gone)
+        assert {id(r) for r in gone.values()} <= {id(r) for records in self._gone for r in records}

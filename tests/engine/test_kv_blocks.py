@@ -202,6 +202,26 @@ def test_what_is_gone_is_neither_found_nor_dropped_again() -> None:
     assert kv.num_cached == 0 and kv.num_free == len(keys) and kv.oldest_use == kv.num_uses
 
 
+def test_what_is_gone_is_forgotten_in_the_end() -> None:
+    """Also behind a block of a slab that stays: keys would pile up there."""
+    kv = KvSpace(LAYOUT)
+    kv.add_slab(SlabId(0))
+    kept, held = kv.allocate(2) or []
+    kv.publish(kept, b"kept")
+    kv.release([kept])
+    for turn in range(50):
+        kv.add_slab(SlabId(1))
+        blocks = kv.allocate(kv.num_free) or []
+        for block in blocks:
+            kv.publish(block, b"%d.%d" % (turn, block))
+        kv.release(blocks)
+        kv.gather(1)
+        kv.remove_slab(SlabId(1))
+        kv.check()
+    assert len(kv._published) < 4 * LAYOUT.blocks_per_slab
+    assert kv.match([b"kept"]) == [kept] and kv.num_used == 2 and held != kept
+
+
 def test_the_slab_used_least_recently_goes_first() -> None:
     kv = KvSpace(LAYOUT)
     for slab in range(3):
