@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from prism.engine.kv_blocks import BlockKey
+from prism.engine.kv_slab import BlockKey
 from prism.types import BlockId, Bytes, ModelId
 
 

@@ -10,24 +10,21 @@ Who holds a block:
 Pure bookkeeping: it touches no memory. Slabs come in through `add_slab` and leave, empty, through
 `remove_slab`; `gather` empties some. Both cost next to nothing for a slab without used blocks, so that
 gigabytes change their owner between two steps: what was cached there is gone at once, but the cache still
-lists it for a while (`_Slab.is_gone`), and forgets it bit by bit.
+lists it for a while (`Slab.is_gone`), and forgets it bit by bit.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from operator import itemgetter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from prism.engine.kv_layout import KvLayout
+from prism.engine.kv_slab import Block, BlockKey, Dropped, DroppedGroup, Slab, grouped
 from prism.types import BlockId, SlabId
 
-BlockKey = bytes
-ROOT_KEY: BlockKey = b""
+TIDY = 4
+"""Keys of the cache that are forgotten, of those whose blocks are gone, with each block that is taken."""
 
 
 class Move(NamedTuple):
@@ -35,15 +32,6 @@ class Move(NamedTuple):
 
     source: BlockId
     target: BlockId
-
-
-class Dropped(NamedTuple):
-    """A cached block that has lost its place; its bytes are there until later work overwrites them."""
-
-    key: BlockKey
-    block: BlockId
-    last_use: int
-    """Grows with each block that is released into the cache; a sequence's beginning comes after its end."""
 
 
 class Gathered(NamedTuple):
@@ -55,100 +43,6 @@ class Gathered(NamedTuple):
     """By slab, the one first that was used least recently."""
 
 
-def block_key(parent: BlockKey, tokens: Iterable[int]) -> BlockKey:
-    """Key of a full block: a digest over all tokens from the beginning (128 bits)."""
-    return blake2b(parent + array("I", tokens).tobytes(), digest_size=16).digest()
-
-
-TIDY = 4
-"""Keys of the cache that are forgotten, of those whose blocks are gone, with each block that is taken."""
-
-
-@dataclass(slots=True, eq=False)
-class _Block:
-    """A block that is used or cached."""
-
-    home: _Slab
-    place: BlockId
-    references: int = 1
-    key: BlockKey | None = None
-    last_use: int = 0
-
-
-class DroppedGroup:
-    """Cached blocks of one slab that were dropped together; nothing is listed before somebody wants it."""
-
-    __slots__ = ("_records",)
-
-    def __init__(self, records: Mapping[BlockId, _Block | Dropped]) -> None:
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __iter__(self) -> Iterator[Dropped]:
-        """By place."""
-        for block, record in sorted(self._records.items(), key=itemgetter(0)):
-            assert record.key is not None
-            yield Dropped(record.key, block, record.last_use)
-
-
-def grouped(dropped: Iterable[Dropped]) -> DroppedGroup:
-    """Blocks that were dropped one by one."""
-    return DroppedGroup({each.block: each for each in dropped})
-
-
-class _Slab:
-    """One slab's blocks. Those that were never taken are numbers only, so a new slab is made at once."""
-
-    __slots__ = (
-        "_first", "_fresh", "_returned", "_step", "count", "is_gone", "last_use", "num_used", "records",
-    )  # fmt: skip
-
-    def __init__(self, first: int, step: int, count: int) -> None:
-        """`count` blocks from the id `first` on, `step` apart."""
-        self._first = first
-        self._step = step
-        self._fresh = 0
-        self._returned: list[BlockId] = []
-        self.count = count
-        self.records: dict[BlockId, _Block] = {}
-        self.num_used = 0
-        self.last_use = 0
-        """Serial number of the latest release of one of its blocks into the cache."""
-        self.is_gone = False
-        """Its blocks have been dropped, all at once."""
-
-    @property
-    def num_free(self) -> int:
-        return self.count - len(self.records)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.records
-
-    def take(self, count: int) -> list[BlockId]:
-        """So many free blocks become used: those that were given back first."""
-        blocks = [self._returned.pop() for _ in range(min(count, len(self._returned)))]
-        while len(blocks) < count:
-            blocks.append(BlockId(self._first + self._fresh * self._step))
-            self._fresh += 1
-        for block in blocks:
-            self.records[block] = _Block(self, block)
-        self.num_used += count
-        return blocks
-
-    def put(self, block: BlockId) -> None:
-        """A block is free again."""
-        del self.records[block]
-        self._returned.append(block)
-
-    def free_blocks(self) -> list[BlockId]:
-        """All of them, for checks."""
-        fresh = (BlockId(self._first + i * self._step) for i in range(self._fresh, self.count))
-        return [*self._returned, *fresh]
-
-
 class KvSpace:
     """All KV blocks of one model."""
 
@@ -157,14 +51,14 @@ class KvSpace:
         self._units_per_slab = layout.slab_bytes // layout.unit
         self._units_per_block = layout.block_bytes // layout.unit
         self._blocks_per_slab = layout.blocks_per_slab
-        self._slabs: dict[SlabId, _Slab] = {}
+        self._slabs: dict[SlabId, Slab] = {}
         self._partial: dict[SlabId, None] = {}  # slabs with free and taken blocks: filled first
         self._empty: dict[SlabId, None] = {}
-        self._published: dict[BlockKey, _Block] = {}
+        self._published: dict[BlockKey, Block] = {}
         self._cached: OrderedDict[BlockKey, None] = OrderedDict()  # least recently used first
         self._num_gone = 0
         """Keys in both whose blocks are gone."""
-        self._gone: list[list[_Block]] = []
+        self._gone: list[list[Block]] = []
         """Those blocks, by slab, and some whose keys are not there any more."""
         self._num_free = 0
         self._num_used = 0
@@ -402,7 +296,7 @@ class KvSpace:
             dropped.append(Dropped(key, record.place, record.last_use))
         return dropped
 
-    def _find(self, key: BlockKey) -> _Block | None:
+    def _find(self, key: BlockKey) -> Block | None:
         record = self._published.get(key)
         return None if record is None or record.home.is_gone else record
 
@@ -421,8 +315,8 @@ class KvSpace:
                 self._forget(record.key)
             count -= 1
 
-    def _new_slab(self, slab: SlabId) -> _Slab:
-        return _Slab(slab * self._units_per_slab, self._units_per_block, self._blocks_per_slab)
+    def _new_slab(self, slab: SlabId) -> Slab:
+        return Slab(slab * self._units_per_slab, self._units_per_block, self._blocks_per_slab)
 
     def _slab_of(self, block: BlockId) -> SlabId:
         return SlabId(block // self._units_per_slab)

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from prism.engine.host_blocks import Fetch, HostTier
-from prism.engine.kv_blocks import BlockKey, KvSpace, Move
+from prism.engine.kv_blocks import KvSpace, Move
+from prism.engine.kv_slab import BlockKey
 from prism.engine.sequence import Sequence
 from prism.engine.step import Draft, Step
 from prism.types import BlockId, Rank, RequestId

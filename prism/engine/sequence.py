@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, field
 
-from prism.engine.kv_blocks import ROOT_KEY, BlockKey, block_key
+from prism.engine.kv_slab import ROOT_KEY, BlockKey, block_key
 from prism.engine.randomness import stream
 from prism.types import BlockId, Rank, RequestId, SamplingParams
 

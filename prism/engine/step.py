@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prism.engine.host_blocks import Fetch
-from prism.engine.kv_blocks import Dropped
+from prism.engine.kv_slab import Dropped
 from prism.engine.sequence import Sequence
 from prism.types import BlockId
 

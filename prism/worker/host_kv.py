@@ -18,8 +18,8 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from prism.engine.host_blocks import Fetch, HostBlocks, HostPlace
-from prism.engine.kv_blocks import BlockKey, Dropped, DroppedGroup, grouped
 from prism.engine.kv_layout import KvLayout
+from prism.engine.kv_slab import BlockKey, Dropped, DroppedGroup, grouped
 from prism.types import Address, Bytes, LaneId, ModelId, SlabId
 from prism.worker.copies import CopyWork, Grid, Run, cut, merged
 from prism.worker.device import Device

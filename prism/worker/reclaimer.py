@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
-from prism.engine.kv_blocks import DroppedGroup, Gathered
+from prism.engine.kv_blocks import Gathered
+from prism.engine.kv_slab import DroppedGroup
 from prism.engine.scheduler import Want
 from prism.memory.slabs import KvOwner
 from prism.types import LaneId, ModelId, Rank, SlabId

@@ -9,8 +9,9 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from prism.engine.kv_blocks import Dropped, Gathered, KvSpace, block_key
+from prism.engine.kv_blocks import Gathered, KvSpace
 from prism.engine.kv_layout import KvLayout
+from prism.engine.kv_slab import Dropped, block_key
 from prism.types import Bytes, MiB, SlabId
 
 LAYOUT = KvLayout(

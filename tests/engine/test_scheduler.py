@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism.engine.host_blocks import HostPlace
-from prism.engine.kv_blocks import BlockKey, KvSpace, Move
+from prism.engine.kv_blocks import KvSpace, Move
 from prism.engine.kv_layout import KvLayout
+from prism.engine.kv_slab import BlockKey
 from prism.engine.scheduler import Scheduler, Slots
 from prism.engine.sequence import Sequence
 from prism.engine.step import Step

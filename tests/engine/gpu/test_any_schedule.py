@@ -15,8 +15,9 @@ from prism.attention.kernels import KvView
 from prism.engine.engine import Engine, EngineRequest
 from prism.engine.gpu.columns import TableNotes, slots_of, stage_columns
 from prism.engine.gpu.staging import Staging
-from prism.engine.kv_blocks import BlockKey, Dropped, KvSpace
+from prism.engine.kv_blocks import KvSpace
 from prism.engine.kv_layout import KvLayout
+from prism.engine.kv_slab import BlockKey, Dropped
 from prism.engine.runner import InFlight
 from prism.engine.sampler import Sampled
 from prism.engine.scheduler import Slots
