@@ -118,6 +118,11 @@ class KvSpace:
         return tuple(self._empty)
 
     @property
+    def num_unused_slabs(self) -> int:
+        """Slabs that no sequence has blocks in."""
+        return sum(not home.num_used for home in self._slabs.values())
+
+    @property
     def num_gatherable(self) -> int:
         """Slabs that could be given up if the whole prefix cache were dropped."""
         return (self._num_free + self.num_cached) // self.layout.blocks_per_slab

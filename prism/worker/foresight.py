@@ -23,6 +23,10 @@ FORGETTING = 0.95
 """What a gap still weighs when another one has been seen."""
 BANKED = 8
 """Tokens that a stream may be ahead of its objective."""
+LEAST_TOKENS = 4096.0
+"""Of prompts, that a prefix cache is believed to have had all of, before any were looked up."""
+MOST_TOKENS = 1e6
+"""Of prompts that are remembered."""
 LEAST_GAP = 1 / 64
 NUM_BUCKETS = 24
 """Each twice as long as the one before; the last one begins after a day and a half."""
@@ -118,6 +122,32 @@ class UseTimes:
                 return now - (readings[place][1] if place < len(readings) else later)
             later = readings[0][1] if readings else later
         return max(0.0, now - later)
+
+
+class CacheHits:
+    """What a model's prefix cache has had of the tokens of its prompts.
+
+    Blocks of a cache that nobody has used again are not going to be: how long one has lain there does not
+    tell whether its model's prompts have anything in common.
+    """
+
+    def __init__(self) -> None:
+        self._looked_up = self._found = LEAST_TOKENS
+        self._last = (0, 0)
+
+    def saw(self, looked_up: int, found: int) -> None:
+        """So many tokens by now, which begin anew when the model is loaded."""
+        before = self._last if looked_up >= self._last[0] else (0, 0)
+        self._last = (looked_up, found)
+        self._looked_up += looked_up - before[0]
+        self._found += found - before[1]
+        if self._looked_up > MOST_TOKENS:
+            self._looked_up, self._found = self._looked_up / 2, self._found / 2
+
+    @property
+    def share(self) -> float:
+        """Of its prompts' tokens, 1 at most."""
+        return min(1.0, self._found / self._looked_up)
 
 
 class OutputLengths:

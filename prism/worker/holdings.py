@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from prism.memory.pool import SlabPool
-from prism.types import LAST_RANK, Rank
+from prism.types import LAST_RANK, ModelId, Rank
+from prism.worker.ahead import Cached
 from prism.worker.cost_book import CostBook
 from prism.worker.foresight import reuse_chance
 from prism.worker.host_kv import HostKv
@@ -59,6 +60,30 @@ class Holdings:
         """That a model without requests gets one soon."""
         return model.idle_times.return_chance(max(0.0, now - model.last_used), self._idle_threshold)
 
+    def reuse_chance(self, model: Model, now: float) -> float:
+        """That the cached block which a model would drop first is used again soon."""
+        assert model.kv is not None
+        age = model.use_times.age(model.kv.oldest_use, now)
+        return reuse_chance(age) * model.cache_hits.share
+
+    def caches(self, now: float) -> dict[ModelId, Cached]:
+        """What the active models' prefix caches could give above their floors, without moving anything."""
+        found = {}
+        for model in self._models.values():
+            if model.kv is None or not model.is_settled:
+                continue
+            kv = model.kv
+            slabs = min(kv.num_slabs - model.kv_floor, kv.num_unused_slabs) - kv.num_empty_slabs
+            if slabs > 0:
+                block = self._host.block_seconds(model.name) * self.reuse_chance(model, now)
+                found[model.name] = Cached(slabs, block * kv.layout.blocks_per_slab)
+        return found
+
+    def load_seconds(self, model: Model) -> float:
+        """Of an activation; 0 while nothing is known of it."""
+        costs = self._costs.of(model.name)
+        return 0.0 if costs is None else costs.activation
+
     def snapshot(self, expected_demand: float, now: float) -> MemorySnapshot:
         """All holdings."""
         coming, unwanted = 0, []
@@ -76,7 +101,7 @@ class Holdings:
         )
 
     def _holding(self, model: Model, now: float) -> Holding:
-        kv, costs = model.kv, self._costs.of(model.name)
+        kv = model.kv
         assert kv is not None
         block_seconds = self._host.block_seconds(model.name)
         return Holding(
@@ -92,9 +117,9 @@ class Holdings:
             num_free_blocks=kv.num_free,
             num_cached_blocks=kv.num_cached,
             block_seconds=block_seconds,
-            reuse_chance=reuse_chance(model.use_times.age(kv.oldest_use, now)),
+            reuse_chance=self.reuse_chance(model, now),
             weight_slabs=len(model.weight_slabs),
-            load_seconds=0.0 if costs is None else costs.activation,
+            load_seconds=self.load_seconds(model),
             return_chance=self.return_chance(model, now),
             active_since=model.active_since,
             oldest_request=self._requests.oldest(model.name),

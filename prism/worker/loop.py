@@ -134,6 +134,7 @@ class Worker:
             self.residency,
             self.reclaimer,
             self.evict,
+            self.learn,
             is_used=is_used and self.rules is RULES[Mode.PRISM],
         )
 

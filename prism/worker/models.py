@@ -14,7 +14,7 @@ from prism.memory.arena import Arena
 from prism.modelspec import ModelSpec, read_spec
 from prism.types import Bytes, ModelId, ModelState, SlabId
 from prism.weights.layout import Layout, plan_layout
-from prism.worker.foresight import IdleTimes, OutputLengths, UseTimes
+from prism.worker.foresight import CacheHits, IdleTimes, OutputLengths, UseTimes
 from prism.worker.lanes import Flight, Lane
 from prism.worker.loading import Load
 from prism.worker.usage import Usage
@@ -127,6 +127,7 @@ class Model:
     idle_times: IdleTimes = field(default_factory=IdleTimes)
     use_times: UseTimes = field(default_factory=UseTimes)
     """Of its prefix cache, since it was loaded."""
+    cache_hits: CacheHits = field(default_factory=CacheHits)
     usage: Usage = field(default_factory=Usage)
     load_commands: list[int] = field(default_factory=list)
     evict_commands: list[int] = field(default_factory=list)

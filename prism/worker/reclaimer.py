@@ -164,6 +164,11 @@ class Reclaimer:
             released += freed
         return released
 
+    def take_cache(self, victim: Model, count: int) -> int:
+        """Have a model give up so many of the slabs in which no sequence has blocks; returns how many."""
+        assert victim.kv is not None and count <= victim.kv.num_unused_slabs
+        return self._release_slabs(victim, count)
+
     def _free(self, victim: Model, gathered: Gathered) -> int:
         """Copy what has to move and what is worth saving, and give the slabs back."""
         assert victim.engine is not None and victim.lane is not None

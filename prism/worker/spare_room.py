@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from math import ceil
 
 from prism.types import ModelId, ModelState
 from prism.worker import ahead
@@ -27,10 +28,11 @@ class SpareRoom:
         residency: Residency,
         reclaimer: Reclaimer,
         evict: Callable[[Model], None],
+        learn: Callable[[Model], None],
         *,
         is_used: bool,
     ) -> None:
-        """`is_used`: the mode and the configuration want it."""
+        """`learn` reads what a model's directory tells. `is_used`: the mode and the configuration want it."""
         self._pool = device.pool
         self._num_slabs = device.num_slabs
         self._models = models
@@ -38,8 +40,9 @@ class SpareRoom:
         self._residency = residency
         self._reclaimer = reclaimer
         self._evict = evict
+        self._learn = learn
         self._is_used = is_used
-        self._next_look = 0.0
+        self._next_look = self._next_look_at_caches = 0.0
 
     def changed(self) -> None:
         """Memory or models have: it is worth a look."""
@@ -74,24 +77,46 @@ class SpareRoom:
                 self._residency.try_load(moving[0], self._reclaimer, now)
 
     def _begin(self, now: float) -> None:
-        if ahead.room(self._pool.num_free, self._num_slabs, self._reclaimer.expected_demand(now)) <= 0:
-            return  # before each model is looked at: a full device asks whenever a request has ended
-        chosen = self._choose([m for m in self._models.values() if self._may_come(m)], now)
+        """A full device asks whenever a request has ended: it looks at models and caches once in a while."""
+        caches: dict[ModelId, ahead.Cached] = {}
+        if now >= self._next_look_at_caches:
+            self._next_look_at_caches = now + LOOK_SECONDS
+            caches = self._holdings.caches(now)
+        if not caches and self._room(now) <= 0:
+            return
+        absent = [m for m in self._models.values() if self._may_come(m)]
+        chosen = self._choose(absent, now, caches) if absent else None
         if chosen is not None:
+            self._take_from_caches(self._models[chosen], caches, now)
             self._models[chosen].is_ahead = True
             self._residency.want(self._models[chosen])
+
+    def _room(self, now: float) -> float:
+        return ahead.room(self._pool.num_free, self._num_slabs, self._reclaimer.expected_demand(now))
+
+    def _take_from_caches(self, chosen: Model, caches: Mapping[ModelId, ahead.Cached], now: float) -> None:
+        """What it lacks, of the least useful first. Slabs may be awaited: it is looked at again then."""
+        absent, lacking = self._absent(chosen, now), slabs_to_activate(chosen) - self._room(now)
+        for name, cache in sorted(caches.items(), key=lambda item: item[1].harm):
+            if lacking <= 0 or not absent.may_have(cache):
+                return
+            lacking -= self._reclaimer.take_cache(self._models[name], min(ceil(lacking), cache.slabs))
 
     def _may_come(self, model: Model) -> bool:
         """Its packed weights are there, and no administrator has sent it away."""
         is_absent = model.state is ModelState.COLD and model.is_held and not model.is_barred
         if not is_absent or not model.is_at_home or model.is_sent_away:
             return False
-        self._residency.learn(model)
+        self._learn(model)
         return model.profile is not None and not model.arena_slabs
 
-    def _choose(self, models: Collection[Model], now: float) -> ModelId | None:
-        absent = [
-            ahead.Absent(m.name, slabs_to_activate(m), self._holdings.return_chance(m, now)) for m in models
-        ]
+    def _absent(self, model: Model, now: float) -> ahead.Absent:
+        chance = self._holdings.return_chance(model, now)
+        return ahead.Absent(model.name, slabs_to_activate(model), chance, self._holdings.load_seconds(model))
+
+    def _choose(
+        self, models: Collection[Model], now: float, caches: Mapping[ModelId, ahead.Cached] | None = None
+    ) -> ModelId | None:
+        absent = [self._absent(model, now) for model in models]
         free, demand = self._pool.num_free, self._reclaimer.expected_demand(now)
-        return ahead.choose(absent, free, self._num_slabs, demand)
+        return ahead.choose(absent, free, self._num_slabs, demand, (caches or {}).values())

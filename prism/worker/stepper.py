@@ -284,6 +284,9 @@ class Stepper:
         model.last_used = now
         if model.kv is not None:
             model.use_times.saw(model.kv.num_uses, now)
+        if model.engine is not None:
+            scheduler = model.engine.scheduler
+            model.cache_hits.saw(scheduler.num_prefix_queries, scheduler.num_prefix_hits)
         model.usage.decoded_tokens += len(drawn)
         tickets = self._requests.of_sequences(drawn.sequences)
         first = {ticket for ticket in tickets if ticket.last_token is None}  # of several choices, perhaps

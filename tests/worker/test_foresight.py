@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from prism.worker.foresight import (
     HORIZON,
     TYPICAL_OUTPUT,
+    CacheHits,
     IdleTimes,
     OutputLengths,
     RecentDemand,
@@ -100,3 +101,22 @@ def test_output_lengths_follow_what_is_seen() -> None:
     for _ in range(100):
         lengths.add(1000)
     assert lengths.expected_rest == pytest.approx(1000, rel=0.02)
+
+
+def test_a_cache_that_nobody_uses_is_worth_less_and_less() -> None:
+    hits = CacheHits()
+    assert hits.share == 1.0
+    for turn in range(1, 11):
+        hits.saw(4096 * turn, 0)
+        assert hits.share == pytest.approx(1 / (turn + 1))
+    hits.saw(1000, 1000)
+    assert hits.share == pytest.approx(5096 / (11 * 4096 + 1000)), "it was loaded again"
+
+
+def test_what_a_cache_had_long_ago_is_forgotten() -> None:
+    hits = CacheHits()
+    for turn in range(1, 101):
+        hits.saw(100_000 * turn, 100_000 * turn)
+    for turn in range(1, 101):
+        hits.saw(100_000 * (100 + turn), 10_000_000)
+    assert hits.share < 0.01

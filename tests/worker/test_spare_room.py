@@ -209,3 +209,44 @@ def test_what_the_store_has_lost_meanwhile_is_not_waited_for(
     local.submit("r", A, PROMPT, max_tokens=2)
     local.run()
     assert local.outbox.finished[("r", 0)] == "length"
+
+
+@pytest.mark.parametrize("is_useful", [True, False])
+def test_a_cache_gives_way_to_what_may_come_if_it_is_worth_less(
+    start: Any, monkeypatch: pytest.MonkeyPatch, is_useful: bool
+) -> None:
+    """Caches of prompts that nobody repeats filled the device, and the next model's first request waited."""
+    local = start(8, A)
+    settle(local)
+    monkeypatch.setattr(local.worker.host, "block_seconds", lambda name: 1.0 if is_useful else 1e-9)
+    kv = model(local, A).kv
+    assert kv is not None
+    for i in range(100):
+        local.submit(f"r{i}", A, [1 + i, *range(3, 300)], max_tokens=2)
+        local.run()
+        if kv.num_slabs == 4:
+            break
+    cached = kv.num_cached
+    assert local.device.pool.num_free == 3 and cached > 3 * kv.layout.blocks_per_slab
+    local.worker.on_homes(Homes(epoch=1, models=[A, B]))
+    settle(local)
+    assert model(local, B).is_active != is_useful and model(local, A).is_active
+    assert (kv.num_cached == cached) == is_useful and kv.num_cached > 0
+    local.submit("again", A, PROMPT, max_tokens=2)
+    local.submit("other", B, PROMPT, max_tokens=2)
+    local.run()
+    assert {("again", 0), ("other", 0)} <= local.outbox.finished.keys()
+
+
+def test_what_nobody_looks_up_again_makes_a_cache_worth_less(start: Any) -> None:
+    local = start(12, A)
+    settle(local)
+    holdings = local.worker.holdings
+    chances = []
+    for i in range(3):
+        for j in range(16):
+            local.submit(f"r{i}.{j}", A, [1 + i, 1 + j, *range(3, 290)], max_tokens=2)
+            local.run()
+        chances.append(holdings.reuse_chance(model(local, A), local.now))
+        assert holdings.caches(local.now)[model(local, A).name].slabs > 0
+    assert chances == sorted(chances, reverse=True) and chances[-1] < 0.5 * chances[0]
