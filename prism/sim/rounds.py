@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Generic, TypeVar
 
-from prism.sim.ticks import to_ticks
-from prism.sim.usage import Series
+from prism.sim.ticks import NEVER, to_ticks
+from prism.sim.usage import Gaps, Series
 
 LEAD = to_ticks(0.0015)
 """As `LEAD_SECONDS` of the worker's stepper."""
@@ -54,10 +54,16 @@ class Rounds(Generic[M]):
         self.num_steps = num_steps
         self.decided = start if decided is None else decided
         self._is_ahead = is_ahead
+        self._size = len(parts)
         self.done = 0
         """Steps that have been accounted for."""
         self.begun = 1
         """Steps that have got their blocks; the first one has them when this is made."""
+        self.last_close = -1
+        """When the last of the `done` steps closed."""
+        self.stands_until = 0
+        """Before then `done` and `begun` are up to date, however often they are looked at: a cut takes only
+        steps that would have begun later."""
         self._first = sum(part.first for part in parts)
         self.growth = sum(part.growth for part in parts)
         """Ticks by which each round takes longer than the one before."""
@@ -67,8 +73,9 @@ class Rounds(Generic[M]):
 
     def end_of(self, steps: int) -> int:
         """When the first `steps` steps have run."""
-        size = len(self.parts)
-        rounds, rest = (steps, 0) if size == 1 else divmod(steps, size)
+        if self._size == 1:
+            return self.start + steps * self._first + self.growth * (steps * (steps - 1) // 2)
+        rounds, rest = divmod(steps, self._size)
         end = self.start + rounds * self._first + self.growth * (rounds * (rounds - 1) // 2)
         for part in self.parts[:rest]:
             end += part.first + rounds * part.growth
@@ -80,9 +87,10 @@ class Rounds(Generic[M]):
             return self.num_steps
         if now <= self.start:
             return 0
-        size = len(self.parts)
         rounds = self._rounds_within(now - self.start)
-        steps = min(rounds * size, self.num_steps)
+        if self._size == 1:
+            return rounds
+        steps = min(rounds * self._size, self.num_steps)
         while steps < self.num_steps and self.end_of(steps + 1) <= now:
             steps += 1
         return steps
@@ -90,7 +98,13 @@ class Rounds(Generic[M]):
     def closed_at(self, steps: int) -> int:
         """When the first `steps` steps, one at least, count as run to who chooses the next one."""
         end = self.end_of(steps)
-        return max(self.end_of(steps - 1), end - LEAD) if self._is_ahead else end
+        return end - min(LEAD, self._ticks_of(steps - 1)) if self._is_ahead else end
+
+    def _ticks_of(self, index: int) -> int:
+        """How long a step takes."""
+        number, place = divmod(index, self._size)
+        part = self.parts[place]
+        return part.first + number * part.growth
 
     def decided_at(self, index: int) -> int:
         """When a step was chosen."""
@@ -110,6 +124,16 @@ class Rounds(Generic[M]):
         closed = self.closed_by(now)
         return closed, closed + (closed < self.num_steps and self.decided_at(closed) < now)
 
+    def account(self, closed: int, begun: int) -> None:
+        """So many steps are done and begun now."""
+        self.done, self.begun = closed, begun
+        if closed:
+            self.last_close = self.closed_at(closed)
+        if begun > closed:
+            self.stands_until = self.closed_at(begun)
+        else:
+            self.stands_until = NEVER if closed == self.num_steps else self.decided_at(closed) + 1
+
     def cut(self, now: int, at_least: int = 0) -> None:
         """Nothing is chosen from `now` on; what has been is run, and so are the first `at_least` steps."""
         keep = max(self.begun_by(now), at_least)
@@ -120,16 +144,23 @@ class Rounds(Generic[M]):
 
     def steps_of(self, index: int, steps: int) -> int:
         """How many of the first `steps` are the member's."""
-        size = len(self.parts)
-        return steps // size + (index < steps % size)
+        size = self._size
+        return steps if size == 1 else steps // size + (index < steps % size)
 
     def last_of(self, index: int, steps: int) -> int:
         """Number of the member's last step among the first `steps`; it has one."""
-        return (self.steps_of(index, steps) - 1) * len(self.parts) + index
+        return (self.steps_of(index, steps) - 1) * self._size + index
 
     def end_of_member(self, index: int, count: int) -> int:
         """When the member's first `count` steps have run; one at least."""
-        return self.end_of((count - 1) * len(self.parts) + index + 1)
+        return self.end_of((count - 1) * self._size + index + 1)
+
+    def gaps_of(self, index: int, before: int, count: int, last_end: int) -> Gaps:
+        """What lies between the ends of the member's own steps, `count` of them behind its first `before`,
+        and `last_end` in front of them."""
+        end = self.end_of_member(index, before + 1)
+        gap = self.end_of_member(index, before + 2) - end if count > 1 else 0
+        return Gaps(end - last_end, Series(gap, self.growth, count - 1))
 
     def series_of(self, index: int, before: int, count: int) -> Series:
         """How long `count` of the member's own steps take, those behind its first `before`."""

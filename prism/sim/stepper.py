@@ -108,9 +108,8 @@ class Stepper:
         for run in self._runs:
             if run is not None and not run.chunks:
                 advance(run, now)
-                rounds = run.rounds
-                if rounds.done and rounds.closed_at(rounds.done) == now:
-                    rounds.cut(now)
+                if run.rounds.last_close == now:
+                    run.rounds.cut(now)
 
     def collect(self, now: int) -> None:
         """Close the runs that are due, and tell what has come."""

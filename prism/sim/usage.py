@@ -56,6 +56,24 @@ class Gaps(NamedTuple):
     first: int
     rest: Series
 
+    @property
+    def num(self) -> int:
+        """Of the gaps."""
+        return self.rest.num + 1
+
+    def total(self, count: int) -> int:
+        """Of the first `count`, one at least."""
+        rest = count - 1
+        return self.first + rest * self.rest.first + self.rest.growth * (rest * (rest - 1) // 2)
+
+    def gain(self, count: int, tpot: int) -> int:
+        """Ticks that streams gain on their objective in the first `count` steps."""
+        return count * tpot - self.total(count)
+
+    def peak(self, tpot: int) -> int:
+        """Steps, one at least, up to which that does not fall: steps get longer, so it rises and then falls."""
+        return 1 + self.rest.below(tpot + 1)
+
 
 @dataclass(slots=True)
 class Usage:

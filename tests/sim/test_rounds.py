@@ -100,7 +100,8 @@ def test_what_streams_are_ahead_is_the_same_at_once_and_step_by_step(
     both: Rounds[object] = Rounds([Part(at_once, first, growth), Part(None, 30, 1)], 1000, 2 * sum(counts))
     before = 0
     for count in counts:
-        _bank(at_once, both, 0, before, count)  # type: ignore[arg-type]
+        gaps = both.gaps_of(0, before, count, at_once.last_end)
+        _bank(at_once, gaps)  # type: ignore[arg-type]
         before += count
         at_once.last_end = both.end_of_member(0, before)
     for step in range(1, before + 1):
