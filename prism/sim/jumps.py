@@ -22,7 +22,7 @@ from prism.sim.rounds import Rounds
 from prism.sim.runs import due_after
 from prism.worker import turns
 from prism.worker.foresight import BANKED
-from prism.worker.snapshot import Runnable
+from prism.worker.snapshot import decode_share
 
 MOST_STEPS = 256
 """That are looked at one by one: more of them would be too many when the run is cut soon."""
@@ -38,13 +38,15 @@ def gives_up(members: Sequence[SimModel], rules: Rules, longer: Longer, more: in
     """Whether the policy gives up streams of a lane when each of them has drawn so many tokens more."""
     if not rules.by_deadline or len(members) == 1:
         return False
-    return bool(turns.given_up(_decoding(model, longer, more) for model in members))
+    return bool(
+        turns.beyond_share([_streams(model, longer, more) for model in members if model.decodes.size])
+    )
 
 
-def _decoding(model: SimModel, longer: Longer, more: int) -> Runnable:
+def _streams(model: SimModel, longer: Longer, more: int) -> turns.Streams:
     size, served = model.decodes.size, model.served
     seconds = longer(model) * served.costs.steps.decode(size, model.decodes.context + more * size)
-    return Runnable(model.name, 0.0, 0.0, size, decode_seconds=seconds, tpot=served.slo.tpot)
+    return turns.Streams(decode_share(seconds, served.slo.tpot), size, model.name)
 
 
 def steps_with_time(

@@ -18,7 +18,7 @@ from prism.sim.decoding import DecodeGroup
 from prism.sim.jobs import Chunk, Job, Served, policy_rank
 from prism.sim.ticks import StepTicks, to_seconds, to_ticks
 from prism.sim.usage import Usage
-from prism.types import Bytes, ModelId, ModelState, RequestId
+from prism.types import Bytes, ModelState, RequestId
 from prism.worker.foresight import GROWTH, IdleTimes, OutputLengths
 from prism.worker.usage import is_hopeful
 
@@ -32,6 +32,8 @@ class SimModel:
         layout = layout_of(served.costs.shape.kv_bytes_per_token, Bytes(slab_bytes))
         if layout is None:
             raise ConfigError([f"model {served.model}: a block of KV does not fit a slab of {slab_bytes}"])
+        self.name = served.model
+        """Its key in the trace."""
         self.served = served
         self.layout: KvLayout = layout
         self.tpot = to_ticks(served.slo.tpot)
@@ -79,11 +81,7 @@ class SimModel:
         self.cold_report: tuple[tuple[int, int], ModelReport] | None = None
         """The last one while it was cold, with counters that tell whether it has been anything else since."""
         self._ticks = StepTicks(served.costs.steps)
-
-    @property
-    def name(self) -> ModelId:
-        """Its key in the trace."""
-        return self.served.model
+        self._num_layers = served.costs.shape.num_layers
 
     @property
     def is_active(self) -> bool:
@@ -100,7 +98,8 @@ class SimModel:
     @property
     def free_blocks(self) -> int:
         """Blocks of its slabs that nobody holds."""
-        return self.kv_slabs * self.layout.blocks_per_slab - self.used_blocks
+        used = self.decodes.num_blocks + self.prompt_blocks + self.leaving_blocks
+        return self.kv_slabs * self.layout.blocks_per_slab - used
 
     @property
     def empty_slabs(self) -> int:
@@ -140,8 +139,8 @@ class SimModel:
     @property
     def can_step(self) -> bool:
         """It could take a turn."""
-        is_able = self.state is ModelState.ACTIVE and not self.is_stalled
-        return is_able and (self.decodes.size > 0 or bool(self.prompts or self.waiting))
+        has_work = self.decodes.size or self.prompts or self.waiting  # most have none
+        return bool(has_work) and self.state is ModelState.ACTIVE and not self.is_stalled
 
     def take(self, job: Job) -> None:
         """A request of it has come; one that another device had may be older than others."""
@@ -170,10 +169,9 @@ class SimModel:
             return self.prompts[-1]
         return youngest
 
-    def unstarted(self) -> Iterator[Job]:
+    def unstarted(self) -> list[Job]:
         """Sequences with prompts to compute, in the order in which steps take them."""
-        yield from self.prompts
-        yield from self.waiting
+        return self.prompts + self.waiting
 
     def admit(self, job: Job) -> None:
         """A request enters."""
@@ -329,7 +327,7 @@ class SimModel:
     @property
     def kernel_seconds(self) -> float:
         """Of a decode step without context, for each layer."""
-        return self._ticks.gemm(self.decodes.size) / self.served.costs.shape.num_layers
+        return self._ticks.gemm(self.decodes.size) / self._num_layers
 
     def chunk_ticks(self, chunks: list[Chunk]) -> int:
         """Ticks of a step of these chunks and all decodes."""

@@ -36,7 +36,7 @@ class Overlap:
         """Of a lane whose models take turns: a mean over its time."""
         total = seconds = 0.0
         for model in models:
-            if model.is_active and model.decodes.size:
+            if model.decodes.size and model.is_active:
                 step = model.kernel_seconds * model.served.costs.shape.num_layers
                 total += step * _kernel(model)
                 seconds += step
@@ -70,4 +70,4 @@ def _kernel(model: SimModel) -> float:
 
 def pulls_of_others(pulls: Sequence[float], lane: int) -> Pulls:
     """Those of the other lanes that decode."""
-    return tuple(pull for other, pull in enumerate(pulls) if other != lane and pull)
+    return tuple([pull for other, pull in enumerate(pulls) if pull and other != lane])

@@ -11,7 +11,7 @@ chosen (it closes, `rounds.py`). Only its requests' ends come when it has run in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from prism.sim.jumps import gives_up, order_of_rounds, steps_in_turn, steps_with
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
-from prism.sim.overlap import Longer, Overlap, pulls_of_others
+from prism.sim.overlap import Longer, Overlap, Pulls, pulls_of_others
 from prism.sim.rounds import Part, Rounds
 from prism.sim.runs import Leaving, Listener, Run, advance, close, steps_until_change
 from prism.sim.ticks import NEVER, to_seconds
@@ -61,6 +61,8 @@ class Stepper:
         self._listener = listener
         self._has_emptied = False
         """A lane has lost what it was to do, or has room for more."""
+        self._stalled: list[SimModel] = []
+        """Models that have lacked memory since memory changed; those that have left meanwhile lack none."""
         self.num_decisions = 0
         self.busy = 0
         """Ticks in which lanes worked, of all lanes."""
@@ -83,20 +85,24 @@ class Stepper:
 
     def next_end(self) -> int:
         """When the next run closes, or something on its way has come."""
-        end = min((run.rounds.closes for run in self._runs if run is not None), default=NEVER)
-        return min(end, self._coming[0][0]) if self._coming else end
+        end = self._coming[0][0] if self._coming else NEVER
+        for run in self._runs:
+            if run is not None and run.rounds.closes < end:
+                end = run.rounds.closes
+        return end
 
     @property
     def has_stalled(self) -> bool:
         """Some model lacks memory for its next step."""
-        return any(model.is_stalled for model in self._models.values())
+        return bool(self._stalled) and any(model.is_stalled for model in self._stalled)
 
     def wake(self, now: int) -> None:
         """Memory has changed: who lacked it tries again."""
-        for model in self._models.values():
+        for model in self._stalled:
             if model.is_stalled:
                 model.is_stalled = False
                 self.disturb(model, now)
+        self._stalled.clear()
 
     # --- what has run -----------------------------------------------------------------------------------
 
@@ -219,8 +225,15 @@ class Stepper:
 
     def _pulls(self) -> list[float]:
         """Of each lane; 0 where nothing decodes."""
-        pull = self._overlap.pull
-        return [pull([m for m in models if m.decodes.size and m.can_step]) for models in self._lanes]
+        return [self._pull(models) for models in self._lanes]
+
+    def _pull(self, models: Iterable[SimModel]) -> float:
+        return self._overlap.pull([m for m in models if m.decodes.size and m.can_step])
+
+    def _others(self, lane: int) -> Pulls:
+        """Pulls of the lanes beside this one."""
+        pulls = [self._pull(models) for other, models in enumerate(self._lanes) if other != lane]
+        return tuple([pull for pull in pulls if pull])
 
     def _plan(self, lane: int, now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
@@ -231,15 +244,16 @@ class Stepper:
             if self._start(model, turn.budget, lane, now):
                 return
             model.is_stalled = True  # for want of memory; the others' turn
+            self._stalled.append(model)
 
     def _turn(self, lane: int, members: Sequence[SimModel], now: int) -> turns.Turn:
         """What the policy chooses; a model that only decodes, and is alone, is no choice."""
         with_prompts = any(model.prompts or model.waiting for model in members)
         if len(members) == 1 and not with_prompts:
             return turns.Turn(members[0].name, self._limits.max_batch_tokens)
-        others, pulls = self._neighbours(lane) if with_prompts else (), self._pulls()
+        others = self._neighbours(lane) if with_prompts else ()
         lanes = {lane, *(model.lane for model in others if model.lane is not None)}
-        longer = {each: self._overlap.beside(pulls_of_others(pulls, each)) for each in lanes}
+        longer = {each: self._overlap.beside(self._others(each)) for each in lanes}
         snapshot = TurnSnapshot(
             tuple(runnable(model, self._rules, longer[lane]) for model in members),
             self._limits.max_batch_tokens,
@@ -251,7 +265,7 @@ class Stepper:
         return turn
 
     def _neighbours(self, lane: int) -> list[SimModel]:
-        return [m for m in self._models.values() if m.lane != lane and m.is_active and m.decodes.size]
+        return [m for m in self._models.values() if m.decodes.size and m.lane != lane and m.is_active]
 
     def _start(self, model: SimModel, budget: int, lane: int, now: int) -> bool:
         """Begin a step; False if there is no memory for any of it."""
@@ -295,7 +309,7 @@ class Stepper:
         self._runs[lane] = Run(rounds, (), chunks, has_decodes)
 
     def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
-        others = pulls_of_others(self._pulls(), lane)
+        others = self._others(lane)
         longer = self._overlap.beside(others)
         members = [m for m in self._lanes[lane] if m.can_step]
         prompts = (end for other, end in enumerate(self._prompt_ends) if other != lane)

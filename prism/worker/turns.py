@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import NamedTuple
 
 from prism.costs import MOST_TOKENS
 from prism.types import ModelId
@@ -76,15 +77,28 @@ def given_up(runnable: Iterable[Runnable]) -> frozenset[ModelId]:
     Those are kept whose streams need the least of the lane's time each, as long as `DECODE_SHARE` suffices:
     that makes the most streams. Were all served by deadline, all would be late by what is lacking.
     """
-    shares = [(r.decode_share, r) for r in runnable if r.num_decodes]
-    if sum(share for share, _ in shares) <= DECODE_SHARE:
+    return beyond_share([Streams(r.decode_share, r.num_decodes, r.model) for r in runnable if r.num_decodes])
+
+
+class Streams(NamedTuple):
+    """Those of a model, on its lane."""
+
+    share: float
+    """Of the lane's time, that they need."""
+    number: int
+    model: ModelId
+
+
+def beyond_share(streams: Sequence[Streams]) -> frozenset[ModelId]:
+    """See `given_up`."""
+    if sum([each.share for each in streams]) <= DECODE_SHARE:
         return frozenset()
     left, lost = DECODE_SHARE, []
-    for share, r in sorted(shares, key=lambda item: (item[0] / item[1].num_decodes, item[1].model)):
-        if share <= left or left == DECODE_SHARE:  # one is kept whatever it needs
-            left -= share
+    for each in sorted(streams, key=lambda each: (each.share / each.number, each.model)):
+        if each.share <= left or left == DECODE_SHARE:  # one is kept whatever it needs
+            left -= each.share
         else:
-            lost.append(r.model)
+            lost.append(each.model)
     return frozenset(lost)
 
 
