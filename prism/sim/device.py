@@ -75,18 +75,30 @@ class SimDevice:
 
     def next_event(self) -> int:
         """When something happens next."""
+        return min(self._next_but_coming(), self.stepper.next_coming())
+
+    def _next_but_coming(self) -> int:
         loader = self.loader
         return min(
-            self.stepper.next_end(), loader.link.next_event(), loader.wake_at, self._timers.next(), self._poke
+            self.stepper.next_close(),
+            loader.link.next_event(),
+            loader.wake_at,
+            self._timers.next(),
+            self._poke,
         )
 
     def run_until(self, end: int) -> None:
         """Do what happens before `end`."""
         last = -1
-        while (time := self.next_event()) < end:
+        while True:
+            others, coming = self._next_but_coming(), self.stepper.next_coming()
+            time = min(others, coming)
+            if time >= end:
+                return
             assert time > last, "the clock stands still"
             last = time
-            self._process(time)
+            if others == time or self._waiting or not self.stepper.skip_prompts(time):
+                self._process(time)
 
     def begin(self, now: int) -> None:
         """Move the clock, and tell what has run by then."""

@@ -61,6 +61,8 @@ class Stepper:
         self._listener = listener
         self._has_emptied = False
         """A lane has lost what it was to do, or has room for more."""
+        self._is_settled = False
+        """Nothing has run, come or changed for any model since lanes were last given something to do."""
         self._stalled: list[SimModel] = []
         """Models that have lacked memory since memory changed; those that have left meanwhile lack none."""
         self.num_decisions = 0
@@ -83,13 +85,26 @@ class Stepper:
             if run is not None and not run.chunks:
                 advance(run, now)
 
-    def next_end(self) -> int:
-        """When the next run closes, or something on its way has come."""
-        end = self._coming[0][0] if self._coming else NEVER
+    def next_close(self) -> int:
+        """When the next run closes."""
+        end = NEVER
         for run in self._runs:
             if run is not None and run.rounds.closes < end:
                 end = run.rounds.closes
         return end
+
+    def next_coming(self) -> int:
+        """When a request ends next whose last step has closed, or prompts have run."""
+        return self._coming[0][0] if self._coming else NEVER
+
+    def skip_prompts(self, now: int) -> bool:
+        """Nobody waits for the engines: prompts that have run then, and nothing else, are of no interest."""
+        coming = self._coming
+        if any(each[0] <= now and each[2] is not None for each in coming):
+            return False
+        while coming and coming[0][0] <= now:
+            heappop(coming)
+        return True
 
     @property
     def has_stalled(self) -> bool:
@@ -101,6 +116,7 @@ class Stepper:
         for model in self._stalled:
             if model.is_stalled:
                 model.is_stalled = False
+                self._is_settled = False
                 self.disturb(model, now)
         self._stalled.clear()
 
@@ -133,7 +149,7 @@ class Stepper:
                 continue
             rounds = run.rounds
             self._runs[lane] = None
-            self._has_emptied = True
+            self._has_emptied, self._is_settled = True, False
             self._ends[lane] = rounds.end
             self.busy += rounds.end - rounds.start
             if run.chunks:
@@ -155,6 +171,9 @@ class Stepper:
 
     def plan(self, now: int) -> None:
         """Give each lane that has room something to do, until all agree on what decodes side by side."""
+        if self._is_settled:
+            return
+        self._is_settled = True
         while True:
             self._has_emptied = False
             for lane in self._idle():
@@ -188,6 +207,7 @@ class Stepper:
         A step that was chosen just now has its blocks and stays: else two models could take an empty slab
         from each other for ever.
         """
+        self._is_settled = False
         if model.lane is not None:
             self._cut(model.lane, now, at_least=1)
 
@@ -196,6 +216,7 @@ class Stepper:
 
         The server waits for its steps: what they end has ended.
         """
+        self._is_settled = False
         if model.lane is None:
             return
         self._cut(model.lane, now)

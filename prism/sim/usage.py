@@ -71,7 +71,7 @@ class Gaps(NamedTuple):
         return count * tpot - self.total(count)
 
     def peak(self, tpot: int) -> int:
-        """Steps, one at least, up to which that does not fall: steps get longer, so it rises and then falls."""
+        """Steps, one at least, up to which that does not fall; steps get longer, so it falls from there on."""
         return 1 + self.rest.below(tpot + 1)
 
 
