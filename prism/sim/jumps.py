@@ -30,6 +30,8 @@ MOST_STEPS = 256
 
 def order_of_rounds(first: SimModel, members: Sequence[SimModel]) -> list[SimModel]:
     """The order in which all members take turns, if they do, and `first` is to begin; else `first` alone."""
+    if len(members) == 1:
+        return [first]
     order = sorted(members, key=lambda model: (model.last_turn, model.name))
     return order if order[0] is first else [first]
 
@@ -44,9 +46,8 @@ def gives_up(members: Sequence[SimModel], rules: Rules, longer: Longer, more: in
 
 
 def _streams(model: SimModel, longer: Longer, more: int) -> turns.Streams:
-    size, served = model.decodes.size, model.served
-    seconds = longer(model) * served.costs.steps.decode(size, model.decodes.context + more * size)
-    return turns.Streams(decode_share(seconds, served.slo.tpot), size, model.name)
+    share = decode_share(longer(model) * model.decode_seconds(more), model.served.slo.tpot)
+    return turns.Streams(share, model.decodes.size, model.name)
 
 
 def steps_with_time(

@@ -81,7 +81,7 @@ class SimModel:
         self.cold_report: tuple[tuple[int, int], ModelReport] | None = None
         """The last one while it was cold, with counters that tell whether it has been anything else since."""
         self._ticks = StepTicks(served.costs.steps)
-        self._num_layers = served.costs.shape.num_layers
+        self.num_layers = served.costs.shape.num_layers
 
     @property
     def is_active(self) -> bool:
@@ -327,7 +327,12 @@ class SimModel:
     @property
     def kernel_seconds(self) -> float:
         """Of a decode step without context, for each layer."""
-        return self._ticks.gemm(self.decodes.size) / self._num_layers
+        return self._ticks.gemm(self.decodes.size) / self.num_layers
+
+    def decode_seconds(self, more: int = 0) -> float:
+        """Of a decode step alone, when each sequence has so many tokens more."""
+        size = self.decodes.size
+        return self._ticks.seconds(size, self.decodes.context + more * size)
 
     def chunk_ticks(self, chunks: list[Chunk]) -> int:
         """Ticks of a step of these chunks and all decodes."""

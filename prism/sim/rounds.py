@@ -64,8 +64,8 @@ class Rounds(Generic[M]):
         self.stands_until = 0
         """Before then `done` and `begun` are up to date, however often they are looked at: a cut takes only
         steps that would have begun later."""
-        self._first = sum(part.first for part in parts)
-        self.growth = sum(part.growth for part in parts)
+        self._first = sum([part.first for part in parts])
+        self.growth = sum([part.growth for part in parts])
         """Ticks by which each round takes longer than the one before."""
         self.end = self.end_of(num_steps)
         self.closes = self.closed_at(num_steps)
@@ -136,11 +136,14 @@ class Rounds(Generic[M]):
 
     def cut(self, now: int, at_least: int = 0) -> None:
         """Nothing is chosen from `now` on; what has been is run, and so are the first `at_least` steps."""
-        keep = max(self.begun_by(now), at_least)
-        if keep < self.num_steps:
-            self.num_steps = keep
-            self.end = self.end_of(keep)
-            self.closes = self.closed_at(keep) if keep else self.decided
+        self.shorten(max(self.begun_by(now), at_least))
+
+    def shorten(self, steps: int) -> None:
+        """At most so many are run."""
+        if steps < self.num_steps:
+            self.num_steps = steps
+            self.end = self.end_of(steps)
+            self.closes = self.closed_at(steps) if steps else self.decided
 
     def steps_of(self, index: int, steps: int) -> int:
         """How many of the first `steps` are the member's."""
@@ -165,7 +168,7 @@ class Rounds(Generic[M]):
     def series_of(self, index: int, before: int, count: int) -> Series:
         """How long `count` of the member's own steps take, those behind its first `before`."""
         part = self.parts[index]
-        return Series(part.first, part.growth, before + count).without(before)
+        return Series(part.first + before * part.growth, part.growth, count)
 
     def _rounds_within(self, ticks: int) -> int:
         """Most whole rounds that take no longer: `first * n + growth * n * (n - 1) / 2 <= ticks`."""

@@ -11,7 +11,7 @@ chosen (it closes, `rounds.py`). Only its requests' ends come when it has run in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import NamedTuple
@@ -246,15 +246,13 @@ class Stepper:
 
     def _pulls(self) -> list[float]:
         """Of each lane; 0 where nothing decodes."""
-        return [self._pull(models) for models in self._lanes]
-
-    def _pull(self, models: Iterable[SimModel]) -> float:
-        return self._overlap.pull([m for m in models if m.decodes.size and m.can_step])
+        return [self._overlap.pull(models) for models in self._lanes]
 
     def _others(self, lane: int) -> Pulls:
-        """Pulls of the lanes beside this one."""
-        pulls = [self._pull(models) for other, models in enumerate(self._lanes) if other != lane]
-        return tuple([pull for pull in pulls if pull])
+        """Pulls of the lanes beside this one that decode."""
+        pull = self._overlap.pull
+        pulls = [pull(models) for other, models in enumerate(self._lanes) if other != lane]
+        return tuple([each for each in pulls if each])
 
     def _plan(self, lane: int, now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
@@ -269,16 +267,16 @@ class Stepper:
 
     def _turn(self, lane: int, members: Sequence[SimModel], now: int) -> turns.Turn:
         """What the policy chooses; a model that only decodes, and is alone, is no choice."""
-        with_prompts = any(model.prompts or model.waiting for model in members)
+        with_prompts = any([model.prompts or model.waiting for model in members])
         if len(members) == 1 and not with_prompts:
             return turns.Turn(members[0].name, self._limits.max_batch_tokens)
         others = self._neighbours(lane) if with_prompts else ()
         lanes = {lane, *(model.lane for model in others if model.lane is not None)}
         longer = {each: self._overlap.beside(self._others(each)) for each in lanes}
         snapshot = TurnSnapshot(
-            tuple(runnable(model, self._rules, longer[lane]) for model in members),
+            tuple([runnable(model, self._rules, longer[lane]) for model in members]),
             self._limits.max_batch_tokens,
-            tuple(runnable(m, self._rules, longer[m.lane]) for m in others if m.lane is not None),
+            tuple([runnable(m, self._rules, longer[m.lane]) for m in others if m.lane is not None]),
         )
         self.num_decisions += 1
         turn = turns.decide(snapshot, to_seconds(now))
@@ -333,14 +331,17 @@ class Stepper:
         others = self._others(lane)
         longer = self._overlap.beside(others)
         members = [m for m in self._lanes[lane] if m.can_step]
-        prompts = (end for other, end in enumerate(self._prompt_ends) if other != lane)
-        start = max(now, self._ends[lane], *prompts)
-        is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
+        start = max(now, self._ends[lane])
+        for other, end in enumerate(self._prompt_ends):
+            if end > start and other != lane:
+                start = end
+        chosen = Chosen(now, start)
+        is_single = self._limits.is_stepping or any([m.prompts or m.waiting for m in members])
         is_single = is_single or gives_up(members, self._rules, longer)
         order = [model] if is_single else order_of_rounds(model, members)
-        rounds = self._steps(order, members, longer, Chosen(now, start), is_single=is_single)
+        rounds = self._steps(order, members, longer, chosen, is_single=is_single)
         if len(order) > 1 and rounds.num_steps < 2 * len(order):  # they do not take turns
-            rounds = self._steps([model], members, longer, Chosen(now, start), is_single=False)
+            rounds = self._steps([model], members, longer, chosen, is_single=False)
         self._runs[lane] = Run(rounds, others, turn_before=model.last_turn)
 
     def _steps(
@@ -357,10 +358,9 @@ class Stepper:
         steps = 1 if is_single else steps_until_change(order)
         if steps > 1:
             steps = steps_with_time(steps, members, len(order), self._rules, longer)
-        is_ahead = self._limits.is_queueing
-        rounds = Rounds(parts, chosen.start, steps, chosen.time, is_ahead=is_ahead)
-        if steps > 1 and (fewer := steps_in_turn(rounds, members, self._rules)) < steps:
-            rounds = Rounds(parts, chosen.start, fewer, chosen.time, is_ahead=is_ahead)
+        rounds = Rounds(parts, chosen.start, steps, chosen.time, is_ahead=self._limits.is_queueing)
+        if steps > 1:
+            rounds.shorten(steps_in_turn(rounds, members, self._rules))
         return rounds
 
 

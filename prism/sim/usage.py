@@ -29,18 +29,15 @@ class Series(NamedTuple):
             return 0
         return min(self.num, -(-(limit - self.first) // self.growth)) if self.growth else self.num
 
-    def without(self, count: int) -> Series:
-        """Those behind the first `count`."""
-        return Series(self.first + count * self.growth, self.growth, self.num - count)
-
-    def sum(self) -> int:
-        """Of all."""
-        return self.num * self.first + self.growth * (self.num * (self.num - 1) // 2)
+    def sum(self, start: int = 0) -> int:
+        """Of all behind the first `start`."""
+        num = self.num - start
+        return num * (self.first + start * self.growth) + self.growth * (num * (num - 1) // 2)
 
     def sum_beyond(self, limit: int) -> int:
         """Of what each is more than the limit."""
-        rest = self.without(self.below(limit))
-        return rest.sum() - rest.num * limit
+        below = self.below(limit)
+        return self.sum(below) - (self.num - below) * limit
 
     def sum_of_products(self, other: Series, count: int) -> int:
         """Of the first `count` of each, one by one."""
@@ -119,9 +116,12 @@ class Usage:
 
     def _weighted(self, steps: Series, gaps: Gaps) -> int:
         """The sum of the worker's `needed` over the steps, times the objective."""
-        rest, early = steps.without(1), gaps.rest.below(self.tpot)
-        weighted = steps.first * min(gaps.first, self.tpot) + rest.sum_of_products(gaps.rest, early)
-        return weighted + self.tpot * rest.without(early).sum()
+        weighted = steps.first * min(gaps.first, self.tpot)
+        if steps.num == 1:
+            return weighted
+        early = gaps.rest.below(self.tpot)
+        rest = Series(steps.first + steps.growth, steps.growth, steps.num - 1)
+        return weighted + rest.sum_of_products(gaps.rest, early) + self.tpot * rest.sum(early)
 
     def _block(self, steps: Series) -> None:
         last = steps.first + steps.growth * (steps.num - 1)
