@@ -78,8 +78,8 @@ class SimModel:
         self.num_evictions = 0
         self.num_preemptions = 0
         self.usage = Usage(self.tpot)
-        self.cold_report: tuple[tuple[int, int], ModelReport] | None = None
-        """The last one while it was cold, with counters that tell whether it has been anything else since."""
+        self.idle_report: tuple[tuple[object, ...], ModelReport] | None = None
+        """The last one that was told again while it had nothing to do, with its history until then."""
         self._ticks = StepTicks(served.costs.steps)
         self.num_layers = served.costs.shape.num_layers
 
@@ -87,6 +87,12 @@ class SimModel:
     def is_active(self) -> bool:
         """It can run steps."""
         return self.state is ModelState.ACTIVE
+
+    def history(self) -> tuple[object, ...]:
+        """While it has no requests: another one whenever something else is to be reported of it."""
+        usage = self.usage
+        counters = self.num_activations, usage.num_requests, usage.num_late, usage.device_seconds
+        return self.state, self.is_ahead, self.is_pinned, self.kv_slabs, self.last_used, *counters
 
     # --- memory ---------------------------------------------------------------------------------------
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
 
-from prism.costs import MOST_TOKENS
+from prism.costs import MOST_TOKENS, StepCosts
 from prism.types import ModelId
 from prism.worker.snapshot import Arrival, Runnable, TurnSnapshot
 
@@ -60,14 +61,14 @@ def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
     decoding = [r for r in (*runnable, *snapshot.neighbours) if r.num_decodes]
     if decoding and (prompting := [r for r in runnable if r.prompt_tokens]):  # 3
         prompt = _earliest(prompting, lost, now)
-        least = _least_chunk(prompt)
+        least = _least_chunk(prompt.costs)
         chunk = _chunk(prompt, least, decoding, lost, now)
         if chunk >= min(least, prompt.prompt_tokens):
             return Turn(prompt.model, min(budget, _shared(prompt, chunk) + prompt.num_decodes))  # 6
     first = _earliest(runnable, lost, now)  # 2, 5
     if not first.prompt_tokens:
         return Turn(first.model, budget)
-    chunk = _shared(first, _least_chunk(first) if decoding else budget)  # 6
+    chunk = _shared(first, _least_chunk(first.costs) if decoding else budget)  # 6
     return Turn(first.model, min(budget, chunk + first.num_decodes))
 
 
@@ -114,10 +115,11 @@ def _earliest(runnable: Sequence[Runnable], lost: Set[ModelId], now: float) -> R
     return min(runnable, key=key)
 
 
-def _least_chunk(prompt: Runnable) -> int:
-    if prompt.costs is None:
+@lru_cache(maxsize=256)
+def _least_chunk(costs: StepCosts | None) -> int:
+    if costs is None:
         return LEAST_CHUNK
-    return max(LEAST_CHUNK, prompt.costs.tokens_within(LEAST_READS * prompt.costs.gemm(1)))
+    return max(LEAST_CHUNK, costs.tokens_within(LEAST_READS * costs.gemm(1)))
 
 
 def _shared(r: Runnable, chunk: int) -> int:
