@@ -11,5 +11,4 @@ YOUNG = 100_000
 def collect_rarely() -> None:
     """For a process that does nothing else. An hour of 32 models makes millions of objects that their counts
     free, and no cycles: looking for some every 700 objects took a tenth of the time."""
-    gc.freeze()
     gc.set_threshold(YOUNG, 50, 100)

@@ -174,7 +174,7 @@ class DecodeGroup:
             entry = heappop(self._ends)
             if self._is_valid(entry):
                 found.append(entry[2])
-        return sorted(found, key=lambda job: job.rank)
+        return found if len(found) < 2 else sorted(found, key=lambda job: job.rank)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block)

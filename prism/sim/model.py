@@ -7,7 +7,7 @@ far as budget, batch and blocks reach; the youngest gives way. Prefix caches are
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 from prism.engine.kv_layout import KvLayout, layout_of
@@ -36,6 +36,7 @@ class SimModel:
         """Its key in the trace."""
         self.served = served
         self.layout: KvLayout = layout
+        self.blocks_per_slab = layout.blocks_per_slab
         self.tpot = to_ticks(served.slo.tpot)
         self.lane: int | None = None
         """Since it was first loaded."""
@@ -105,16 +106,16 @@ class SimModel:
     def free_blocks(self) -> int:
         """Blocks of its slabs that nobody holds."""
         used = self.decodes.num_blocks + self.prompt_blocks + self.leaving_blocks
-        return self.kv_slabs * self.layout.blocks_per_slab - used
+        return self.kv_slabs * self.blocks_per_slab - used
 
     @property
     def empty_slabs(self) -> int:
         """Slabs that compaction could free."""
-        return self.kv_slabs - -(-self.used_blocks // self.layout.blocks_per_slab)
+        return self.kv_slabs - -(-self.used_blocks // self.blocks_per_slab)
 
     def capacity(self, num_slabs: int) -> int:
         """Tokens that so many slabs hold."""
-        return num_slabs * self.layout.blocks_per_slab * self.layout.tokens_per_block
+        return num_slabs * self.blocks_per_slab * self.layout.tokens_per_block
 
     def return_chance(self, now: int, threshold: float | None) -> float:
         """That it gets a request soon, if it has none."""
@@ -130,7 +131,7 @@ class SimModel:
     @property
     def num_sequences(self) -> int:
         """Admitted and not ended."""
-        return self.num_running + len(self.waiting)
+        return self.decodes.size + len(self.prompts) + self.num_leaving + len(self.waiting)
 
     @property
     def num_running(self) -> int:
@@ -145,8 +146,7 @@ class SimModel:
     @property
     def can_step(self) -> bool:
         """It could take a turn."""
-        has_work = self.decodes.size or self.prompts or self.waiting  # most have none
-        return bool(has_work) and self.state is ModelState.ACTIVE and not self.is_stalled
+        return bool(able_to_step([self]))
 
     def take(self, job: Job) -> None:
         """A request of it has come; one that another device had may be older than others."""
@@ -240,16 +240,16 @@ class SimModel:
 
     def blocks_wanted(self, budget: int, max_sequences: int) -> int:
         """Free blocks that a step of `budget` tokens could use."""
-        return self.decodes.blocks_for(1) + sum(
-            w.num_blocks for w in self._prompts_want(budget, max_sequences)
-        )
+        prompts = [num_blocks for _, num_blocks in self._prompts_want(budget, max_sequences)]
+        return self.decodes.blocks_for(1) + sum(prompts)
 
     def wants(self, budget: int, max_sequences: int) -> list[Want]:
         """The same by sequence: running ones oldest first, then waiting ones."""
         decodes = [Want(policy_rank(job), 1) for job in self.decodes.wanting()]
-        return [*sorted(decodes), *self._prompts_want(budget, max_sequences)]
+        prompts = [Want(policy_rank(job), num) for job, num in self._prompts_want(budget, max_sequences)]
+        return [*sorted(decodes), *prompts]
 
-    def _prompts_want(self, budget: int, max_sequences: int) -> Iterator[Want]:
+    def _prompts_want(self, budget: int, max_sequences: int) -> Iterator[tuple[Job, int]]:
         budget -= self.decodes.size
         num_blocks = self.layout.num_blocks
         places = max_sequences - self.num_running
@@ -260,7 +260,7 @@ class SimModel:
             budget -= length
             wanted = num_blocks(job.computed + length) - num_blocks(job.computed)
             if wanted:
-                yield Want(policy_rank(job), wanted)
+                yield job, wanted
 
     def take_chunks(self, budget: int, max_sequences: int) -> list[Chunk]:
         """The prompts' part of a step whose decodes have their blocks already."""
@@ -345,3 +345,14 @@ class SimModel:
         tokens = self.decodes.size + sum(chunk.length for chunk in chunks)
         pairs = sum(c.length * (c.job.computed - c.length / 2) for c in chunks)
         return to_ticks(self.served.costs.steps.step(tokens, pairs, self.decodes.context))
+
+
+def able_to_step(models: Iterable[SimModel]) -> list[SimModel]:
+    """Those that could take a turn; asked for at each event, and most have nothing to do."""
+    return [
+        model
+        for model in models
+        if (model.decodes.size or model.prompts or model.waiting)
+        and model.state is ModelState.ACTIVE
+        and not model.is_stalled
+    ]

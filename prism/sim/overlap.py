@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from prism.sim.model import SimModel
+from prism.types import ModelState
 
 VECTOR_PULL = 2.5
 """Kernels of steps of one row, beside those of larger ones, get so many times their time: they have many more
@@ -37,7 +38,7 @@ class Overlap:
         """Of a lane whose models take turns: a mean over its time. 0 if nothing decodes."""
         total = seconds = 0.0
         for model in models:
-            if model.decodes.size and model.can_step:
+            if model.decodes.size and model.state is ModelState.ACTIVE and not model.is_stalled:
                 step = model.kernel_seconds * model.num_layers
                 total += step * _kernel(model)
                 seconds += step

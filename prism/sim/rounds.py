@@ -98,13 +98,12 @@ class Rounds(Generic[M]):
     def closed_at(self, steps: int) -> int:
         """When the first `steps` steps, one at least, count as run to who chooses the next one."""
         end = self.end_of(steps)
-        return end - min(LEAD, self._ticks_of(steps - 1)) if self._is_ahead else end
-
-    def _ticks_of(self, index: int) -> int:
-        """How long a step takes."""
-        number, place = divmod(index, self._size)
+        if not self._is_ahead:
+            return end
+        number, place = (steps - 1, 0) if self._size == 1 else divmod(steps - 1, self._size)
         part = self.parts[place]
-        return part.first + number * part.growth
+        length = part.first + number * part.growth
+        return end - (length if length < LEAD else LEAD)
 
     def decided_at(self, index: int) -> int:
         """When a step was chosen."""
@@ -112,8 +111,7 @@ class Rounds(Generic[M]):
 
     def closed_by(self, now: int) -> int:
         """Steps that count as run then."""
-        ended = self.ended_by(now)
-        return ended + (ended < self.num_steps and self.closed_at(ended + 1) <= now)
+        return self.progress(now)[0]
 
     def begun_by(self, now: int) -> int:
         """Steps that were chosen before then, or count as run by then."""
@@ -121,8 +119,14 @@ class Rounds(Generic[M]):
 
     def progress(self, now: int) -> tuple[int, int]:
         """`closed_by` and `begun_by`."""
-        closed = self.closed_by(now)
-        return closed, closed + (closed < self.num_steps and self.decided_at(closed) < now)
+        closed = self.ended_by(now)
+        if closed == self.num_steps:
+            return closed, closed
+        close = self.closed_at(closed + 1)
+        if close > now:
+            return closed, closed + (self.decided_at(closed) < now)
+        closed += 1
+        return closed, closed + (closed < self.num_steps and close < now)
 
     def account(self, closed: int, begun: int) -> None:
         """So many steps are done and begun now."""

@@ -20,7 +20,7 @@ from prism.modes import Rules
 from prism.sim.jobs import Chunk
 from prism.sim.jumps import gives_up, order_of_rounds, steps_in_turn, steps_with_time
 from prism.sim.memory import Memory
-from prism.sim.model import SimModel
+from prism.sim.model import SimModel, able_to_step
 from prism.sim.modes import Limits
 from prism.sim.overlap import Longer, Overlap, Pulls, pulls_of_others
 from prism.sim.rounds import Part, Rounds
@@ -129,7 +129,8 @@ class Stepper:
         """
         for run in self._runs:
             if run is not None and not run.chunks:
-                advance(run, now)
+                if now >= run.rounds.stands_until:
+                    advance(run, now)
                 if run.rounds.last_close == now:
                     run.rounds.cut(now)
 
@@ -194,11 +195,8 @@ class Stepper:
         """
         if None not in self._runs:
             return []
-        idle = [
-            lane
-            for lane, models in enumerate(self._lanes)
-            if self._runs[lane] is None and any(model.can_step for model in models)
-        ]
+        lanes = enumerate(zip(self._runs, self._lanes, strict=True))
+        idle = [lane for lane, (run, models) in lanes if run is None and able_to_step(models)]
         return idle if len(idle) < 2 else sorted(idle, key=lambda lane: (self._decided[lane], lane))
 
     def disturb(self, model: SimModel, now: int) -> None:
@@ -256,7 +254,7 @@ class Stepper:
 
     def _plan(self, lane: int, now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
-        while members := [model for model in self._lanes[lane] if model.can_step]:
+        while members := able_to_step(self._lanes[lane]):
             turn = self._turn(lane, members, now)
             model = self._models[turn.model]
             self._decided[lane] = now
@@ -267,7 +265,7 @@ class Stepper:
 
     def _turn(self, lane: int, members: Sequence[SimModel], now: int) -> turns.Turn:
         """What the policy chooses; a model that only decodes, and is alone, is no choice."""
-        with_prompts = any([model.prompts or model.waiting for model in members])
+        with_prompts = any(model.prompts or model.waiting for model in members)
         if len(members) == 1 and not with_prompts:
             return turns.Turn(members[0].name, self._limits.max_batch_tokens)
         others = self._neighbours(lane) if with_prompts else ()
@@ -291,7 +289,7 @@ class Stepper:
         size = self._limits.max_batch_size
         has_prompts = bool(model.prompts or model.waiting)
         wanted = model.blocks_wanted(budget, size) if has_prompts else model.decodes.blocks_for(1)
-        if wanted > model.free_blocks:
+        if wanted > model.free_blocks and not (wanted and self._memory.take_free(model, wanted, now)):
             self._memory.ensure_kv(model, model.wants(budget, size), now)
             if not model.make_room_for_decodes():
                 return False
@@ -330,13 +328,13 @@ class Stepper:
     def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
         others = self._others(lane)
         longer = self._overlap.beside(others)
-        members = [m for m in self._lanes[lane] if m.can_step]
+        members = able_to_step(self._lanes[lane])
         start = max(now, self._ends[lane])
         for other, end in enumerate(self._prompt_ends):
             if end > start and other != lane:
                 start = end
         chosen = Chosen(now, start)
-        is_single = self._limits.is_stepping or any([m.prompts or m.waiting for m in members])
+        is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
         is_single = is_single or gives_up(members, self._rules, longer)
         order = [model] if is_single else order_of_rounds(model, members)
         rounds = self._steps(order, members, longer, chosen, is_single=is_single)

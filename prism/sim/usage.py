@@ -68,7 +68,7 @@ class Gaps(NamedTuple):
         return count * tpot - self.total(count)
 
     def peak(self, tpot: int) -> int:
-        """Steps, one at least, up to which that does not fall; steps get longer, so it falls from there on."""
+        """Steps, one at least, up to which that does not fall; they get longer, so it falls from there on."""
         return 1 + self.rest.below(tpot + 1)
 
 
@@ -105,14 +105,14 @@ class Usage:
         """A step with prompts has taken so long: it has the device to itself, and is needed in full."""
         self._parts += ticks * PARTS
         self._needed += ticks * PARTS * self.tpot
-        self._block(Series(ticks, 0, 1))
+        self._block(Series(ticks, 0, 1), ticks)
 
     def ran_decodes(self, steps: Series, gaps: Gaps | None, width: int) -> None:
         """Decode steps have run, with so many lanes side by side. Without gaps all of it is needed."""
         part, whole = PARTS // width, steps.sum()
         self._parts += part * whole
         self._needed += part * (self.tpot * whole if gaps is None else self._weighted(steps, gaps))
-        self._block(steps)
+        self._block(steps, whole)
 
     def _weighted(self, steps: Series, gaps: Gaps) -> int:
         """The sum of the worker's `needed` over the steps, times the objective."""
@@ -123,12 +123,14 @@ class Usage:
         rest = Series(steps.first + steps.growth, steps.growth, steps.num - 1)
         return weighted + rest.sum_of_products(gaps.rest, early) + self.tpot * rest.sum(early)
 
-    def _block(self, steps: Series) -> None:
+    def _block(self, steps: Series, whole: int) -> None:
+        """`whole` is the sum of the steps."""
         last = steps.first + steps.growth * (steps.num - 1)
         for place, wait in enumerate(WAIT_TICKS):
             if last <= wait:
                 break
-            self._blocked[place] += steps.sum_beyond(wait)
+            all_are = steps.first >= wait
+            self._blocked[place] += whole - steps.num * wait if all_are else steps.sum_beyond(wait)
 
     @property
     def device_seconds(self) -> float:
