@@ -119,15 +119,19 @@ class SimDevice:
             self._needs_admission = self._needs_moves = True
         if self.loader.wake_at <= now:
             self.memory_changed()
+        if self._timers.next() <= now:
+            self._timers_ran(now)
+        self._decide(now)
+        while self._needs_moves or self._needs_admission:  # a step has taken memory from others
+            self._decide(now)
+
+    def _timers_ran(self, now: int) -> None:
         while (job := self._timers.arrived(now)) is not None:
             self.arrive(job)
         while (job := self._timers.outlived(now)) is not None:
             self._time_out(job, now)
         if self._timers.has_expired(now):
             self._needs_admission = True
-        self._decide(now)
-        while self._needs_moves or self._needs_admission:  # a step has taken memory from others
-            self._decide(now)
 
     def _decide(self, now: int) -> None:
         if self._needs_moves:

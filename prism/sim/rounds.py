@@ -59,13 +59,11 @@ class Rounds(Generic[M]):
         """Steps that have been accounted for."""
         self.begun = 1
         """Steps that have got their blocks; the first one has them when this is made."""
-        self.last_close = -1
-        """When the last of the `done` steps closed."""
         self.stands_until = 0
         """Before then `done` and `begun` are up to date, however often they are looked at: a cut takes only
         steps that would have begun later."""
-        self._first = sum([part.first for part in parts])
-        self.growth = sum([part.growth for part in parts])
+        self._first = sum([part.first for part in parts]) if self._size > 1 else parts[0].first
+        self.growth = sum([part.growth for part in parts]) if self._size > 1 else parts[0].growth
         """Ticks by which each round takes longer than the one before."""
         self.end = self.end_of(num_steps)
         self.closes = self.closed_at(num_steps)
@@ -109,16 +107,8 @@ class Rounds(Generic[M]):
         """When a step was chosen."""
         return self.closed_at(index) if index else self.decided
 
-    def closed_by(self, now: int) -> int:
-        """Steps that count as run then."""
-        return self.progress(now)[0]
-
-    def begun_by(self, now: int) -> int:
-        """Steps that were chosen before then, or count as run by then."""
-        return self.progress(now)[1]
-
     def progress(self, now: int) -> tuple[int, int]:
-        """`closed_by` and `begun_by`."""
+        """Steps that count as run then, and those that were chosen before then or count as run."""
         closed = self.ended_by(now)
         if closed == self.num_steps:
             return closed, closed
@@ -131,16 +121,23 @@ class Rounds(Generic[M]):
     def account(self, closed: int, begun: int) -> None:
         """So many steps are done and begun now."""
         self.done, self.begun = closed, begun
-        if closed:
-            self.last_close = self.closed_at(closed)
         if begun > closed:
             self.stands_until = self.closed_at(begun)
         else:
             self.stands_until = NEVER if closed == self.num_steps else self.decided_at(closed) + 1
 
+    @property
+    def is_closing(self) -> bool:
+        """A step of several has closed just now, by the last account: no other has been chosen behind it."""
+        return self.begun == self.done
+
     def cut(self, now: int, at_least: int = 0) -> None:
-        """Nothing is chosen from `now` on; what has been is run, and so are the first `at_least` steps."""
-        self.shorten(max(self.begun_by(now), at_least))
+        """Nothing is chosen from `now` on; what has been is run, and so are the first `at_least` steps.
+
+        It has been accounted for until now.
+        """
+        begun = self.begun if self.done else int(self.decided < now)
+        self.shorten(max(begun, at_least))
 
     def shorten(self, steps: int) -> None:
         """At most so many are run."""

@@ -131,7 +131,7 @@ class Stepper:
             if run is not None and not run.chunks:
                 if now >= run.rounds.stands_until:
                     advance(run, now)
-                if run.rounds.last_close == now:
+                if run.rounds.is_closing:
                     run.rounds.cut(now)
 
     def collect(self, now: int) -> None:
