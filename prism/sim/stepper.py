@@ -116,7 +116,6 @@ class Stepper:
         for model in self._stalled:
             if model.is_stalled:
                 model.is_stalled = False
-                self._is_settled = False
                 self.disturb(model, now)
         self._stalled.clear()
 
@@ -240,7 +239,7 @@ class Stepper:
                 model.decodes.forgo()
             model.last_turn = run.turn_before
             self._runs[lane] = None
-            self._has_emptied = True
+            self._has_emptied, self._is_settled = True, False
 
     def _pulls(self) -> list[float]:
         """Of each lane; 0 where nothing decodes."""

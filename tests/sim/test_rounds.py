@@ -78,6 +78,26 @@ def test_steps_close_shortly_before_they_end(
     assert run.closes == (closes[run.num_steps - 1] if run.num_steps else 100)
 
 
+@given(parts, st.integers(1, 20), st.booleans(), st.data())
+def test_nothing_closes_or_begins_while_an_account_stands(
+    members: list[tuple[int, int]], steps: int, is_ahead: bool, data: st.DataObject
+) -> None:
+    """And the first moment at which it does is when it stands no more."""
+    run = rounds(members, 100, steps, is_ahead=is_ahead)
+    now = 100
+    while run.done < steps:
+        closed, begun = run.progress(now)
+        run.account(closed, max(begun, run.begun))
+        then = min(run.stands_until, run.end + 10)
+        assert then > now
+        between = data.draw(st.integers(now, then - 1))
+        closed, begun = run.progress(between)
+        assert (closed, max(begun, 1)) == (run.done, run.begun)
+        closed, begun = run.progress(then)
+        assert run.done == steps or (closed, max(begun, 1)) > (run.done, run.begun)
+        now = then
+
+
 def test_members_take_turns() -> None:
     run = rounds([(10, 0), (20, 0), (30, 0)], 0, 7)
     assert [run.steps_of(i, 7) for i in range(3)] == [3, 2, 2]
