@@ -92,8 +92,16 @@ class SimModel:
     def history(self) -> tuple[object, ...]:
         """While it has no requests: another one whenever something else is to be reported of it."""
         usage = self.usage
-        counters = self.num_activations, usage.num_requests, usage.num_late, usage.device_seconds
-        return self.state, self.is_ahead, self.is_pinned, self.kv_slabs, self.last_used, *counters
+        return (
+            self.state,
+            self.is_ahead,
+            self.kv_slabs,
+            self.last_used,
+            self.num_activations,
+            usage.num_requests,
+            usage.num_late,
+            usage.num_parts,
+        )
 
     # --- memory ---------------------------------------------------------------------------------------
 

@@ -85,7 +85,8 @@ class Usage:
     decoded_tokens: int = 0
     num_late: int = 0
     """First tokens that came late, or never, of requests that were hopeful."""
-    _parts: int = 0
+    num_parts: int = 0
+    """Of ticks, that its steps had of the device."""
     _needed: int = 0
     """In parts of ticks, times the objective."""
     _blocked: list[int] = field(default_factory=lambda: [0] * len(WAITS))
@@ -103,14 +104,14 @@ class Usage:
 
     def ran_prompts(self, ticks: int) -> None:
         """A step with prompts has taken so long: it has the device to itself, and is needed in full."""
-        self._parts += ticks * PARTS
+        self.num_parts += ticks * PARTS
         self._needed += ticks * PARTS * self.tpot
         self._block(Series(ticks, 0, 1), ticks)
 
     def ran_decodes(self, steps: Series, gaps: Gaps | None, width: int) -> None:
         """Decode steps have run, with so many lanes side by side. Without gaps all of it is needed."""
         part, whole = PARTS // width, steps.sum()
-        self._parts += part * whole
+        self.num_parts += part * whole
         self._needed += part * (self.tpot * whole if gaps is None else self._weighted(steps, gaps))
         self._block(steps, whole)
 
@@ -135,7 +136,7 @@ class Usage:
     @property
     def device_seconds(self) -> float:
         """The part of the device's time that its steps had."""
-        return self._parts / (PARTS * PER_SECOND)
+        return self.num_parts / (PARTS * PER_SECOND)
 
     @property
     def needed_seconds(self) -> float:
