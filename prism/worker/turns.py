@@ -117,6 +117,7 @@ def _earliest(runnable: Sequence[Runnable], lost: Set[ModelId], now: float) -> R
 
 @lru_cache(maxsize=256)
 def _least_chunk(costs: StepCosts | None) -> int:
+    """Kept for the latest costs, which never change: corrected ones are others."""
     if costs is None:
         return LEAST_CHUNK
     return max(LEAST_CHUNK, costs.tokens_within(LEAST_READS * costs.gemm(1)))
