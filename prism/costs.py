@@ -106,7 +106,9 @@ class StepCosts:
         if self.prefill(1, start) > seconds:
             return 0
         knots, place = self.prompt_curve, 1
-        while place < len(knots) - 1 and self.prefill(knots[place][0], start) <= seconds:
+        for n, t in knots[1:-1]:
+            if t + self.per_pair * n * (start + n / 2) > seconds:
+                break
             place += 1
         (n0, t0), (n1, t1) = knots[place - 1], knots[place]
         slope = (t1 - t0) / (n1 - n0)

@@ -22,6 +22,7 @@ from prism.fields import parse_size
 from prism.modes import Mode
 from prism.outputs import PLOT_ENDINGS, check_output
 from prism.sim.cluster import Cluster
+from prism.sim.collecting import collect_rarely
 from prism.sim.generate import Synthetic
 from prism.sim.inputs import (
     Inputs,
@@ -116,6 +117,7 @@ def run_simulate(
     if save_trace is not None:
         _save_rows(load.requests, save_trace)
     cluster = make_cluster(inputs, load, profile, mode)
+    collect_rarely()
     with _progress() as progress:
         task = progress.add_task(mode.value, total=len(load.requests))
         tell = partial(progress.advance, task)
@@ -173,6 +175,7 @@ def run_plan(
     _check_outputs(output, plot)
     profile = open_profile(inputs.profile)
     load = read_workload(inputs, profile)
+    collect_rarely()
     plans = {}
     with _progress() as progress:
         for mode in modes:

@@ -66,7 +66,7 @@ class DemandWindow:
         self._window = window
         self._speeds = speeds
         self._since: float | None = None
-        self._last: dict[tuple[WorkerId, ModelId], _Counters] = {}
+        self._last: dict[WorkerId, dict[ModelId, _Counters]] = {}
         self._buckets: dict[ModelId, deque[_Bucket]] = {}
         self._running: Counter[ModelId] = Counter()
         """Requests that run now, on all workers."""
@@ -75,16 +75,16 @@ class DemandWindow:
         """Add what has come since the report before."""
         self._since = now if self._since is None else self._since
         worker = WorkerId(report.worker)
+        counted = self._last.setdefault(worker, {})
         for model in report.models:
-            key = worker, ModelId(model.model)
-            last = self._last.get(key)
+            name = ModelId(model.model)
+            last = counted.get(name)
             if last is not None and last.report is model:
                 continue  # told again as it was
-            counters = _counters(report.incarnation, model)
-            self._last[key] = counters
+            counters = counted[name] = _counters(report.incarnation, model)
             if last is not None and last.incarnation == counters.incarnation and last != counters:
-                self._add(ModelId(model.model), last, counters, self._speeds.get(worker, 1.0), now)
-            self._running[key[1]] += counters.num_running - (0 if last is None else last.num_running)
+                self._add(name, last, counters, self._speeds.get(worker, 1.0), now)
+            self._running[name] += counters.num_running - (0 if last is None else last.num_running)
 
     def _add(self, model: ModelId, last: _Counters, new: _Counters, speed: float, now: float) -> None:
         buckets = self._buckets.setdefault(model, deque())

@@ -111,19 +111,23 @@ class ControllerState:
         2. One that is in memory at a home as well lives on both: placement merges what is too much.
         3. Of several homes one that has evicted it is none any more.
         """
-        changes = [self._adopt(model, worker, now) for model in self._models.get(worker, {})]
+        changes = [
+            self._adopt(model, worker, report.state, now)
+            for model, report in self._models.get(worker, {}).items()
+            if not report.is_ahead and report.state in (ModelState.ACTIVE, ModelState.COLD)
+        ]
         return any(changes)
 
-    def _adopt(self, model: ModelId, worker: WorkerId, now: float) -> bool:
-        if model not in self.homes or model in self.migrations:
+    def _adopt(self, model: ModelId, worker: WorkerId, state: ModelState, now: float) -> bool:
+        homes = self.homes.get(model)
+        if homes is None or model in self.migrations:
             return False
-        homes, state = self.homes[model], self._state(worker, model)
-        if worker not in self.workers(model):
+        home = next((home for home in homes if home.worker == worker), None)
+        if home is None:
             if state is not ModelState.ACTIVE:
                 return False
             kept = tuple(home for home in homes if self._state(home.worker, model) in RESIDENT)
             return self.set_homes(model, (*kept, Home(worker)))  # 1, 2
-        (home,) = (home for home in homes if home.worker == worker)
         if len(homes) > 1 and state is ModelState.COLD and now - home.since >= FRESH_SECONDS:
             return self.set_homes(model, tuple(each for each in homes if each is not home))  # 3
         return False

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from prism.config import SchedulingConfig
 from prism.modes import RULES, Mode
 from prism.profile import Profile
+from prism.sim.collecting import collect_rarely
 from prism.sim.controlling import Controlled, Done
 from prism.sim.device import SimDevice
 from prism.sim.jobs import Job
@@ -119,7 +120,7 @@ class Cluster:
             yield from map(self.run_device, devices)
             return
         # spawn: whoever shows a progress bar has threads, which a fork would not survive
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=collect_rarely) as pool:
             longest = sorted(devices, key=lambda models: -sum(self.demand[m] for m in models))
             futures = {models: pool.submit(self.run_device, models) for models in longest}
             for models in devices:

@@ -79,10 +79,14 @@ def report(device: SimDevice, worker: WorkerId, models: Iterable[ModelReport]) -
     )
 
 
-def report_of(device: SimDevice, worker: WorkerId, now: int) -> Report:
-    """A worker's state as controller and gateways see it: models that have been there."""
+def report_of(device: SimDevice, worker: WorkerId, now: int, *, is_for_placement: bool = True) -> Report:
+    """A worker's state as controller and gateways see it: models that have been there.
+
+    How long a model has been idle is of interest to placement alone, and otherwise not brought up to date.
+    """
     device.stepper.account(now)
-    return report(device, worker, (_model_report(device, model, now) for model in device.models.values()))
+    reports = [_model_report(device, model, now, is_for_placement) for model in device.models.values()]
+    return report(device, worker, reports)
 
 
 def first_report(device: SimDevice, worker: WorkerId, models: Iterable[ModelId]) -> Report:
@@ -110,14 +114,14 @@ def _blank(model: ModelId) -> ModelReport:
     )
 
 
-def _model_report(device: SimDevice, model: SimModel, now: int) -> ModelReport:
-    """Of a cold model that has nothing to do the same again, as long as nothing has come of it: most are."""
-    if model.state is not ModelState.COLD or model.tickets:
+def _model_report(device: SimDevice, model: SimModel, now: int, is_for_placement: bool) -> ModelReport:
+    """Of a model that has nothing to do the same again, as long as nothing has come of it: most are."""
+    if model.tickets or (is_for_placement and model.state is not ModelState.COLD):
         return _new_report(device, model, now)
-    seen = model.num_activations, model.usage.num_late
-    if model.cold_report is None or model.cold_report[0] != seen:
-        model.cold_report = seen, _new_report(device, model, now)
-    return model.cold_report[1]
+    seen = model.history()
+    if model.idle_report is None or model.idle_report[0] != seen:
+        model.idle_report = seen, _new_report(device, model, now)
+    return model.idle_report[1]
 
 
 def _new_report(device: SimDevice, model: SimModel, now: int) -> ModelReport:

@@ -146,9 +146,11 @@ class Controlled:
     def _look(self, now: int) -> None:
         """Reports, and what follows from them."""
         self._now, seconds = now, to_seconds(now)
-        workers: Iterable[WorkerId] = self._devices if seconds >= self._placer.due else self._concerned()
+        is_for_placement = seconds >= self._placer.due
+        workers: Iterable[WorkerId] = self._devices if is_for_placement else self._concerned()
         for worker in workers:
-            report = commands.report_of(self._devices[worker], worker, now)
+            device = self._devices[worker]
+            report = commands.report_of(device, worker, now, is_for_placement=is_for_placement)
             self._gateway.on_report(report)
             self.state.on_report(report)
             if self._placer.on_report(report, seconds):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 
 from prism.sim.jobs import Job
+from prism.sim.ticks import NEVER
 
 
 class DecodeGroup:
@@ -36,6 +37,11 @@ class DecodeGroup:
         self._ends: list[tuple[int, int, Job]] = []
         self._num_joins = 0
         self._ahead: dict[Job, int] = {}
+        """What each was ahead by when the newest joined; `_gained + min(of it, _most)` since then."""
+        self._gained = 0
+        self._most = NEVER
+        self._least: int | None = None
+        """Of `_ahead`; None when one has left that may have been it."""
 
     def jobs(self) -> list[Job]:
         """All sequences."""
@@ -46,7 +52,9 @@ class DecodeGroup:
         tokens = job.known
         self._num_joins += 1
         self._joined[job] = (self._steps, tokens, self._num_joins)
+        self._settle()
         self._ahead[job] = ahead
+        self._least = None
         self.size += 1
         self._phases[(1 - tokens + self._steps) % self.block] += 1
         self.context += tokens
@@ -56,7 +64,8 @@ class DecodeGroup:
     def leave(self, job: Job) -> int:
         """Take a sequence out, ended or not; the blocks that it held."""
         step, tokens, _ = self._joined.pop(job)
-        del self._ahead[job]
+        if self._ahead.pop(job) == self._least:
+            self._least = None
         self.size -= 1
         self._phases[(1 - tokens + step) % self.block] -= 1
         ran = self._steps - step
@@ -74,11 +83,22 @@ class DecodeGroup:
     @property
     def ahead(self) -> int:
         """Ticks from the last step to when the next token of a stream is due, the least of them."""
-        return min(self._ahead.values(), default=0)
+        if not self._ahead:
+            return 0
+        if self._least is None:
+            self._least = min(self._ahead.values())
+        return self._gained + min(self._least, self._most)
 
     def bank(self, gain: int, most: int) -> None:
         """Steps have put each stream `gain` ticks ahead, and before at most `most` of what it was."""
-        self._ahead = {job: gain + min(ahead, most) for job, ahead in self._ahead.items()}
+        self._most = min(self._most, most - self._gained)
+        self._gained += gain
+
+    def _settle(self) -> None:
+        """Write down what each is ahead by."""
+        gained, most = self._gained, self._most
+        self._ahead = {job: gained + min(ahead, most) for job, ahead in self._ahead.items()}
+        self._gained, self._most, self._least = 0, NEVER, None
 
     def youngest(self) -> Job | None:
         """The one that gives way first."""
@@ -154,7 +174,7 @@ class DecodeGroup:
             entry = heappop(self._ends)
             if self._is_valid(entry):
                 found.append(entry[2])
-        return sorted(found, key=lambda job: job.rank)
+        return found if len(found) < 2 else sorted(found, key=lambda job: job.rank)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block)

@@ -75,18 +75,30 @@ class SimDevice:
 
     def next_event(self) -> int:
         """When something happens next."""
+        return min(self._next_but_coming(), self.stepper.next_coming())
+
+    def _next_but_coming(self) -> int:
         loader = self.loader
         return min(
-            self.stepper.next_end(), loader.link.next_event(), loader.wake_at, self._timers.next(), self._poke
+            self.stepper.next_close(),
+            loader.link.next_event(),
+            loader.wake_at,
+            self._timers.next(),
+            self._poke,
         )
 
     def run_until(self, end: int) -> None:
         """Do what happens before `end`."""
         last = -1
-        while (time := self.next_event()) < end:
+        while True:
+            others, coming = self._next_but_coming(), self.stepper.next_coming()
+            time = min(others, coming)
+            if time >= end:
+                return
             assert time > last, "the clock stands still"
             last = time
-            self._process(time)
+            if others == time or self._waiting or not self.stepper.skip_prompts(time):
+                self._process(time)
 
     def begin(self, now: int) -> None:
         """Move the clock, and tell what has run by then."""
@@ -107,15 +119,19 @@ class SimDevice:
             self._needs_admission = self._needs_moves = True
         if self.loader.wake_at <= now:
             self.memory_changed()
+        if self._timers.next() <= now:
+            self._timers_ran(now)
+        self._decide(now)
+        while self._needs_moves or self._needs_admission:  # a step has taken memory from others
+            self._decide(now)
+
+    def _timers_ran(self, now: int) -> None:
         while (job := self._timers.arrived(now)) is not None:
             self.arrive(job)
         while (job := self._timers.outlived(now)) is not None:
             self._time_out(job, now)
         if self._timers.has_expired(now):
             self._needs_admission = True
-        self._decide(now)
-        while self._needs_moves or self._needs_admission:  # a step has taken memory from others
-            self._decide(now)
 
     def _decide(self, now: int) -> None:
         if self._needs_moves:

@@ -22,7 +22,7 @@ from prism.sim.rounds import Rounds
 from prism.sim.runs import due_after
 from prism.worker import turns
 from prism.worker.foresight import BANKED
-from prism.worker.snapshot import Runnable
+from prism.worker.snapshot import decode_share
 
 MOST_STEPS = 256
 """That are looked at one by one: more of them would be too many when the run is cut soon."""
@@ -30,6 +30,8 @@ MOST_STEPS = 256
 
 def order_of_rounds(first: SimModel, members: Sequence[SimModel]) -> list[SimModel]:
     """The order in which all members take turns, if they do, and `first` is to begin; else `first` alone."""
+    if len(members) == 1:
+        return [first]
     order = sorted(members, key=lambda model: (model.last_turn, model.name))
     return order if order[0] is first else [first]
 
@@ -38,13 +40,14 @@ def gives_up(members: Sequence[SimModel], rules: Rules, longer: Longer, more: in
     """Whether the policy gives up streams of a lane when each of them has drawn so many tokens more."""
     if not rules.by_deadline or len(members) == 1:
         return False
-    return bool(turns.given_up(_decoding(model, longer, more) for model in members))
+    return bool(
+        turns.beyond_share([_streams(model, longer, more) for model in members if model.decodes.size])
+    )
 
 
-def _decoding(model: SimModel, longer: Longer, more: int) -> Runnable:
-    size, served = model.decodes.size, model.served
-    seconds = longer(model) * served.costs.steps.decode(size, model.decodes.context + more * size)
-    return Runnable(model.name, 0.0, 0.0, size, decode_seconds=seconds, tpot=served.slo.tpot)
+def _streams(model: SimModel, longer: Longer, more: int) -> turns.Streams:
+    share = decode_share(longer(model) * model.decode_seconds(more), model.served.slo.tpot)
+    return turns.Streams(share, model.decodes.size, model.name)
 
 
 def steps_with_time(

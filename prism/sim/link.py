@@ -67,6 +67,8 @@ class Link:
 
     def arrived(self, now: int) -> list[SimModel]:
         """Take out what has been loaded by `now`."""
+        if not self._loads:
+            return []
         self.advance(now)
         ready = [load for load in self._loads.values() if load.ready is not None and load.ready <= now]
         for load in ready:

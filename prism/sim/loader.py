@@ -122,8 +122,11 @@ class Loader:
         """Those with the oldest requests first; who finds no room looks again when memory changes, when a
         busy model has been here for as long as it may count on, or when it may displace one."""
         absent = (ModelState.COLD, ModelState.FETCHING)
-        asked_for = [m for m in self._models.values() if m.tickets or m.is_wanted]
-        wanted = [m for m in asked_for if m.state in absent or m.is_ahead]
+        wanted = [
+            m
+            for m in self._models.values()
+            if (m.tickets or m.is_wanted) and (m.state in absent or m.is_ahead)
+        ]
         results = [self.want(m, now) for m in sorted(wanted, key=lambda m: (rank_of(m), m.name))]
         if not all(results):
             dues = (self._memory.displaces_at(m) for m in wanted if m.state is ModelState.FETCHING)
@@ -135,12 +138,17 @@ class Loader:
     def _load_ahead(self, now: int) -> None:
         """One that lives here comes before anybody asks, if there is room."""
         memory, threshold = self._memory, self._limits.idle_threshold
+        cold = [m for m in self._models.values() if m.state is ModelState.COLD and m.is_at_home]
+        if not cold:
+            return
+        demand = memory.expected_demand(now)
+        most = ahead.room(memory.free, memory.num_slabs, demand)
         absent = [
             ahead.Absent(m.name, slabs_to_activate(m), m.return_chance(now, threshold))
-            for m in self._models.values()
-            if m.is_at_home and m.state is ModelState.COLD and slabs_to_activate(m) < memory.free
+            for m in cold
+            if slabs_to_activate(m) <= most
         ]
-        chosen = ahead.choose(absent, memory.free, memory.num_slabs, memory.expected_demand(now))
+        chosen = ahead.choose(absent, memory.free, memory.num_slabs, demand)
         if chosen is not None:
             model = self._models[chosen]
             model.is_ahead = True

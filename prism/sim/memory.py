@@ -62,8 +62,19 @@ class Memory:
         """Free blocks for what a model's sequences want, as far as memory and their ranks allow."""
         ask_in_order(wants, lambda num_blocks, rank: self._raise(model, num_blocks, rank, now))
 
+    def take_free(self, model: SimModel, num_blocks: int, now: int) -> bool:
+        """Give the model so many free blocks if free slabs suffice that nobody older waits for: then it does
+        not matter who of its sequences wants them. Nothing is taken otherwise."""
+        missing = -(-(num_blocks - model.free_blocks) // model.blocks_per_slab)
+        room = missing if model.kv_limit is None else model.kv_limit - model.kv_slabs
+        if missing > min(room, self.free - self._reserved(model, now)):
+            return False
+        self.free -= missing
+        model.kv_slabs += missing
+        return True
+
     def _raise(self, model: SimModel, num_blocks: int, rank: Rank, now: int) -> bool:
-        limit, per_slab = model.kv_limit, model.layout.blocks_per_slab
+        limit, per_slab = model.kv_limit, model.blocks_per_slab
         while (lacking := num_blocks - model.free_blocks) > 0:
             room, spare = (
                 None if limit is None else limit - model.kv_slabs,
@@ -204,7 +215,7 @@ class Memory:
         """Slabs that a model could still get without touching a running sequence, within its limit."""
         slabs = self.free
         for other in self._models.values():
-            if other is model or not other.is_active:
+            if other is model or other.state is not ModelState.ACTIVE:
                 continue
             if not other.tickets and not other.is_pinned:
                 slabs += other.weight_slabs + other.kv_slabs

@@ -7,7 +7,7 @@ far as budget, batch and blocks reach; the youngest gives way. Prefix caches are
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 from prism.engine.kv_layout import KvLayout, layout_of
@@ -18,7 +18,7 @@ from prism.sim.decoding import DecodeGroup
 from prism.sim.jobs import Chunk, Job, Served, policy_rank
 from prism.sim.ticks import StepTicks, to_seconds, to_ticks
 from prism.sim.usage import Usage
-from prism.types import Bytes, ModelId, ModelState, RequestId
+from prism.types import Bytes, ModelState, RequestId
 from prism.worker.foresight import GROWTH, IdleTimes, OutputLengths
 from prism.worker.usage import is_hopeful
 
@@ -32,8 +32,11 @@ class SimModel:
         layout = layout_of(served.costs.shape.kv_bytes_per_token, Bytes(slab_bytes))
         if layout is None:
             raise ConfigError([f"model {served.model}: a block of KV does not fit a slab of {slab_bytes}"])
+        self.name = served.model
+        """Its key in the trace."""
         self.served = served
         self.layout: KvLayout = layout
+        self.blocks_per_slab = layout.blocks_per_slab
         self.tpot = to_ticks(served.slo.tpot)
         self.lane: int | None = None
         """Since it was first loaded."""
@@ -76,19 +79,29 @@ class SimModel:
         self.num_evictions = 0
         self.num_preemptions = 0
         self.usage = Usage(self.tpot)
-        self.cold_report: tuple[tuple[int, int], ModelReport] | None = None
-        """The last one while it was cold, with counters that tell whether it has been anything else since."""
+        self.idle_report: tuple[tuple[object, ...], ModelReport] | None = None
+        """The last one that was told again while it had nothing to do, with its history until then."""
         self._ticks = StepTicks(served.costs.steps)
-
-    @property
-    def name(self) -> ModelId:
-        """Its key in the trace."""
-        return self.served.model
+        self.num_layers = served.costs.shape.num_layers
 
     @property
     def is_active(self) -> bool:
         """It can run steps."""
         return self.state is ModelState.ACTIVE
+
+    def history(self) -> tuple[object, ...]:
+        """While it has no requests: another one whenever something else is to be reported of it."""
+        usage = self.usage
+        return (
+            self.state,
+            self.is_ahead,
+            self.kv_slabs,
+            self.last_used,
+            self.num_activations,
+            usage.num_requests,
+            usage.num_late,
+            usage.num_parts,
+        )
 
     # --- memory ---------------------------------------------------------------------------------------
 
@@ -100,16 +113,17 @@ class SimModel:
     @property
     def free_blocks(self) -> int:
         """Blocks of its slabs that nobody holds."""
-        return self.kv_slabs * self.layout.blocks_per_slab - self.used_blocks
+        used = self.decodes.num_blocks + self.prompt_blocks + self.leaving_blocks
+        return self.kv_slabs * self.blocks_per_slab - used
 
     @property
     def empty_slabs(self) -> int:
         """Slabs that compaction could free."""
-        return self.kv_slabs - -(-self.used_blocks // self.layout.blocks_per_slab)
+        return self.kv_slabs - -(-self.used_blocks // self.blocks_per_slab)
 
     def capacity(self, num_slabs: int) -> int:
         """Tokens that so many slabs hold."""
-        return num_slabs * self.layout.blocks_per_slab * self.layout.tokens_per_block
+        return num_slabs * self.blocks_per_slab * self.layout.tokens_per_block
 
     def return_chance(self, now: int, threshold: float | None) -> float:
         """That it gets a request soon, if it has none."""
@@ -125,7 +139,7 @@ class SimModel:
     @property
     def num_sequences(self) -> int:
         """Admitted and not ended."""
-        return self.num_running + len(self.waiting)
+        return self.decodes.size + len(self.prompts) + self.num_leaving + len(self.waiting)
 
     @property
     def num_running(self) -> int:
@@ -140,8 +154,7 @@ class SimModel:
     @property
     def can_step(self) -> bool:
         """It could take a turn."""
-        is_able = self.state is ModelState.ACTIVE and not self.is_stalled
-        return is_able and (self.decodes.size > 0 or bool(self.prompts or self.waiting))
+        return bool(able_to_step([self]))
 
     def take(self, job: Job) -> None:
         """A request of it has come; one that another device had may be older than others."""
@@ -170,10 +183,9 @@ class SimModel:
             return self.prompts[-1]
         return youngest
 
-    def unstarted(self) -> Iterator[Job]:
+    def unstarted(self) -> list[Job]:
         """Sequences with prompts to compute, in the order in which steps take them."""
-        yield from self.prompts
-        yield from self.waiting
+        return self.prompts + self.waiting
 
     def admit(self, job: Job) -> None:
         """A request enters."""
@@ -236,16 +248,16 @@ class SimModel:
 
     def blocks_wanted(self, budget: int, max_sequences: int) -> int:
         """Free blocks that a step of `budget` tokens could use."""
-        return self.decodes.blocks_for(1) + sum(
-            w.num_blocks for w in self._prompts_want(budget, max_sequences)
-        )
+        prompts = [num_blocks for _, num_blocks in self._prompts_want(budget, max_sequences)]
+        return self.decodes.blocks_for(1) + sum(prompts)
 
     def wants(self, budget: int, max_sequences: int) -> list[Want]:
         """The same by sequence: running ones oldest first, then waiting ones."""
         decodes = [Want(policy_rank(job), 1) for job in self.decodes.wanting()]
-        return [*sorted(decodes), *self._prompts_want(budget, max_sequences)]
+        prompts = [Want(policy_rank(job), num) for job, num in self._prompts_want(budget, max_sequences)]
+        return [*sorted(decodes), *prompts]
 
-    def _prompts_want(self, budget: int, max_sequences: int) -> Iterator[Want]:
+    def _prompts_want(self, budget: int, max_sequences: int) -> Iterator[tuple[Job, int]]:
         budget -= self.decodes.size
         num_blocks = self.layout.num_blocks
         places = max_sequences - self.num_running
@@ -256,7 +268,7 @@ class SimModel:
             budget -= length
             wanted = num_blocks(job.computed + length) - num_blocks(job.computed)
             if wanted:
-                yield Want(policy_rank(job), wanted)
+                yield job, wanted
 
     def take_chunks(self, budget: int, max_sequences: int) -> list[Chunk]:
         """The prompts' part of a step whose decodes have their blocks already."""
@@ -329,10 +341,26 @@ class SimModel:
     @property
     def kernel_seconds(self) -> float:
         """Of a decode step without context, for each layer."""
-        return self._ticks.gemm(self.decodes.size) / self.served.costs.shape.num_layers
+        return self._ticks.gemm(self.decodes.size) / self.num_layers
+
+    def decode_seconds(self, more: int = 0) -> float:
+        """Of a decode step alone, when each sequence has so many tokens more."""
+        size = self.decodes.size
+        return self._ticks.seconds(size, self.decodes.context + more * size)
 
     def chunk_ticks(self, chunks: list[Chunk]) -> int:
         """Ticks of a step of these chunks and all decodes."""
         tokens = self.decodes.size + sum(chunk.length for chunk in chunks)
         pairs = sum(c.length * (c.job.computed - c.length / 2) for c in chunks)
         return to_ticks(self.served.costs.steps.step(tokens, pairs, self.decodes.context))
+
+
+def able_to_step(models: Iterable[SimModel]) -> list[SimModel]:
+    """Those that could take a turn; asked for at each event, and most have nothing to do."""
+    return [
+        model
+        for model in models
+        if (model.decodes.size or model.prompts or model.waiting)
+        and model.state is ModelState.ACTIVE
+        and not model.is_stalled
+    ]

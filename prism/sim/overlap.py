@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from prism.sim.model import SimModel
+from prism.types import ModelState
 
 VECTOR_PULL = 2.5
 """Kernels of steps of one row, beside those of larger ones, get so many times their time: they have many more
@@ -29,15 +30,16 @@ class Overlap:
     """Of one device."""
 
     def __init__(self, together: Callable[[int], float]) -> None:
-        """`together` says how much more so many lanes of equal models do than one."""
+        """`together` says how much more so many lanes of equal models do than one; always the same."""
         self._together = together
+        self._hidden: dict[int, float] = {}
 
     def pull(self, models: Iterable[SimModel]) -> float:
-        """Of a lane whose models take turns: a mean over its time."""
+        """Of a lane whose models take turns: a mean over its time. 0 if nothing decodes."""
         total = seconds = 0.0
         for model in models:
-            if model.is_active and model.decodes.size:
-                step = model.kernel_seconds * model.served.costs.shape.num_layers
+            if model.decodes.size and model.state is ModelState.ACTIVE and not model.is_stalled:
+                step = model.kernel_seconds * model.num_layers
                 total += step * _kernel(model)
                 seconds += step
         return total / seconds if seconds else 0.0
@@ -46,16 +48,24 @@ class Overlap:
         """How many times its time alone a model's decode step takes beside others."""
         if not others:
             return alone
-        width = len(others) + 1
-        hidden_not = (width / self._together(width) - 1) / len(others)
+        hidden_not = self._hidden_not(len(others))
 
         def longer(model: SimModel) -> float:
             own = _kernel(model)
-            return 1 + sum(
+            parts = [
                 hidden_not * other / own if other < own else other / own + hidden_not - 1 for other in others
-            )
+            ]
+            return 1 + sum(parts)
 
         return longer
+
+    def _hidden_not(self, num_others: int) -> float:
+        """Of the shorter of two kernels, what it takes beside the longer."""
+        found = self._hidden.get(num_others)
+        if found is None:
+            width = num_others + 1
+            found = self._hidden[num_others] = (width / self._together(width) - 1) / num_others
+        return found
 
 
 def alone(model: SimModel) -> float:
@@ -65,9 +75,9 @@ def alone(model: SimModel) -> float:
 
 def _kernel(model: SimModel) -> float:
     """Its weight among others: seconds a layer, while it decodes."""
-    return model.kernel_seconds * (VECTOR_PULL if model.decodes.size == 1 else 1.0)
+    return model.kernel_seconds * VECTOR_PULL if model.decodes.size == 1 else model.kernel_seconds
 
 
 def pulls_of_others(pulls: Sequence[float], lane: int) -> Pulls:
     """Those of the other lanes that decode."""
-    return tuple(pull for other, pull in enumerate(pulls) if other != lane and pull)
+    return tuple([pull for other, pull in enumerate(pulls) if pull and other != lane])

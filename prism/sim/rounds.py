@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Generic, TypeVar
 
-from prism.sim.ticks import to_ticks
-from prism.sim.usage import Series
+from prism.sim.ticks import NEVER, to_ticks
+from prism.sim.usage import Gaps, Series
 
 LEAD = to_ticks(0.0015)
 """As `LEAD_SECONDS` of the worker's stepper."""
@@ -54,12 +54,16 @@ class Rounds(Generic[M]):
         self.num_steps = num_steps
         self.decided = start if decided is None else decided
         self._is_ahead = is_ahead
+        self._size = len(parts)
         self.done = 0
         """Steps that have been accounted for."""
         self.begun = 1
         """Steps that have got their blocks; the first one has them when this is made."""
-        self._first = sum(part.first for part in parts)
-        self.growth = sum(part.growth for part in parts)
+        self.stands_until = 0
+        """Before then `done` and `begun` are up to date, however often they are looked at: a cut takes only
+        steps that would have begun later."""
+        self._first = sum([part.first for part in parts]) if self._size > 1 else parts[0].first
+        self.growth = sum([part.growth for part in parts]) if self._size > 1 else parts[0].growth
         """Ticks by which each round takes longer than the one before."""
         self.end = self.end_of(num_steps)
         self.closes = self.closed_at(num_steps)
@@ -67,8 +71,9 @@ class Rounds(Generic[M]):
 
     def end_of(self, steps: int) -> int:
         """When the first `steps` steps have run."""
-        size = len(self.parts)
-        rounds, rest = (steps, 0) if size == 1 else divmod(steps, size)
+        if self._size == 1:
+            return self.start + steps * self._first + self.growth * (steps * (steps - 1) // 2)
+        rounds, rest = divmod(steps, self._size)
         end = self.start + rounds * self._first + self.growth * (rounds * (rounds - 1) // 2)
         for part in self.parts[:rest]:
             end += part.first + rounds * part.growth
@@ -80,9 +85,10 @@ class Rounds(Generic[M]):
             return self.num_steps
         if now <= self.start:
             return 0
-        size = len(self.parts)
         rounds = self._rounds_within(now - self.start)
-        steps = min(rounds * size, self.num_steps)
+        if self._size == 1:
+            return rounds
+        steps = min(rounds * self._size, self.num_steps)
         while steps < self.num_steps and self.end_of(steps + 1) <= now:
             steps += 1
         return steps
@@ -90,51 +96,80 @@ class Rounds(Generic[M]):
     def closed_at(self, steps: int) -> int:
         """When the first `steps` steps, one at least, count as run to who chooses the next one."""
         end = self.end_of(steps)
-        return max(self.end_of(steps - 1), end - LEAD) if self._is_ahead else end
+        if not self._is_ahead:
+            return end
+        number, place = (steps - 1, 0) if self._size == 1 else divmod(steps - 1, self._size)
+        part = self.parts[place]
+        length = part.first + number * part.growth
+        return end - (length if length < LEAD else LEAD)
 
     def decided_at(self, index: int) -> int:
         """When a step was chosen."""
         return self.closed_at(index) if index else self.decided
 
-    def closed_by(self, now: int) -> int:
-        """Steps that count as run then."""
-        ended = self.ended_by(now)
-        return ended + (ended < self.num_steps and self.closed_at(ended + 1) <= now)
-
-    def begun_by(self, now: int) -> int:
-        """Steps that were chosen before then, or count as run by then."""
-        return self.progress(now)[1]
-
     def progress(self, now: int) -> tuple[int, int]:
-        """`closed_by` and `begun_by`."""
-        closed = self.closed_by(now)
-        return closed, closed + (closed < self.num_steps and self.decided_at(closed) < now)
+        """Steps that count as run then, and those that were chosen before then or count as run."""
+        closed = self.ended_by(now)
+        if closed == self.num_steps:
+            return closed, closed
+        close = self.closed_at(closed + 1)
+        if close > now:
+            return closed, closed + (self.decided_at(closed) < now)
+        closed += 1
+        return closed, closed + (closed < self.num_steps and close < now)
+
+    def account(self, closed: int, begun: int) -> None:
+        """So many steps are done and begun now."""
+        self.done, self.begun = closed, begun
+        if begun > closed:
+            self.stands_until = self.closed_at(begun)
+        else:
+            self.stands_until = NEVER if closed == self.num_steps else self.decided_at(closed) + 1
+
+    @property
+    def is_closing(self) -> bool:
+        """A step of several has closed just now, by the last account: no other has been chosen behind it."""
+        return self.begun == self.done
 
     def cut(self, now: int, at_least: int = 0) -> None:
-        """Nothing is chosen from `now` on; what has been is run, and so are the first `at_least` steps."""
-        keep = max(self.begun_by(now), at_least)
-        if keep < self.num_steps:
-            self.num_steps = keep
-            self.end = self.end_of(keep)
-            self.closes = self.closed_at(keep) if keep else self.decided
+        """Nothing is chosen from `now` on; what has been is run, and so are the first `at_least` steps.
+
+        It has been accounted for until now.
+        """
+        begun = self.begun if self.done else int(self.decided < now)
+        self.shorten(max(begun, at_least))
+
+    def shorten(self, steps: int) -> None:
+        """At most so many are run."""
+        if steps < self.num_steps:
+            self.num_steps = steps
+            self.end = self.end_of(steps)
+            self.closes = self.closed_at(steps) if steps else self.decided
 
     def steps_of(self, index: int, steps: int) -> int:
         """How many of the first `steps` are the member's."""
-        size = len(self.parts)
-        return steps // size + (index < steps % size)
+        size = self._size
+        return steps if size == 1 else steps // size + (index < steps % size)
 
     def last_of(self, index: int, steps: int) -> int:
         """Number of the member's last step among the first `steps`; it has one."""
-        return (self.steps_of(index, steps) - 1) * len(self.parts) + index
+        return (self.steps_of(index, steps) - 1) * self._size + index
 
     def end_of_member(self, index: int, count: int) -> int:
         """When the member's first `count` steps have run; one at least."""
-        return self.end_of((count - 1) * len(self.parts) + index + 1)
+        return self.end_of((count - 1) * self._size + index + 1)
+
+    def gaps_of(self, index: int, before: int, count: int, last_end: int) -> Gaps:
+        """What lies between the ends of the member's own steps, `count` of them behind its first `before`,
+        and `last_end` in front of them."""
+        end = self.end_of_member(index, before + 1)
+        gap = self.end_of_member(index, before + 2) - end if count > 1 else 0
+        return Gaps(end - last_end, Series(gap, self.growth, count - 1))
 
     def series_of(self, index: int, before: int, count: int) -> Series:
         """How long `count` of the member's own steps take, those behind its first `before`."""
         part = self.parts[index]
-        return Series(part.first, part.growth, before + count).without(before)
+        return Series(part.first + before * part.growth, part.growth, count)
 
     def _rounds_within(self, ticks: int) -> int:
         """Most whole rounds that take no longer: `first * n + growth * n * (n - 1) / 2 <= ticks`."""

@@ -10,7 +10,7 @@ from prism.sim.jobs import Chunk, Job
 from prism.sim.model import SimModel
 from prism.sim.overlap import Pulls
 from prism.sim.rounds import Rounds
-from prism.sim.usage import Gaps, Series
+from prism.sim.usage import Gaps
 from prism.worker.foresight import BANKED
 
 
@@ -58,71 +58,54 @@ class Listener(Protocol):
 def advance(run: Run, now: int) -> None:
     """Account for the decode steps of a run that have closed; those that were chosen get their blocks."""
     rounds = run.rounds
+    if now < rounds.stands_until:
+        return
     closed, begun = rounds.progress(now)
     begun = max(begun, rounds.begun)
-    if closed == rounds.done and begun == rounds.begun:
-        return
-    for index, part in enumerate(rounds.parts):
-        model = part.who
-        if model in run.gone:
-            continue
-        starts = rounds.steps_of(index, begun) - rounds.steps_of(index, rounds.begun)
-        if starts:
-            model.decodes.begin(starts)
-            model.last_turn = rounds.end_of(rounds.last_of(index, begun))
-        ends = rounds.steps_of(index, closed) - rounds.steps_of(index, rounds.done)
-        if ends:
-            model.decodes.run(ends)
-            model.usage.decoded_tokens += ends * model.decodes.size
-            before = rounds.steps_of(index, rounds.done)
-            _count(model, run, index, before, ends)
-            _bank(model, rounds, index, before, ends)
-            model.last_end = model.last_used = rounds.end_of_member(index, rounds.steps_of(index, closed))
-    rounds.done, rounds.begun = closed, begun
+    if closed > rounds.done or begun > rounds.begun:
+        for index, part in enumerate(rounds.parts):
+            if part.who not in run.gone:
+                _advance(run, index, closed, begun)
+    rounds.account(closed, begun)
 
 
-def _count(model: SimModel, run: Run, index: int, before: int, count: int) -> None:
-    """Tell of the time that `count` more steps took."""
+def _advance(run: Run, index: int, closed: int, begun: int) -> None:
+    """One member's steps among the first `closed` and `begun`."""
     rounds = run.rounds
-    steps = rounds.series_of(index, before, count)
-    end = rounds.end_of_member(index, before + 1)
-    next_gap = rounds.end_of_member(index, before + 2) - end if count > 1 else 0
-    gaps = Gaps(end - model.last_end, Series(next_gap, rounds.growth, count - 1))
-    model.usage.ran_decodes(steps, None if model.has_waiting else gaps, len(run.others) + 1)
+    model = rounds.parts[index].who
+    starts = rounds.steps_of(index, begun) - rounds.steps_of(index, rounds.begun)
+    if starts:
+        model.decodes.begin(starts)
+        model.last_turn = rounds.end_of(rounds.last_of(index, begun))
+    before = rounds.steps_of(index, rounds.done)
+    ends = rounds.steps_of(index, closed) - before
+    if ends:
+        model.decodes.run(ends)
+        model.usage.decoded_tokens += ends * model.decodes.size
+        steps = rounds.series_of(index, before, ends)
+        gaps = rounds.gaps_of(index, before, ends, model.last_end)
+        model.usage.ran_decodes(steps, None if model.has_waiting else gaps, len(run.others) + 1)
+        _bank(model, gaps)
+        model.last_end = model.last_used = model.last_end + gaps.total(ends)
 
 
-def _bank(model: SimModel, rounds: Rounds[SimModel], index: int, before: int, count: int) -> None:
-    """Count what `count` more steps have put the streams ahead of their objective, `BANKED` tokens at most.
+def _bank(model: SimModel, gaps: Gaps) -> None:
+    """Count what steps have put the streams ahead of their objective, `BANKED` tokens at most.
 
     One step after the other it is `ahead = min(ahead + tpot - (end - end before), most)`. With `gain(j)`,
     what the first `j` steps gain without that bound, all of them come to
-    `gain(count) + min(ahead, most - max gain)`. Steps get longer, so gains rise to a peak and then fall.
+    `gain(all) + min(ahead, most - max gain)`.
     """
-
-    def gain(steps: int) -> int:
-        return steps * model.tpot - (rounds.end_of_member(index, before + steps) - model.last_end)
-
-    model.decodes.bank(gain(count), BANKED * model.tpot - gain(_peak(gain, count)))
-
-
-def _peak(gain: Callable[[int], int], count: int) -> int:
-    """The last of `count` steps up to which gains do not fall."""
-    low, high = 1, count
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if gain(middle + 1) >= gain(middle) else (low, middle)
-    return low
+    most = BANKED * model.tpot - gaps.gain(gaps.peak(model.tpot), model.tpot)
+    model.decodes.bank(gaps.gain(gaps.num, model.tpot), most)
 
 
 def due_after(model: SimModel, rounds: Rounds[SimModel]) -> Callable[[int], int]:
     """When the first stream of a model is due after so many of its steps on end; see `_bank`."""
-
-    def gain(steps: int) -> int:
-        return steps * model.tpot - (rounds.end_of(steps) - model.last_end)
-
-    ahead, most = model.decodes.ahead, BANKED * model.tpot
-    peak = _peak(gain, rounds.num_steps)
-    return lambda steps: model.last_end + steps * model.tpot + min(ahead, most - gain(min(steps, peak)))
+    tpot, ahead, most = model.tpot, model.decodes.ahead, BANKED * model.tpot
+    gaps = rounds.gaps_of(0, 0, rounds.num_steps, model.last_end)
+    peak = gaps.peak(tpot)
+    return lambda steps: model.last_end + steps * tpot + min(ahead, most - gaps.gain(min(steps, peak), tpot))
 
 
 def steps_until_change(order: Sequence[SimModel]) -> int:

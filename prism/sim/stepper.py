@@ -20,9 +20,9 @@ from prism.modes import Rules
 from prism.sim.jobs import Chunk
 from prism.sim.jumps import gives_up, order_of_rounds, steps_in_turn, steps_with_time
 from prism.sim.memory import Memory
-from prism.sim.model import SimModel
+from prism.sim.model import SimModel, able_to_step
 from prism.sim.modes import Limits
-from prism.sim.overlap import Longer, Overlap, pulls_of_others
+from prism.sim.overlap import Longer, Overlap, Pulls, pulls_of_others
 from prism.sim.rounds import Part, Rounds
 from prism.sim.runs import Leaving, Listener, Run, advance, close, steps_until_change
 from prism.sim.ticks import NEVER, to_seconds
@@ -61,6 +61,10 @@ class Stepper:
         self._listener = listener
         self._has_emptied = False
         """A lane has lost what it was to do, or has room for more."""
+        self._is_settled = False
+        """Nothing has run, come or changed for any model since lanes were last given something to do."""
+        self._stalled: list[SimModel] = []
+        """Models that have lacked memory since memory changed; those that have left meanwhile lack none."""
         self.num_decisions = 0
         self.busy = 0
         """Ticks in which lanes worked, of all lanes."""
@@ -81,22 +85,39 @@ class Stepper:
             if run is not None and not run.chunks:
                 advance(run, now)
 
-    def next_end(self) -> int:
-        """When the next run closes, or something on its way has come."""
-        end = min((run.rounds.closes for run in self._runs if run is not None), default=NEVER)
-        return min(end, self._coming[0][0]) if self._coming else end
+    def next_close(self) -> int:
+        """When the next run closes."""
+        end = NEVER
+        for run in self._runs:
+            if run is not None and run.rounds.closes < end:
+                end = run.rounds.closes
+        return end
+
+    def next_coming(self) -> int:
+        """When a request ends next whose last step has closed, or prompts have run."""
+        return self._coming[0][0] if self._coming else NEVER
+
+    def skip_prompts(self, now: int) -> bool:
+        """Nobody waits for the engines: prompts that have run then, and nothing else, are of no interest."""
+        coming = self._coming
+        if any(each[0] <= now and each[2] is not None for each in coming):
+            return False
+        while coming and coming[0][0] <= now:
+            heappop(coming)
+        return True
 
     @property
     def has_stalled(self) -> bool:
         """Some model lacks memory for its next step."""
-        return any(model.is_stalled for model in self._models.values())
+        return bool(self._stalled) and any(model.is_stalled for model in self._stalled)
 
     def wake(self, now: int) -> None:
         """Memory has changed: who lacked it tries again."""
-        for model in self._models.values():
+        for model in self._stalled:
             if model.is_stalled:
                 model.is_stalled = False
                 self.disturb(model, now)
+        self._stalled.clear()
 
     # --- what has run -----------------------------------------------------------------------------------
 
@@ -107,10 +128,10 @@ class Stepper:
         """
         for run in self._runs:
             if run is not None and not run.chunks:
-                advance(run, now)
-                rounds = run.rounds
-                if rounds.done and rounds.closed_at(rounds.done) == now:
-                    rounds.cut(now)
+                if now >= run.rounds.stands_until:
+                    advance(run, now)
+                if run.rounds.is_closing:
+                    run.rounds.cut(now)
 
     def collect(self, now: int) -> None:
         """Close the runs that are due, and tell what has come."""
@@ -128,7 +149,7 @@ class Stepper:
                 continue
             rounds = run.rounds
             self._runs[lane] = None
-            self._has_emptied = True
+            self._has_emptied, self._is_settled = True, False
             self._ends[lane] = rounds.end
             self.busy += rounds.end - rounds.start
             if run.chunks:
@@ -150,6 +171,9 @@ class Stepper:
 
     def plan(self, now: int) -> None:
         """Give each lane that has room something to do, until all agree on what decodes side by side."""
+        if self._is_settled:
+            return
+        self._is_settled = True
         while True:
             self._has_emptied = False
             for lane in self._idle():
@@ -170,11 +194,8 @@ class Stepper:
         """
         if None not in self._runs:
             return []
-        idle = [
-            lane
-            for lane, models in enumerate(self._lanes)
-            if self._runs[lane] is None and any(model.can_step for model in models)
-        ]
+        lanes = enumerate(zip(self._runs, self._lanes, strict=True))
+        idle = [lane for lane, (run, models) in lanes if run is None and able_to_step(models)]
         return idle if len(idle) < 2 else sorted(idle, key=lambda lane: (self._decided[lane], lane))
 
     def disturb(self, model: SimModel, now: int) -> None:
@@ -183,6 +204,7 @@ class Stepper:
         A step that was chosen just now has its blocks and stays: else two models could take an empty slab
         from each other for ever.
         """
+        self._is_settled = False
         if model.lane is not None:
             self._cut(model.lane, now, at_least=1)
 
@@ -191,6 +213,7 @@ class Stepper:
 
         The server waits for its steps: what they end has ended.
         """
+        self._is_settled = False
         if model.lane is None:
             return
         self._cut(model.lane, now)
@@ -216,35 +239,41 @@ class Stepper:
                 model.decodes.forgo()
             model.last_turn = run.turn_before
             self._runs[lane] = None
-            self._has_emptied = True
+            self._has_emptied, self._is_settled = True, False
 
     def _pulls(self) -> list[float]:
         """Of each lane; 0 where nothing decodes."""
+        return [self._overlap.pull(models) for models in self._lanes]
+
+    def _others(self, lane: int) -> Pulls:
+        """Pulls of the lanes beside this one that decode."""
         pull = self._overlap.pull
-        return [pull([m for m in models if m.decodes.size and m.can_step]) for models in self._lanes]
+        pulls = [pull(models) for other, models in enumerate(self._lanes) if other != lane]
+        return tuple([each for each in pulls if each])
 
     def _plan(self, lane: int, now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
-        while members := [model for model in self._lanes[lane] if model.can_step]:
+        while members := able_to_step(self._lanes[lane]):
             turn = self._turn(lane, members, now)
             model = self._models[turn.model]
             self._decided[lane] = now
             if self._start(model, turn.budget, lane, now):
                 return
             model.is_stalled = True  # for want of memory; the others' turn
+            self._stalled.append(model)
 
     def _turn(self, lane: int, members: Sequence[SimModel], now: int) -> turns.Turn:
         """What the policy chooses; a model that only decodes, and is alone, is no choice."""
         with_prompts = any(model.prompts or model.waiting for model in members)
         if len(members) == 1 and not with_prompts:
             return turns.Turn(members[0].name, self._limits.max_batch_tokens)
-        others, pulls = self._neighbours(lane) if with_prompts else (), self._pulls()
+        others = self._neighbours(lane) if with_prompts else ()
         lanes = {lane, *(model.lane for model in others if model.lane is not None)}
-        longer = {each: self._overlap.beside(pulls_of_others(pulls, each)) for each in lanes}
+        longer = {each: self._overlap.beside(self._others(each)) for each in lanes}
         snapshot = TurnSnapshot(
-            tuple(runnable(model, self._rules, longer[lane]) for model in members),
+            tuple([runnable(model, self._rules, longer[lane]) for model in members]),
             self._limits.max_batch_tokens,
-            tuple(runnable(m, self._rules, longer[m.lane]) for m in others if m.lane is not None),
+            tuple([runnable(m, self._rules, longer[m.lane]) for m in others if m.lane is not None]),
         )
         self.num_decisions += 1
         turn = turns.decide(snapshot, to_seconds(now))
@@ -252,14 +281,14 @@ class Stepper:
         return turn
 
     def _neighbours(self, lane: int) -> list[SimModel]:
-        return [m for m in self._models.values() if m.lane != lane and m.is_active and m.decodes.size]
+        return [m for m in self._models.values() if m.decodes.size and m.lane != lane and m.is_active]
 
     def _start(self, model: SimModel, budget: int, lane: int, now: int) -> bool:
         """Begin a step; False if there is no memory for any of it."""
         size = self._limits.max_batch_size
         has_prompts = bool(model.prompts or model.waiting)
         wanted = model.blocks_wanted(budget, size) if has_prompts else model.decodes.blocks_for(1)
-        if wanted > model.free_blocks:
+        if wanted > model.free_blocks and not (wanted and self._memory.take_free(model, wanted, now)):
             self._memory.ensure_kv(model, model.wants(budget, size), now)
             if not model.make_room_for_decodes():
                 return False
@@ -296,17 +325,20 @@ class Stepper:
         self._runs[lane] = Run(rounds, (), chunks, has_decodes)
 
     def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
-        others = pulls_of_others(self._pulls(), lane)
+        others = self._others(lane)
         longer = self._overlap.beside(others)
-        members = [m for m in self._lanes[lane] if m.can_step]
-        prompts = (end for other, end in enumerate(self._prompt_ends) if other != lane)
-        start = max(now, self._ends[lane], *prompts)
+        members = able_to_step(self._lanes[lane])
+        start = max(now, self._ends[lane])
+        for other, end in enumerate(self._prompt_ends):
+            if end > start and other != lane:
+                start = end
+        chosen = Chosen(now, start)
         is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
         is_single = is_single or gives_up(members, self._rules, longer)
         order = [model] if is_single else order_of_rounds(model, members)
-        rounds = self._steps(order, members, longer, Chosen(now, start), is_single=is_single)
+        rounds = self._steps(order, members, longer, chosen, is_single=is_single)
         if len(order) > 1 and rounds.num_steps < 2 * len(order):  # they do not take turns
-            rounds = self._steps([model], members, longer, Chosen(now, start), is_single=False)
+            rounds = self._steps([model], members, longer, chosen, is_single=False)
         self._runs[lane] = Run(rounds, others, turn_before=model.last_turn)
 
     def _steps(
@@ -323,10 +355,9 @@ class Stepper:
         steps = 1 if is_single else steps_until_change(order)
         if steps > 1:
             steps = steps_with_time(steps, members, len(order), self._rules, longer)
-        is_ahead = self._limits.is_queueing
-        rounds = Rounds(parts, chosen.start, steps, chosen.time, is_ahead=is_ahead)
-        if steps > 1 and (fewer := steps_in_turn(rounds, members, self._rules)) < steps:
-            rounds = Rounds(parts, chosen.start, fewer, chosen.time, is_ahead=is_ahead)
+        rounds = Rounds(parts, chosen.start, steps, chosen.time, is_ahead=self._limits.is_queueing)
+        if steps > 1:
+            rounds.shorten(steps_in_turn(rounds, members, self._rules))
         return rounds
 
 

@@ -49,6 +49,10 @@ class StepTicks:
             gemm = self._gemm[batch] = self._costs.gemm(batch)
         return gemm
 
+    def seconds(self, batch: int, context: int) -> float:
+        """See `StepCosts.decode`."""
+        return self.gemm(batch) + self._costs.per_context * context
+
     def decode(self, batch: int, context: int, longer: float) -> tuple[int, int]:
         """Ticks of a step, and by how much the next one is longer: each sequence has a token more by then.
 

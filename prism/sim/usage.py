@@ -29,18 +29,15 @@ class Series(NamedTuple):
             return 0
         return min(self.num, -(-(limit - self.first) // self.growth)) if self.growth else self.num
 
-    def without(self, count: int) -> Series:
-        """Those behind the first `count`."""
-        return Series(self.first + count * self.growth, self.growth, self.num - count)
-
-    def sum(self) -> int:
-        """Of all."""
-        return self.num * self.first + self.growth * (self.num * (self.num - 1) // 2)
+    def sum(self, start: int = 0) -> int:
+        """Of all behind the first `start`."""
+        num = self.num - start
+        return num * (self.first + start * self.growth) + self.growth * (num * (num - 1) // 2)
 
     def sum_beyond(self, limit: int) -> int:
         """Of what each is more than the limit."""
-        rest = self.without(self.below(limit))
-        return rest.sum() - rest.num * limit
+        below = self.below(limit)
+        return self.sum(below) - (self.num - below) * limit
 
     def sum_of_products(self, other: Series, count: int) -> int:
         """Of the first `count` of each, one by one."""
@@ -56,6 +53,24 @@ class Gaps(NamedTuple):
     first: int
     rest: Series
 
+    @property
+    def num(self) -> int:
+        """Of the gaps."""
+        return self.rest.num + 1
+
+    def total(self, count: int) -> int:
+        """Of the first `count`, one at least."""
+        rest = count - 1
+        return self.first + rest * self.rest.first + self.rest.growth * (rest * (rest - 1) // 2)
+
+    def gain(self, count: int, tpot: int) -> int:
+        """Ticks that streams gain on their objective in the first `count` steps."""
+        return count * tpot - self.total(count)
+
+    def peak(self, tpot: int) -> int:
+        """Steps, one at least, up to which that does not fall; they get longer, so it falls from there on."""
+        return 1 + self.rest.below(tpot + 1)
+
 
 @dataclass(slots=True)
 class Usage:
@@ -70,7 +85,8 @@ class Usage:
     decoded_tokens: int = 0
     num_late: int = 0
     """First tokens that came late, or never, of requests that were hopeful."""
-    _parts: int = 0
+    num_parts: int = 0
+    """Of ticks, that its steps had of the device."""
     _needed: int = 0
     """In parts of ticks, times the objective."""
     _blocked: list[int] = field(default_factory=lambda: [0] * len(WAITS))
@@ -88,34 +104,39 @@ class Usage:
 
     def ran_prompts(self, ticks: int) -> None:
         """A step with prompts has taken so long: it has the device to itself, and is needed in full."""
-        self._parts += ticks * PARTS
+        self.num_parts += ticks * PARTS
         self._needed += ticks * PARTS * self.tpot
-        self._block(Series(ticks, 0, 1))
+        self._block(Series(ticks, 0, 1), ticks)
 
     def ran_decodes(self, steps: Series, gaps: Gaps | None, width: int) -> None:
         """Decode steps have run, with so many lanes side by side. Without gaps all of it is needed."""
         part, whole = PARTS // width, steps.sum()
-        self._parts += part * whole
+        self.num_parts += part * whole
         self._needed += part * (self.tpot * whole if gaps is None else self._weighted(steps, gaps))
-        self._block(steps)
+        self._block(steps, whole)
 
     def _weighted(self, steps: Series, gaps: Gaps) -> int:
         """The sum of the worker's `needed` over the steps, times the objective."""
-        rest, early = steps.without(1), gaps.rest.below(self.tpot)
-        weighted = steps.first * min(gaps.first, self.tpot) + rest.sum_of_products(gaps.rest, early)
-        return weighted + self.tpot * rest.without(early).sum()
+        weighted = steps.first * min(gaps.first, self.tpot)
+        if steps.num == 1:
+            return weighted
+        early = gaps.rest.below(self.tpot)
+        rest = Series(steps.first + steps.growth, steps.growth, steps.num - 1)
+        return weighted + rest.sum_of_products(gaps.rest, early) + self.tpot * rest.sum(early)
 
-    def _block(self, steps: Series) -> None:
+    def _block(self, steps: Series, whole: int) -> None:
+        """`whole` is the sum of the steps."""
         last = steps.first + steps.growth * (steps.num - 1)
         for place, wait in enumerate(WAIT_TICKS):
             if last <= wait:
                 break
-            self._blocked[place] += steps.sum_beyond(wait)
+            all_are = steps.first >= wait
+            self._blocked[place] += whole - steps.num * wait if all_are else steps.sum_beyond(wait)
 
     @property
     def device_seconds(self) -> float:
         """The part of the device's time that its steps had."""
-        return self._parts / (PARTS * PER_SECOND)
+        return self.num_parts / (PARTS * PER_SECOND)
 
     @property
     def needed_seconds(self) -> float:

@@ -123,8 +123,7 @@ def _stretch(models: Iterable[SimModel]) -> float:
     share = 0.0
     for model in models:
         if model.decodes.size:
-            decode = model.served.costs.steps.decode(model.decodes.size, model.decodes.context)
-            share += decode / model.served.slo.tpot
+            share += model.decode_seconds() / model.served.slo.tpot
     return 1.0 / (1.0 - min(share, MOST_DECODES))
 
 
@@ -150,7 +149,7 @@ def runnable(model: SimModel, rules: Rules, longer: Longer = alone) -> Runnable:
         last_turn=to_seconds(model.last_turn),
         num_decodes=decodes,
         decode_deadline=_seconds(due if by_deadline else NEVER),
-        decode_seconds=longer(model) * steps.decode(decodes, model.decodes.context) if decodes else 0.0,
+        decode_seconds=longer(model) * model.decode_seconds() if decodes else 0.0,
         prompt_tokens=tokens,
         prompts=lengths if by_deadline else (),
         prompt_start=start,

@@ -106,7 +106,12 @@ class Runnable:
     @property
     def decode_share(self) -> float:
         """Share of a lane's time that its streams need, each at its objective."""
-        return self.decode_seconds / max(self.tpot, 1e-3)
+        return decode_share(self.decode_seconds, self.tpot)
+
+
+def decode_share(seconds: float, tpot: float) -> float:
+    """Of a lane's time, what streams need whose steps take so long, each at the objective `tpot`."""
+    return seconds / max(tpot, 1e-3)
 
 
 @dataclass(frozen=True, slots=True)

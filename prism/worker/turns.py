@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
+from typing import NamedTuple
 
-from prism.costs import MOST_TOKENS
+from prism.costs import MOST_TOKENS, StepCosts
 from prism.types import ModelId
 from prism.worker.snapshot import Arrival, Runnable, TurnSnapshot
 
@@ -59,14 +61,14 @@ def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
     decoding = [r for r in (*runnable, *snapshot.neighbours) if r.num_decodes]
     if decoding and (prompting := [r for r in runnable if r.prompt_tokens]):  # 3
         prompt = _earliest(prompting, lost, now)
-        least = _least_chunk(prompt)
+        least = _least_chunk(prompt.costs)
         chunk = _chunk(prompt, least, decoding, lost, now)
         if chunk >= min(least, prompt.prompt_tokens):
             return Turn(prompt.model, min(budget, _shared(prompt, chunk) + prompt.num_decodes))  # 6
     first = _earliest(runnable, lost, now)  # 2, 5
     if not first.prompt_tokens:
         return Turn(first.model, budget)
-    chunk = _shared(first, _least_chunk(first) if decoding else budget)  # 6
+    chunk = _shared(first, _least_chunk(first.costs) if decoding else budget)  # 6
     return Turn(first.model, min(budget, chunk + first.num_decodes))
 
 
@@ -76,15 +78,28 @@ def given_up(runnable: Iterable[Runnable]) -> frozenset[ModelId]:
     Those are kept whose streams need the least of the lane's time each, as long as `DECODE_SHARE` suffices:
     that makes the most streams. Were all served by deadline, all would be late by what is lacking.
     """
-    shares = [(r.decode_share, r) for r in runnable if r.num_decodes]
-    if sum(share for share, _ in shares) <= DECODE_SHARE:
+    return beyond_share([Streams(r.decode_share, r.num_decodes, r.model) for r in runnable if r.num_decodes])
+
+
+class Streams(NamedTuple):
+    """Those of a model, on its lane."""
+
+    share: float
+    """Of the lane's time, that they need."""
+    number: int
+    model: ModelId
+
+
+def beyond_share(streams: Sequence[Streams]) -> frozenset[ModelId]:
+    """See `given_up`."""
+    if sum([each.share for each in streams]) <= DECODE_SHARE:
         return frozenset()
     left, lost = DECODE_SHARE, []
-    for share, r in sorted(shares, key=lambda item: (item[0] / item[1].num_decodes, item[1].model)):
-        if share <= left or left == DECODE_SHARE:  # one is kept whatever it needs
-            left -= share
+    for each in sorted(streams, key=lambda each: (each.share / each.number, each.model)):
+        if each.share <= left or left == DECODE_SHARE:  # one is kept whatever it needs
+            left -= each.share
         else:
-            lost.append(r.model)
+            lost.append(each.model)
     return frozenset(lost)
 
 
@@ -100,10 +115,12 @@ def _earliest(runnable: Sequence[Runnable], lost: Set[ModelId], now: float) -> R
     return min(runnable, key=key)
 
 
-def _least_chunk(prompt: Runnable) -> int:
-    if prompt.costs is None:
+@lru_cache(maxsize=256)
+def _least_chunk(costs: StepCosts | None) -> int:
+    """Kept for the latest costs, which never change: corrected ones are others."""
+    if costs is None:
         return LEAST_CHUNK
-    return max(LEAST_CHUNK, prompt.costs.tokens_within(LEAST_READS * prompt.costs.gemm(1)))
+    return max(LEAST_CHUNK, costs.tokens_within(LEAST_READS * costs.gemm(1)))
 
 
 def _shared(r: Runnable, chunk: int) -> int:

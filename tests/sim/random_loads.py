@@ -89,3 +89,13 @@ def deal_with(device: SimDevice, made: list[Job]) -> None:
     while (time := device.next_event()) < NEVER:
         device.run_until(time + 1)
         device.check()
+        check_settled(device)
+
+
+def check_settled(device: SimDevice) -> None:
+    """Lanes that are left alone would be given nothing else to do if they were asked again."""
+    stepper = device.stepper
+    runs = [(run, run and run.rounds.num_steps) for run in stepper._runs]
+    stepper._is_settled = False
+    stepper.plan(device.now)
+    assert [(run, run and run.rounds.num_steps) for run in stepper._runs] == runs

@@ -262,3 +262,28 @@ def test_a_cold_model_is_told_of_again_only_if_nothing_has_come_of_it() -> None:
     assert first.state is ModelState.COLD
     after = told(to_ticks(9.0))
     assert after.num_started == 1 and after.decoded_tokens == 5 and told(to_ticks(9.5)) is after
+
+
+def test_an_idle_model_in_memory_is_told_of_again_until_something_has_come_of_it() -> None:
+    """But placement hears for how long it has been idle."""
+    shapes = [(6, 1024, 1e-3, 0.0, 5e-3)]
+    device = random_loads.run(Mode.PRISM, shapes, [], 1, 4)
+
+    def told(seconds: float, *, is_for_placement: bool = False) -> ModelReport:
+        now = to_ticks(seconds)
+        device.run_until(now)
+        (report,) = commands.report_of(device, worker_of(0), now, is_for_placement=is_for_placement).models
+        return report
+
+    for job in jobs(device, [(0.2, 0, 10, 5), (2.0, 0, 10, 5), (2.001, 0, 300, 5)]):
+        device.offer(job)
+    first = told(1.0)
+    assert first.state is ModelState.ACTIVE and told(1.5) is first
+    assert told(1.9, is_for_placement=True).idle_seconds == pytest.approx(first.idle_seconds + 0.9)
+    assert told(1.95) is first
+    busy = told(2.004)
+    assert busy.num_running + busy.num_waiting > 0
+    again = told(4.0)
+    assert again is not first and again.num_started == 3 and told(5.0) is again
+    commands.evict(device, ModelId("m0"), returns=True, now=to_ticks(5.5))
+    assert told(6.0).state is ModelState.COLD

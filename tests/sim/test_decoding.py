@@ -73,6 +73,27 @@ def test_blocks_are_those_of_the_tokens(lengths: list[tuple[int, int]], events: 
     assert (group.num_blocks, group.context, group.size) == (0, 0, 0)
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from("jlbb"), st.integers(-50, 300), st.integers(-50, 200)), max_size=40)
+)
+def test_what_is_banked_for_all_at_once_is_what_each_has(events: list[tuple[str, int, int]]) -> None:
+    """Streams join and leave between steps, whichever of them is the one that is ahead least."""
+    group, ahead = DecodeGroup(16), dict[Job, int]()
+    for index, (event, gain, most) in enumerate(events):
+        if event == "j":
+            joining = job(index, 10, 1000)
+            group.join(joining, gain)
+            ahead[joining] = gain
+        elif event == "l" and ahead:
+            leaving = list(ahead)[index % len(ahead)]
+            group.leave(leaving)
+            del ahead[leaving]
+        elif event == "b":
+            group.bank(gain, most)
+            ahead = {each: gain + min(before, most) for each, before in ahead.items()}
+        assert group.ahead == min(ahead.values(), default=0)
+
+
 def test_a_sequence_ends_with_its_last_token() -> None:
     group = DecodeGroup(16)
     first, second = job(0, 10, 4), job(1, 20, 6)

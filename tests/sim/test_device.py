@@ -155,6 +155,16 @@ def test_a_model_that_nobody_asks_gives_way() -> None:
     assert [job.end for job in served] == [End.SERVED] * 3
 
 
+def test_the_end_of_prompts_lets_those_in_who_wait_for_it() -> None:
+    """Their prompts fill what engines may hold until then; where nobody waits it is no event."""
+    shapes = [(1, 1024, 5e-3, 0.0, 5e-2)]
+    asked = [(0.0, 0, 64, 200), (0.011, 0, 64, 200), (0.0111, 0, 64, 200), (0.0112, 0, 64, 200)]
+    first, *others = serve(Mode.PRISM, shapes, asked, 1, 4, horizon=0.005)
+    assert first.last_token > 1e12
+    for job in others:
+        assert job.first_token is not None and job.first_token < 0.1e12
+
+
 def test_a_request_that_lost_its_place_does_not_expire() -> None:
     """The clock stood still at the time at which it would have been refused, had it not started."""
     shapes = [(6, 1024, 2e-3, 0.0, 1e-2)] * 2

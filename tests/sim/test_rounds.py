@@ -52,7 +52,8 @@ def test_ended_begun_and_cut(
     run = rounds(members, 100, steps)
     ended = sum(time <= now for time in times)
     begun = sum(time < now for time in [100, *times[:-1]])
-    assert (run.ended_by(now), run.begun_by(now)) == (ended, max(begun, ended))
+    assert run.ended_by(now) == ended and run.progress(now) == (ended, max(begun, ended))
+    run.account(*run.progress(now))
     run.cut(now)
     assert run.num_steps == max(begun, ended)
     assert run.end == (times[run.num_steps - 1] if run.num_steps else 100)
@@ -71,9 +72,30 @@ def test_steps_close_shortly_before_they_end(
     closed = sum(time <= now for time in closes)
     begun = sum(time < now for time in [100, *closes[:-1]])
     assert run.progress(now) == (closed, max(begun, closed))
+    run.account(*run.progress(now))
     run.cut(now)
     assert run.num_steps == max(begun, closed)
     assert run.closes == (closes[run.num_steps - 1] if run.num_steps else 100)
+
+
+@given(parts, st.integers(1, 20), st.booleans(), st.data())
+def test_nothing_closes_or_begins_while_an_account_stands(
+    members: list[tuple[int, int]], steps: int, is_ahead: bool, data: st.DataObject
+) -> None:
+    """And the first moment at which it does is when it stands no more."""
+    run = rounds(members, 100, steps, is_ahead=is_ahead)
+    now = 100
+    while run.done < steps:
+        closed, begun = run.progress(now)
+        run.account(closed, max(begun, run.begun))
+        then = min(run.stands_until, run.end + 10)
+        assert then > now
+        between = data.draw(st.integers(now, then - 1))
+        closed, begun = run.progress(between)
+        assert (closed, max(begun, 1)) == (run.done, run.begun)
+        closed, begun = run.progress(then)
+        assert run.done == steps or (closed, max(begun, 1)) > (run.done, run.begun)
+        now = then
 
 
 def test_members_take_turns() -> None:
@@ -100,7 +122,8 @@ def test_what_streams_are_ahead_is_the_same_at_once_and_step_by_step(
     both: Rounds[object] = Rounds([Part(at_once, first, growth), Part(None, 30, 1)], 1000, 2 * sum(counts))
     before = 0
     for count in counts:
-        _bank(at_once, both, 0, before, count)  # type: ignore[arg-type]
+        gaps = both.gaps_of(0, before, count, at_once.last_end)
+        _bank(at_once, gaps)  # type: ignore[arg-type]
         before += count
         at_once.last_end = both.end_of_member(0, before)
     for step in range(1, before + 1):
