@@ -55,7 +55,7 @@ def test_memory_does_not_lie_empty_for_a_model_that_could_not_come() -> None:
     shapes = [(6, 1024, 1e-3, 0.0, 5e-3), (6, 1024, 1e-3, 0.0, 5e-3), (2, 16384, 1e-3, 0.0, 5e-3)]
     asked = [(0.0, 0, 10, 3000), (0.01, 2, 100, 2), (0.1, 1, 10, 20)]
     asked += [(1.0 + 0.1 * i, 2, 100, 20) for i in range(20)]
-    device = run(Mode.PRISM, shapes, [], 1, 6, min_residency=0.05, max_wait=60.0)
+    device = run(Mode.PRISM, shapes, [], 1, 4, min_residency=0.05, max_wait=60.0)
     made = jobs(device, asked)
     deal_with(device, made)
     assert all(job.end is End.SERVED for job in made)
