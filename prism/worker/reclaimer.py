@@ -90,7 +90,7 @@ class Reclaimer:
         Older than the oldest of this model: while that is here nobody evicts the model, so that slabs which
         its young sequences leave to others might be of no use to them, and these stand before the oldest.
 
-        Not for KV while those are blocked: sequences in the meantime keep nobody waiting, since they give way.
+        Not for KV while those are blocked: sequences keep nobody waiting meanwhile, since they give way.
         Other weights wait all the same: they would be evicted when the older ones come.
         """
         rank = (self.rank(model), model.name)
