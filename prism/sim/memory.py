@@ -51,6 +51,8 @@ class Memory:
         self._owner = owner
         self._limits = limits
         self._demand = RecentDemand()
+        self._blocked: set[ModelId] = set()
+        """Models whose weights wait until older requests of others end."""
 
     def add(self, model: SimModel) -> None:
         """A model that may come."""
@@ -78,7 +80,7 @@ class Memory:
         while (lacking := num_blocks - model.free_blocks) > 0:
             room, spare = (
                 None if limit is None else limit - model.kv_slabs,
-                self.free - self._reserved(model, now),
+                self.free - self._reserved(model, now, for_weights=False),
             )
             step = take_or_need(model.name, lacking, per_slab, spare=spare, room=room, rank=rank)
             if isinstance(step, Need):
@@ -92,7 +94,7 @@ class Memory:
     def ensure_weights(self, model: SimModel, now: int) -> bool:
         """Whether the model's activation has what it takes, after asking others for it."""
         rank = rank_of(model)
-        wanted = slabs_to_activate(model) + self._reserved(model, now)
+        wanted = slabs_to_activate(model) + self._reserved(model, now, for_weights=True)
         may_displace = self._may_displace(model, now)
         while (missing := wanted - self.free) > 0:
             own = min(missing, slabs_to_activate(model))
@@ -136,13 +138,14 @@ class Memory:
         seconds = patience(model.served.costs.activation, self._limits.max_wait)
         return first_after(oldest.arrival, seconds)
 
-    def _reserved(self, model: SimModel, now: int) -> int:
+    def _reserved(self, model: SimModel, now: int, *, for_weights: bool) -> int:
         """Slabs for which older requests of models without weights are waiting, which may displace others."""
         waiting = [
             m
             for m in self._models.values()
             if m.state is ModelState.FETCHING
             and m is not model
+            and (for_weights or m.name not in self._blocked)
             and (m.tickets or m.is_wanted)
             and self._may_displace(m, now)
         ]
@@ -153,8 +156,12 @@ class Memory:
 
     def _give(self, need: Need, now: int) -> bool:
         """Have others give what the policy says; whether asking again makes sense at once."""
-        time = to_seconds(now)
-        decisions = reclaim.decide(self._snapshot(now), need, time)
+        time, snapshot = to_seconds(now), self._snapshot(now)
+        decisions = reclaim.decide(snapshot, need, time)
+        if need.for_weights:
+            self._blocked.discard(need.model)
+            if not decisions and need.may_displace and reclaim.is_blocked(snapshot, need, time):
+                self._blocked.add(need.model)
         if decisions:
             self._demand.add(need.slabs, time)
         results = [self._carry_out(decision) for decision in decisions]

@@ -11,7 +11,7 @@ may be taken the cheapest that suffices, across all models and all kinds of memo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prism.types import ModelId
@@ -107,6 +107,24 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDec
         for decision in _decisions(holdings[model], part, need, missing)
     ]
     return tuple(sorted(decisions, key=lambda decision: isinstance(decision, EvictModel)))  # 7
+
+
+def is_blocked(snapshot: MemorySnapshot, need: Need, now: float) -> bool:
+    """Whether older requests hold what weights lack, so that these have to wait until some of them end.
+
+    As long as they are, sequences of models that are here may have the memory: they give way as soon as these
+    can come, so nobody waits for them.
+    """
+    settled = replace(snapshot, min_residency=0.0)
+    slabs = snapshot.num_retiring
+    for each in snapshot.holdings:
+        if each.model == need.model:
+            continue
+        if each.is_active:
+            slabs += sum(offer.slabs for offer in offers_of(each, need, settled, now))
+        elif each.oldest_request is None or each.oldest_request > need.rank:  # on its way in or out
+            slabs += each.weight_slabs + each.kv_slabs
+    return slabs < need.slabs + need.reserved
 
 
 def _offers(

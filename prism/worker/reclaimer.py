@@ -44,6 +44,8 @@ class Reclaimer:
         self._demand = RecentDemand()
         self._refused: dict[ModelId, tuple[Need, float]] = {}
         """The last refusal of each model, and when the same need is looked at again."""
+        self._blocked: set[ModelId] = set()
+        """Models whose weights wait until older requests of others end."""
         self.rank = holdings.rank
 
     def memory_changed(self) -> None:
@@ -81,19 +83,23 @@ class Reclaimer:
 
     def _spare(self, model: Model, lane: LaneId, now: float) -> int:
         """Slabs that the model may take: none that an older need waits for. Negative if that lacks some."""
-        return self._pool.num_available(lane) - self._reserved(model, now)
+        return self._pool.num_available(lane) - self._reserved(model, now, for_weights=False)
 
-    def _reserved(self, model: Model, now: float) -> int:
+    def _reserved(self, model: Model, now: float, *, for_weights: bool) -> int:
         """Slabs for which older requests of models without weights are waiting, which may displace others.
 
         Older than the oldest of this model: while that is here nobody evicts the model, so that slabs which
         its young sequences leave to others might be of no use to them, and these stand before the oldest.
+
+        Not for KV while those are blocked: sequences keep nobody waiting meanwhile, since they give way.
+        Other weights wait all the same: they would be evicted when the older ones come.
         """
         rank = (self.rank(model), model.name)
         return sum(
             slabs_to_activate(other)
             for other in self._models.values()
             if other.is_waiting_for_slabs
+            and (for_weights or other.name not in self._blocked)
             and self._holdings.is_asked_for(other)
             and (self.rank(other), other.name) < rank
             and self._holdings.may_displace(other, now)
@@ -105,7 +111,7 @@ class Reclaimer:
         What an older need waits for is not taken, or smaller models could starve a large one.
         """
         rank = self.rank(model)
-        wanted = slabs_to_activate(model) + self._reserved(model, now)
+        wanted = slabs_to_activate(model) + self._reserved(model, now, for_weights=True)
         may_displace = self._holdings.may_displace(model, now)
         while (missing := wanted - self._pool.num_free) > 0:
             own = min(missing, slabs_to_activate(model))
@@ -123,6 +129,10 @@ class Reclaimer:
             return False
         snapshot = self._holdings.snapshot(self._demand.within_horizon(now), now)
         decisions = reclaim.decide(snapshot, need, now)
+        if need.for_weights:
+            self._blocked.discard(need.model)
+            if not decisions and need.may_displace and reclaim.is_blocked(snapshot, need, now):
+                self._blocked.add(need.model)
         if decisions:
             self._demand.add(need.slabs, now)
         else:

@@ -47,3 +47,17 @@ def test_a_device_does_not_spend_its_time_on_loads() -> None:
     assert all(job.end is End.SERVED for job in made)
     loads = sum(model.num_activations for model in device.models.values())
     assert 2 <= loads <= 2 + 4.0 / 0.4
+
+
+def test_memory_does_not_lie_empty_for_a_model_that_could_not_come() -> None:
+    """A large model waited for the end of another's stream, and a small one that was there beside memory that
+    was kept for the large one."""
+    shapes = [(6, 1024, 1e-3, 0.0, 5e-3), (6, 1024, 1e-3, 0.0, 5e-3), (2, 16384, 1e-3, 0.0, 5e-3)]
+    asked = [(0.0, 0, 10, 3000), (0.01, 2, 100, 2), (0.1, 1, 10, 20)]
+    asked += [(1.0 + 0.1 * i, 2, 100, 20) for i in range(20)]
+    device = run(Mode.PRISM, shapes, [], 1, 4, min_residency=0.05, max_wait=60.0)
+    made = jobs(device, asked)
+    deal_with(device, made)
+    assert all(job.end is End.SERVED for job in made)
+    waits = [job.first_token - job.arrival for job in made[3:] if job.first_token is not None]
+    assert max(waits) <= 0.1e12

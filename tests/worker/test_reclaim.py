@@ -18,6 +18,7 @@ from prism.worker.reclaim import (
     ReclaimDecision,
     TakeSlabs,
     decide,
+    is_blocked,
     patience,
 )
 from prism.worker.snapshot import Holding, MemorySnapshot, Need, Running
@@ -110,6 +111,26 @@ def test_who_may_not_displace_takes_what_nobody_needs() -> None:
     assert ask(young, idle(C), wanted=late) == (EvictModel(C),)
     parts = replace(young, empty_slabs=2, gatherable_slabs=4, num_cached_blocks=20, kv_slabs=7)
     assert ask(parts, wanted=late) == (TakeSlabs(B, 4),)
+
+
+def test_weights_are_blocked_by_what_is_older() -> None:
+    """Not by what has not been here for long yet, is on its way, or may be stopped."""
+    large, late = need(9, for_weights=True), rank(60.0)
+    young = holding(B, oldest_request=late, running=(running(60.0, 30),), active_since=NOW)
+
+    def blocked(*holdings: Holding, retiring: int = 0, wanted: Need = large) -> bool:
+        return is_blocked(MemorySnapshot(retiring, holdings, (), 2.0), wanted, NOW)
+
+    assert not blocked(young, holding(C, oldest_request=late, running=()))
+    assert not blocked(young, holding(C, oldest_request=late, running=(), is_active=False))
+    assert not blocked(young, idle(C))
+    assert not blocked(young, retiring=1)
+    assert not blocked(young, holding(C, kv_slabs=4, running=(running(1.0, 30), running(60.0, 10))))
+    assert blocked(young)
+    assert blocked(young, holding(C))
+    assert blocked(young, holding(C, is_active=False))
+    assert blocked(young, idle(C, is_pinned=True))
+    assert blocked(young, retiring=1, wanted=replace(large, reserved=1))
 
 
 def test_patience_grows_with_what_a_load_costs() -> None:

@@ -47,6 +47,39 @@ def test_a_small_model_does_not_take_what_an_older_large_one_waits_for(tmp_path:
     local.close()
 
 
+def test_sequences_use_what_weights_wait_for_that_could_not_come(tmp_path: Path) -> None:
+    """All free memory was kept for a large model that an older stream of another was in the way of, for as
+    long as that ran, and sequences of models that were there waited beside it.
+
+    What goes on meanwhile does not keep the large one waiting when the stream has ended.
+    """
+    shape = {"max_position_embeddings": 4096}
+    names = ("llama", "qwen3", "mistral")
+    paths = {name: save(make_model(name, seed=i, **shape), tmp_path / name) for i, name in enumerate(names)}
+    floor = {"memory": {"floor": 4 * SLAB}}
+    local = LocalWorker(paths, num_slabs=6, model_options={"llama": floor})
+    local.submit("old", "qwen3", prompts(1, 50)[0], max_tokens=600)
+    local.submit("first", "mistral", [1, 2], max_tokens=2)
+    local.run(until=lambda: ("first", 0) in local.outbox.finished)
+    local.submit("large", "llama", [1, 2], max_tokens=2)
+    local.now += reclaim.MOST_PATIENCE
+    local.submit("small 0", "mistral", [1 + i % 50 for i in range(1600)], max_tokens=2)
+    local.run(until=lambda: {("small 0", 0), ("old", 0)} & local.outbox.finished.keys())
+    assert ("old", 0) not in local.outbox.finished, "the small model's request waited for it"
+    assert local.worker.models["llama"].is_waiting_for_slabs
+    end, count = None, 1
+    while ("large", 0) not in local.outbox.finished:
+        if (f"small {count - 1}", 0) in local.outbox.finished:
+            local.submit(f"small {count}", "mistral", [1, 2], max_tokens=20)
+            count += 1
+        local.pump()
+        end = local.now if end is None and ("old", 0) in local.outbox.finished else end
+        assert end is None or local.now < end + local.worker.limits.min_residency + 0.2
+    local.run()
+    assert len(local.outbox.finished) == count + 3
+    local.close()
+
+
 def test_nobody_is_stopped_for_a_load_before_it_has_waited_in_proportion_to_what_that_costs(
     tmp_path: Path,
 ) -> None:
