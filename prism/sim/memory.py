@@ -69,7 +69,7 @@ class Memory:
         not matter who of its sequences wants them. Nothing is taken otherwise."""
         missing = -(-(num_blocks - model.free_blocks) // model.blocks_per_slab)
         room = missing if model.kv_limit is None else model.kv_limit - model.kv_slabs
-        if missing > min(room, self.free - self._reserved(model, now)):
+        if missing > min(room, self.free - self._reserved(model, now, for_weights=False)):
             return False
         self.free -= missing
         model.kv_slabs += missing
