@@ -25,6 +25,8 @@ from prism.types import BlockId, SlabId
 
 TIDY = 4
 """Keys of the cache that are forgotten, of those whose blocks are gone, with each block that is taken."""
+MOST_TIDY = 1024
+"""And when the oldest is asked for: 0.4 ms."""
 
 
 class Move(NamedTuple):
@@ -57,7 +59,7 @@ class KvSpace:
         self._published: dict[BlockKey, Block] = {}
         self._cached: OrderedDict[BlockKey, None] = OrderedDict()  # least recently used first
         self._num_gone = 0
-        """Keys in both whose blocks are gone."""
+        """Keys that both still list though their blocks are gone."""
         self._gone: list[list[Block]] = []
         """Those blocks, by slab, and some whose keys are not there any more."""
         self._num_free = 0
@@ -100,12 +102,16 @@ class KvSpace:
     def oldest_use(self) -> int:
         """The serial number of the cached block that would be dropped first; `num_uses` without any.
 
-        It may be that of one which was dropped lately.
+        After many gigabytes have left, that of one of theirs for some more looks.
         """
-        self._tidy(TIDY)
-        if not self.num_cached:
-            return self._serial
-        return self._published[next(iter(self._cached))].last_use
+        for _ in range(MOST_TIDY):
+            key = next(iter(self._cached), None)
+            if key is None:
+                return self._serial
+            if not self._published[key].home.is_gone:
+                break
+            self._forget(key)
+        return self._published[next(iter(self._cached))].last_use if self._cached else self._serial
 
     @property
     def num_empty_slabs(self) -> int:

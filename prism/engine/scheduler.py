@@ -72,6 +72,9 @@ class Scheduler:
         self.num_prefix_queries = 0
         """Tokens looked up in the prefix cache, each sequence once."""
         self.num_prefix_hits = 0
+        self.num_looked_up = 0
+        """The same of requests' first choices: others find what these have just computed."""
+        self.num_found = 0
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence."""
@@ -281,6 +284,9 @@ class Scheduler:
         if not sequence.is_started:
             self.num_prefix_queries += len(sequence.tokens)
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
+            if sequence.choice == 0:
+                self.num_looked_up += len(sequence.tokens)
+                self.num_found += sequence.num_cached
         return length
 
     def _find_prefix(self, sequence: Sequence, draft: Draft) -> int:

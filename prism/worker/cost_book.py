@@ -87,15 +87,15 @@ class CostBook:
         page = self._pages.get(model)
         return None if page is None else page.costs
 
-    def ran(self, model: ModelId, step: Step, seconds: float) -> None:
-        """A step has taken so long, whatever ran beside it."""
+    def ran(self, model: ModelId, step: Step, seconds: float, *, is_timed: bool = True) -> None:
+        """A step has taken so long, whatever ran beside it; roughly, unless `is_timed`."""
         page = self._pages.get(model)
         if page is None:
             return
         work = work_of(step)
         predicted = page.start.steps.step(*work)
         page.steps[kind_of(step)].add(work.tokens, seconds, predicted)
-        if seconds > 0:
+        if is_timed and seconds > 0:
             page.ran(kind_of(step), predicted, seconds)
 
     def least_seconds(self, model: ModelId, step: Step) -> float:

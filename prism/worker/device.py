@@ -165,7 +165,7 @@ class Device:
         return tuple(flight for flight in others if step.has_prompts or flight.has_prompts)
 
     def take_turns(self, lane: Lane, flight: Flight) -> None:
-        """Let a flight that may begin, and all behind it on the lane, run behind what it has to."""
+        """Let a flight that may be launched, and all behind it on the lane, run behind what it has to."""
         works = [other.queued for other in flight.after if not other.has_run]
         if works and not flight.is_in_turn:
             self.backend.wait_for(lane.lane_id, works)

@@ -136,9 +136,8 @@ class CacheHits:
         self._last = (0, 0)
 
     def saw(self, looked_up: int, found: int) -> None:
-        """So many tokens by now, which begin anew when the model is loaded."""
-        before = self._last if looked_up >= self._last[0] else (0, 0)
-        self._last = (looked_up, found)
+        """So many tokens since the worker started."""
+        before, self._last = self._last, (looked_up, found)
         self._looked_up += looked_up - before[0]
         self._found += found - before[1]
         if self._looked_up > MOST_TOKENS:

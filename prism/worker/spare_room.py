@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from math import ceil
 
 from prism.types import ModelId, ModelState
 from prism.worker import ahead
@@ -71,10 +70,11 @@ class SpareRoom:
         if not moving:
             self._begin(now)
         elif len(moving) == 1 and moving[0].is_ahead and moving[0].is_waiting_for_slabs:
-            if self._choose(moving, now) is None:
-                self._residency.forget(moving[0])
-            else:
+            is_fitting = slabs_to_activate(moving[0]) <= self._num_free
+            if is_fitting and self._choose(moving, now, self._holdings.caches(now)) is not None:
                 self._residency.try_load(moving[0], self._reclaimer, now)
+            else:
+                self._residency.forget(moving[0])
 
     def _begin(self, now: float) -> None:
         """A full device asks whenever a request has ended: it looks at models and caches once in a while."""
@@ -91,16 +91,21 @@ class SpareRoom:
             self._models[chosen].is_ahead = True
             self._residency.want(self._models[chosen])
 
+    @property
+    def _num_free(self) -> int:
+        """With those that are on their way back."""
+        return self._pool.num_free + self._pool.num_retiring
+
     def _room(self, now: float) -> float:
-        return ahead.room(self._pool.num_free, self._num_slabs, self._reclaimer.expected_demand(now))
+        return ahead.room(self._num_free, self._num_slabs, self._reclaimer.expected_demand(now))
 
     def _take_from_caches(self, chosen: Model, caches: Mapping[ModelId, ahead.Cached], now: float) -> None:
-        """What it lacks, of the least useful first. Slabs may be awaited: it is looked at again then."""
-        absent, lacking = self._absent(chosen, now), slabs_to_activate(chosen) - self._room(now)
+        """What it lacks, of the least useful first. What they keep stands for what is to stay free."""
+        absent, lacking = self._absent(chosen, now), slabs_to_activate(chosen) - self._num_free
         for name, cache in sorted(caches.items(), key=lambda item: item[1].harm):
             if lacking <= 0 or not absent.may_have(cache):
                 return
-            lacking -= self._reclaimer.take_cache(self._models[name], min(ceil(lacking), cache.slabs))
+            lacking -= self._reclaimer.take_cache(self._models[name], min(lacking, cache.slabs))
 
     def _may_come(self, model: Model) -> bool:
         """Its packed weights are there, and no administrator has sent it away."""
@@ -118,5 +123,5 @@ class SpareRoom:
         self, models: Collection[Model], now: float, caches: Mapping[ModelId, ahead.Cached] | None = None
     ) -> ModelId | None:
         absent = [self._absent(model, now) for model in models]
-        free, demand = self._pool.num_free, self._reclaimer.expected_demand(now)
-        return ahead.choose(absent, free, self._num_slabs, demand, (caches or {}).values())
+        demand = self._reclaimer.expected_demand(now)
+        return ahead.choose(absent, self._num_free, self._num_slabs, demand, (caches or {}).values())

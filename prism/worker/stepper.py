@@ -131,6 +131,7 @@ class Stepper:
             return self._launch(lane)
         if not self._has_room(lane, now):
             return False
+        start = self._clock()
         snapshot = turn_snapshot(
             self._models, self._requests, self._costs, self._rules, self._max_batch_tokens, lane, now
         )
@@ -151,10 +152,11 @@ class Stepper:
         self._host.fetch(model, step.fetches)
         after = self._device.neighbours(lane, step)
         begin = self._clock()
-        flight = lane.queue(model.name, work := engine.run(step), work, begin)
+        work = engine.run(step)
+        flight = lane.queue(model.name, work, work, begin)
         flight.after = after
         flight.least_seconds = self._costs.least_seconds(model.name, step)
-        making = min(self._clock() - now, MOST_MAKING)
+        making = min(self._clock() - start, MOST_MAKING)
         self._making[lane.lane_id] = max(making, FORGETTING * self._making[lane.lane_id])
         self._launch(lane)
         return True
@@ -184,7 +186,10 @@ class Stepper:
         return has_advanced
 
     def _has_room(self, lane: Lane, now: float) -> bool:
-        """Behind prompts nothing more is queued while neighbours decode: their next step comes first."""
+        """None before the present step is about to end, nor behind two.
+
+        Behind prompts nothing more is queued while neighbours decode: their next step comes first.
+        """
         steps = lane.steps
         if not steps:
             return True
@@ -195,7 +200,8 @@ class Stepper:
     @property
     def _lead(self) -> float:
         """Lanes have their turns one after the other, so one may have to wait for what others make."""
-        return LEAD_SECONDS + sum(self._making)
+        lanes = zip(self._device.lanes, self._making, strict=True)
+        return LEAD_SECONDS + sum(making for lane, making in lanes if lane.flights)
 
     def announce(self, model: Model, step: Step) -> None:
         """Tell gateways what starts, before it could kill this process."""
@@ -219,8 +225,8 @@ class Stepper:
         pool = self._device.pool
         self._host.settle()
         for lane in (*self._device.lanes, self._device.swap):
-            for flight in lane.finished():
-                self._has_run(lane, flight)
+            for place, flight in enumerate(lane.finished()):
+                self._has_run(lane, flight, is_timed=place == 0)
             pool.completed(lane.lane_id, lane.num_completed)
         for lane in self._device.lanes:
             for flight in lane.flights:
@@ -240,7 +246,7 @@ class Stepper:
             if model.early is not None:
                 self._early.go_on(model, model.early)
             for flight in model.lane.finished():
-                self._has_run(model.lane, flight)
+                self._has_run(model.lane, flight, is_timed=False)
             if time.monotonic() > deadline:
                 raise DriverError("step", f"not done within {DRAIN_SECONDS:g} s")
             time.sleep(LOOK_SECONDS)
@@ -251,7 +257,8 @@ class Stepper:
             return
         self._early.drop(model)
 
-    def _has_run(self, lane: Lane, flight: Flight) -> None:
+    def _has_run(self, lane: Lane, flight: Flight, *, is_timed: bool) -> None:
+        """Of several that are found to have run at a time, only the first one's end was seen."""
         if flight.step is not None:
             now = self._clock()
             seconds = now - max(flight.begin, lane.last_end)
@@ -259,7 +266,7 @@ class Stepper:
             if self._models[flight.model].early is flight:
                 return  # its model is not active yet, and it was launched as weights arrived
             self._host.prompts_ran(flight.model, flight.num_prompt_tokens, seconds)
-            self._costs.ran(ModelId(flight.model), flight.step.step, seconds)
+            self._costs.ran(ModelId(flight.model), flight.step.step, seconds, is_timed=is_timed)
             share = self._device_time.ended(flight.begin, now)
             is_urgent = flight.has_prompts or self._requests.has_waiting(flight.model)
             tpot = self.commit(flight)
@@ -286,7 +293,7 @@ class Stepper:
             model.use_times.saw(model.kv.num_uses, now)
         if model.engine is not None:
             scheduler = model.engine.scheduler
-            model.cache_hits.saw(scheduler.num_prefix_queries, scheduler.num_prefix_hits)
+            model.cache_hits.saw(scheduler.num_looked_up, scheduler.num_found)
         model.usage.decoded_tokens += len(drawn)
         tickets = self._requests.of_sequences(drawn.sequences)
         first = {ticket for ticket in tickets if ticket.last_token is None}  # of several choices, perhaps

@@ -188,6 +188,10 @@ def test_what_is_gone_is_neither_found_nor_dropped_again() -> None:
     gone = kv.gather(3)
     lost = {item.key for group in gone.dropped for item in group}
     assert len(lost) == 3 * LAYOUT.blocks_per_slab and kv.num_cached == LAYOUT.blocks_per_slab
+    assert kv.oldest_use > oldest and kv.oldest_use == 1 + min(
+        set(range(4 * LAYOUT.blocks_per_slab))
+        - {item.last_use - 1 for group in gone.dropped for item in group}
+    ), "what is left is as old as it is"
     assert all(kv.is_missing(key) == (key in lost) for key in keys)
     assert kv.match(sorted(lost)) == [] and kv.num_published(sorted(lost)) == 0
     again = kv.allocate(2) or []

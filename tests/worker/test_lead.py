@@ -141,6 +141,17 @@ def test_the_device_does_not_wait(timed: tuple[LocalWorker, TimedBackend]) -> No
         backend.factor /= 3
 
 
+def test_a_loop_that_was_held_up_learns_nothing_from_it(timed: tuple[LocalWorker, TimedBackend]) -> None:
+    """Two steps were found to have run at a time, and the second seemed to have taken next to nothing."""
+    local, backend = timed
+    local.submit("r", "m", [1, 2, 3], max_tokens=40)
+    local.run(until=lambda: len(backend.flights) == 20 and len(local.device.lanes[0].steps) == 2)
+    local.now += 3 * DECODE
+    local.run()
+    leads = ahead(backend)[-10:]
+    assert all(LEAD - 3 * ROUND <= lead <= LEAD + 2 * ROUND for lead in leads), leads
+
+
 def test_nothing_is_waited_for_that_is_not_known(tmp_path: Path) -> None:
     """The first steps of a model have the next one queued as soon as they are launched."""
     backend = TimedBackend()

@@ -224,14 +224,15 @@ def test_a_cache_gives_way_to_what_may_come_if_it_is_worth_less(
     for i in range(100):
         local.submit(f"r{i}", A, [1 + i, *range(3, 300)], max_tokens=2)
         local.run()
-        if kv.num_slabs == 4:
+        if kv.num_slabs == 6:
             break
     cached = kv.num_cached
-    assert local.device.pool.num_free == 3 and cached > 3 * kv.layout.blocks_per_slab
+    assert local.device.pool.num_free == 1 and cached > 5 * kv.layout.blocks_per_slab
     local.worker.on_homes(Homes(epoch=1, models=[A, B]))
     settle(local)
     assert model(local, B).is_active != is_useful and model(local, A).is_active
-    assert (kv.num_cached == cached) == is_useful and kv.num_cached > 0
+    lost = cached - kv.num_cached
+    assert lost == 0 if is_useful else 0 < lost <= kv.layout.blocks_per_slab, "one slab was lacking"
     local.submit("again", A, PROMPT, max_tokens=2)
     local.submit("other", B, PROMPT, max_tokens=2)
     local.run()

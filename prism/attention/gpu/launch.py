@@ -48,8 +48,8 @@ def _kind(value: object) -> Any:
     """What Triton compiles another kernel for: types, aligned addresses, and integers that are special."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int):
-        return value == 1, value % 16 == 0, value >= 1 << 31
+    if type(value) is int:
+        return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31, value < 1 << 63
     return type(value)
 
 
