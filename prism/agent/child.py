@@ -12,6 +12,8 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from prism.config import Config
@@ -38,22 +40,22 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole group; the agent decides
     config = Config.model_validate_json((arguments.run_dir / "config.json").read_bytes())
     place = (arguments.run_dir, arguments.name, arguments.incarnation, config)
+    run: Callable[[], int]
     match Role(arguments.role):
         case Role.GATEWAY:
             from prism.gateway.main import run as run_gateway
 
-            gc.freeze()
-            return run_gateway(*place, listen_fd=arguments.listen_fd)
+            run = partial(run_gateway, *place, listen_fd=arguments.listen_fd)
         case Role.CONTROLLER:
             from prism.controller.main import run as run_controller
 
-            gc.freeze()
-            return run_controller(*place, listen_fd=arguments.listen_fd)
+            run = partial(run_controller, *place, listen_fd=arguments.listen_fd)
         case Role.WORKER:
             from prism.worker.main import run as run_worker
 
-            gc.freeze()
-            return run_worker(*place)
+            run = partial(run_worker, *place)
+    gc.freeze()
+    return run()
 
 
 def _arguments() -> argparse.Namespace:

@@ -120,8 +120,8 @@ class SpareRoom:
         return ahead.Absent(model.name, slabs_to_activate(model), chance, self._holdings.load_seconds(model))
 
     def _choose(
-        self, models: Collection[Model], now: float, caches: Mapping[ModelId, ahead.Cached] | None = None
+        self, models: Collection[Model], now: float, caches: Mapping[ModelId, ahead.Cached]
     ) -> ModelId | None:
         absent = [self._absent(model, now) for model in models]
         demand = self._reclaimer.expected_demand(now)
-        return ahead.choose(absent, self._num_free, self._num_slabs, demand, (caches or {}).values())
+        return ahead.choose(absent, self._num_free, self._num_slabs, demand, caches.values())
