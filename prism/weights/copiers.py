@@ -105,7 +105,10 @@ class _HostCopy:
 
 
 class CudaCopier:
-    """One copy stream; what is not registered passes through a ring of pinned buffers."""
+    """One copy stream, and one for checksums: what runs on the device does not keep the link waiting.
+
+    What is not registered passes through a ring of pinned buffers.
+    """
 
     def __init__(self, device: torch.device, chunk_bytes: Bytes = _CUDA_BYTES) -> None:
         """Takes `depth` chunks of pinned host memory, and one of device memory for checksums."""
@@ -113,9 +116,10 @@ class CudaCopier:
         self.chunk_bytes = chunk_bytes
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.checking = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._ring = [torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(self.depth)]
         self._num_staged = 0
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.checking):
             self.factors = torch_factors(device)
             self.products = torch.empty(chunk_bytes // 8, dtype=torch.int64, device=device)
 
@@ -126,6 +130,7 @@ class CudaCopier:
     def settle(self) -> None:
         """See `Copier.settle`."""
         self.stream.synchronize()
+        self.checking.synchronize()
 
     def staged(self, source: torch.Tensor) -> torch.Tensor:
         """The bytes in pinned memory. Fewer than `depth` pieces are on their way, so a buffer is free."""
@@ -137,7 +142,7 @@ class CudaCopier:
 class _CudaCopy:
     def __init__(self, copier: CudaCopier, total: Bytes) -> None:
         self._copier = copier
-        with torch.cuda.stream(copier.stream):
+        with torch.cuda.stream(copier.checking):
             self._sums = torch.zeros(num_chunks(total), dtype=torch.int64, device=copier.device)
 
     def copy(self, piece: Piece) -> Wait:
@@ -150,12 +155,15 @@ class _CudaCopy:
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(copier.stream):
             target.copy_(source, non_blocking=True)
+            copied = copier.stream.record_event()
+        with torch.cuda.stream(copier.checking):
+            copier.checking.wait_event(copied)
             add_torch_checksums(target, piece.begin, copier.factors, copier.products, self._sums)
-            event.record(copier.stream)
+            event.record(copier.checking)
         return event.synchronize
 
     def checksums(self) -> NDArray[np.uint64]:
         """See `Copy.checksums`."""
-        with torch.cuda.stream(self._copier.stream):
+        with torch.cuda.stream(self._copier.checking):
             sums: NDArray[np.int64] = self._sums.cpu().numpy()
         return sums.view(np.uint64)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from prism.engine.gpu.graphs import Graphs, Key
+from prism.messages import Evict
 from prism.types import Bytes, ModelState
 from tests.support.checkpoints import make_model, prompts, save
 from tests.support.local_worker import InlineLink, LocalWorker
@@ -145,6 +146,26 @@ def test_a_model_that_goes_takes_its_captures_along(paths: dict[str, Path]) -> N
     assert local.device.backend.graph_usage.num_graphs == 0
     serve(local, 1)
     assert local.device.backend.graph_usage.num_graphs > 0, "memory of graphs cannot be used again"
+    local.close()
+
+
+def test_graphs_of_a_model_that_is_away_are_captured(paths: dict[str, Path]) -> None:
+    """Its memory is not mapped, and nothing reads it before the model is back."""
+    from tests.support.gpu_worker import gpu_worker
+
+    local = gpu_worker(paths, lanes=1)
+    local.submit("before", A, PROMPT, max_tokens=8)
+    local.run(rounds=10**6, until=lambda: ("before", 0) in local.outbox.finished)
+    local.worker.on_command(Evict(epoch=1, command_id=1, model=A))
+    local.run(rounds=10**6, until=lambda: local.worker.models[A].state is ModelState.COLD)
+    graphs = local.device.backend._graphs[0]  # type: ignore[attr-defined]
+    num_before = graphs.usage.num_graphs
+    assert captures(local)._likely
+    local.run(rounds=10**6)
+    assert graphs.usage.num_graphs > num_before and not captures(local)._likely and not graphs._failed
+    local.submit("after", A, PROMPT, max_tokens=8)
+    local.run(rounds=10**6)
+    assert local.outbox.tokens["after", 0] == local.outbox.tokens["before", 0]
     local.close()
 
 

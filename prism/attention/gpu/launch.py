@@ -3,6 +3,9 @@
 Triton binds and sorts all arguments of each launch in Python before it finds the kernel that it has compiled
 for their like, which takes longer than many a kernel runs. Here a short key finds it (`launch`).
 
+It also asks the driver about each tensor's address. Memory of a model that is not on the device has none, but
+graphs of such a model are captured all the same, for when it comes back. So addresses are passed as numbers.
+
 Programmatic dependent launch: a kernel starts while the one before it ends, and waits for it by itself. At
 batch 1 a layer is seven kernels of some microseconds each, so their starts and ends count. Every kernel of
 this package waits before it reads or writes anything but weights, in all its programs, so that whoever comes
@@ -32,16 +35,17 @@ def launch(kernel: Any, grid: Grid, *args: Tensor | float | None, **named: Any) 
     """`kernel[grid](*args, **named)` on the current stream of this process's device.
 
     `named` are the constants and options like `num_warps`. Others than these come as `args`, all of them.
+    Tensors are on the device, at addresses that are mapped when the kernel runs: nobody looks.
     """
     key = (kernel, *map(_kind, args), *named.items())
-    found = _compiled.get(key)
-    if found is not None:
-        compiled, constants = found
-        compiled[grid](*args, *constants)
-        return
-    compiled = kernel[grid](*args, **named)
-    if compiled is not None:  # else it is interpreted
+    if key not in _compiled:
+        compiled = kernel.warmup(*args, grid=grid, **named)
         _compiled[key] = compiled, tuple(named[name] for name in kernel.arg_names if name in named)
+    compiled, constants = _compiled[key]
+    if compiled is None:  # it is interpreted
+        kernel[grid](*args, **named)
+        return
+    compiled[grid](*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args), *constants)
 
 
 def _kind(value: object) -> Any:
