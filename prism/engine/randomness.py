@@ -16,6 +16,8 @@ Numbers = Sequence[int] | NDArray[np.integer[Any]]
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_ONE, _STEP, _M0, _M1 = map(np.uint64, (1, _GOLDEN, *_MULTIPLIERS))
+_SHIFTS = tuple(map(np.uint64, (30, 27, 31, 11)))
 
 
 def stream(seed: int, choice: int) -> int:
@@ -25,12 +27,13 @@ def stream(seed: int, choice: int) -> int:
 
 def uniforms(streams: Numbers, positions: Numbers) -> NDArray[np.float64]:
     """A number in [0, 1) with 53 random bits for each; one by one a large batch would take a millisecond."""
-    value = (np.asarray(positions, np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)  # modulo 2^64
-    value = (np.asarray(streams, np.uint64) ^ value) + np.uint64(_GOLDEN)
-    value = (value ^ value >> np.uint64(30)) * np.uint64(_MULTIPLIERS[0])
-    value = (value ^ value >> np.uint64(27)) * np.uint64(_MULTIPLIERS[1])
-    value ^= value >> np.uint64(31)
-    return (value >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    first, second, third, last = _SHIFTS
+    value = (np.asarray(positions, np.uint64) + _ONE) * _STEP  # modulo 2^64
+    value = (np.asarray(streams, np.uint64) ^ value) + _STEP
+    value = (value ^ value >> first) * _M0
+    value = (value ^ value >> second) * _M1
+    value ^= value >> third
+    return (value >> last).astype(np.float64) * 2.0**-53
 
 
 def _mix(value: int) -> int:

@@ -97,7 +97,10 @@ class Arrivals:
         wanted = [m for m in worker.models.values() if worker.holdings.is_asked_for(m)]
         if worker.rules.is_exclusive:
             wanted = worker.tenancy.wanted(worker, now)
-        for model in sorted(wanted, key=lambda m: (worker.reclaimer.rank(m), m.name)):
+        for model in wanted:
+            model.is_ahead = model.is_sent_away = False
+        absent = [model for model in wanted if not model.is_active]
+        for model in sorted(absent, key=lambda m: (worker.reclaimer.rank(m), m.name)):
             self._bring(model, now)
         for model in worker.models.values():
             if model.load is not None:
@@ -109,7 +112,6 @@ class Arrivals:
 
     def _bring(self, model: Model, now: float) -> None:
         worker, before = self._worker, model.state
-        model.is_ahead = model.is_sent_away = False
         worker.learn(model)
         worker.residency.want(model)
         worker.residency.try_load(model, worker.reclaimer, now)

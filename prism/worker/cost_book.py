@@ -21,6 +21,17 @@ REFRESH = 16
 """Measurements after which the corrected costs are made anew."""
 
 
+class Expected(NamedTuple):
+    """Of a step that is about to run."""
+
+    kind: str
+    num_tokens: int
+    seconds: float
+    """By the profile, or by shape and rates, before corrections; 0 if the model is unknown."""
+    least: float
+    """It takes no less, going by the shortest of its kind; 0 before any has run."""
+
+
 @dataclass(slots=True)
 class Steps:
     """Those of one kind that have run; all of it only grows."""
@@ -87,28 +98,28 @@ class CostBook:
         page = self._pages.get(model)
         return None if page is None else page.costs
 
-    def ran(self, model: ModelId, step: Step, seconds: float, *, is_timed: bool = True) -> None:
+    def expect(self, model: ModelId, step: Step) -> Expected:
+        """What a step is going to take.
+
+        At least, that is what the shortest of its kind have taken of late: those that had the device to
+        themselves. A step that ends sooner than was thought tells at once, those that take longer little by
+        little, since they may have had neighbours.
+        """
+        page, kind, work = self._pages.get(model), kind_of(step), work_of(step)
+        if page is None:
+            return Expected(kind, work.tokens, 0.0, 0.0)
+        seconds = page.start.steps.step(*work)
+        doubt = DOUBT if kind == "prompt" else 0.0
+        return Expected(kind, work.tokens, seconds, (1 - doubt) * page.least[kind] * seconds)
+
+    def ran(self, model: ModelId, step: Expected, seconds: float, *, is_timed: bool = True) -> None:
         """A step has taken so long, whatever ran beside it; roughly, unless `is_timed`."""
         page = self._pages.get(model)
         if page is None:
             return
-        work = work_of(step)
-        predicted = page.start.steps.step(*work)
-        page.steps[kind_of(step)].add(work.tokens, seconds, predicted)
+        page.steps[step.kind].add(step.num_tokens, seconds, step.seconds)
         if is_timed and seconds > 0:
-            page.ran(kind_of(step), predicted, seconds)
-
-    def least_seconds(self, model: ModelId, step: Step) -> float:
-        """What a step takes at least, going by the shortest of late; 0 before any has run.
-
-        Those that had the device to themselves tell. A step that ends sooner than was thought tells at once,
-        those that take longer little by little, since they may have had neighbours.
-        """
-        page = self._pages.get(model)
-        if page is None or not (least := page.least[kind_of(step)]):
-            return 0.0
-        doubt = DOUBT if step.has_prompts else 0.0
-        return (1 - doubt) * least * page.start.steps.step(*work_of(step))
+            page.ran(step.kind, step.seconds, seconds)
 
     def steps(self, model: ModelId) -> Mapping[str, Steps]:
         """Steps of a model that have run, by kind: `decode`, and `prompt` for those with a prompt's chunk."""

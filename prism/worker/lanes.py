@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from prism.engine.runner import InFlight
 from prism.engine.scheduler import Slots
 from prism.types import LaneId, ModelId, Stamp
+
+if TYPE_CHECKING:  # which knows models, and these their lane
+    from prism.worker.cost_book import Expected
 
 
 class Work(Protocol):
@@ -45,8 +48,8 @@ class Flight:
     step: InFlight | None
     begin: float = 0.0
     """When a step was queued, or later: when what it runs behind on other lanes was seen to have run."""
-    least_seconds: float = 0.0
-    """It takes no less, going by the shortest of its kind."""
+    expected: Expected | None = None
+    """What a step is to take."""
     after: tuple[Flight, ...] = ()
     """Work of other lanes that it runs behind, as long as any of it has not run."""
     is_in_turn: bool = False
@@ -153,4 +156,5 @@ class Lane:
 
     def earliest_end(self, flight: Flight) -> float:
         """Of its oldest step, if nothing that runs beside holds it up; infinite before it can run."""
-        return float("inf") if flight.after else max(flight.begin, self.last_end) + flight.least_seconds
+        least = 0.0 if flight.expected is None else flight.expected.least
+        return float("inf") if flight.after else max(flight.begin, self.last_end) + least

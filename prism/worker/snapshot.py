@@ -121,7 +121,8 @@ class TurnSnapshot:
     runnable: tuple[Runnable, ...]
     max_batch_tokens: int
     neighbours: tuple[Runnable, ...] = ()
-    """Models of other lanes that decode; they wait while a step of this one computes prompts."""
+    """Models of other lanes that decode; they wait while a step of this one computes prompts. None if nobody
+    who could run it has any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from prism.engine.step import Step
 from prism.errors import DriverError
 from prism.messages import ResumedChoice
 from prism.modes import Rules
-from prism.types import ModelId, RequestId
+from prism.types import RequestId
 from prism.worker import turns
 from prism.worker.cost_book import CostBook
 from prism.worker.delivery import Delivery
@@ -29,7 +29,7 @@ from prism.worker.models import Model
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket, got_tokens
 from prism.worker.usage import DeviceTime
-from prism.worker.views import neighbours_decode, turn_snapshot
+from prism.worker.views import able_to_step, is_decoding_only, neighbours_decode, turn_snapshot
 
 MAX_QUEUED = 2
 """Steps on a lane: one that runs, and one that keeps the device busy meanwhile."""
@@ -132,10 +132,7 @@ class Stepper:
         if not self._has_room(lane, now):
             return False
         start = self._clock()
-        snapshot = turn_snapshot(
-            self._models, self._requests, self._costs, self._rules, self._max_batch_tokens, lane, now
-        )
-        turn = turns.decide(snapshot, now)
+        turn = self._turn(lane, now)
         if turn is None:
             return False
         model = self._models[turn.model]
@@ -155,11 +152,23 @@ class Stepper:
         work = engine.run(step)
         flight = lane.queue(model.name, work, work, begin)
         flight.after = after
-        flight.least_seconds = self._costs.least_seconds(model.name, step)
+        flight.expected = self._costs.expect(model.name, step)
         making = min(self._clock() - start, MOST_MAKING)
         self._making[lane.lane_id] = max(making, FORGETTING * self._making[lane.lane_id])
         self._launch(lane)
         return True
+
+    def _turn(self, lane: Lane, now: float) -> turns.Turn | None:
+        """What the policy chooses; a model that only decodes, and is alone, is no choice."""
+        able = able_to_step(self._models, lane, now)
+        if not able:
+            return None
+        if len(able) == 1 and is_decoding_only(able[0]):
+            return turns.Turn(able[0].name, self._max_batch_tokens)
+        snapshot = turn_snapshot(
+            able, self._models, self._requests, self._costs, self._rules, self._max_batch_tokens
+        )
+        return turns.decide(snapshot, now)
 
     def _launch(self, lane: Lane, seconds: float | None = None) -> bool:
         """Launch a slice of the lane's last step, and the copies behind it; whether anything came of it.
@@ -266,7 +275,8 @@ class Stepper:
             if self._models[flight.model].early is flight:
                 return  # its model is not active yet, and it was launched as weights arrived
             self._host.prompts_ran(flight.model, flight.num_prompt_tokens, seconds)
-            self._costs.ran(ModelId(flight.model), flight.step.step, seconds, is_timed=is_timed)
+            expected = flight.expected or self._costs.expect(flight.model, flight.step.step)
+            self._costs.ran(flight.model, expected, seconds, is_timed=is_timed)
             share = self._device_time.ended(flight.begin, now)
             is_urgent = flight.has_prompts or self._requests.has_waiting(flight.model)
             tpot = self.commit(flight)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from prism.engine.engine import Engine
 from prism.engine.kv_layout import KvLayout
 from prism.modes import Rules
 from prism.types import ModelId, ModelState, Rank
@@ -224,31 +223,48 @@ def obtainable_slabs(worker: Worker, model: Model) -> int:
     return slabs
 
 
+def able_to_step(models: Mapping[str, Model], lane: Lane, now: float) -> list[Model]:
+    """Models that could run the lane's next step."""
+    return [
+        model
+        for model in models.values()
+        if model.lane is lane
+        and model.engine is not None
+        and model.is_active
+        and model.early is None
+        and now >= model.stalled_until
+        and model.engine.scheduler.has_work
+    ]
+
+
+def is_decoding_only(model: Model) -> bool:
+    """It has no prompts to compute."""
+    assert model.engine is not None
+    return not model.engine.scheduler.waiting and not model.engine.scheduler.prompts
+
+
 def turn_snapshot(
+    able: Sequence[Model],
     models: Mapping[str, Model],
     requests: Requests,
     costs: CostBook,
     rules: Rules,
     max_batch_tokens: int,
-    lane: Lane,
-    now: float,
 ) -> TurnSnapshot:
-    """Models that could run the lane's next step, and those of other lanes that decode."""
-    runnable, neighbours = [], []
-    for model in models.values():
-        engine = model.engine
-        if engine is None or not model.is_active or model.early is not None:
-            continue
-        if model.lane is not lane:
-            if _decodes(model):
-                neighbours.append(_runnable(model, engine, requests, costs, rules))
-        elif now >= model.stalled_until and engine.scheduler.has_work:
-            runnable.append(_runnable(model, engine, requests, costs, rules))
+    """Models that could run a lane's next step, and those of other lanes that its prompts would hold up."""
+    runnable = [_runnable(model, requests, costs, rules) for model in able]
+    neighbours: list[Runnable] = []
+    if sum([each.prompt_tokens for each in runnable]):
+        others = [
+            m for m in models.values() if m.lane is not able[0].lane and m.early is None and _decodes(m)
+        ]
+        neighbours = [_runnable(model, requests, costs, rules) for model in others]
     return TurnSnapshot(tuple(runnable), max_batch_tokens, tuple(neighbours))
 
 
-def _runnable(model: Model, engine: Engine, requests: Requests, book: CostBook, rules: Rules) -> Runnable:
-    costs = book.of(model.name)
+def _runnable(model: Model, requests: Requests, book: CostBook, rules: Rules) -> Runnable:
+    costs, engine = book.of(model.name), model.engine
+    assert engine is not None
     scheduler = engine.scheduler
     begun = scheduler.prompts
     num_decodes = len(scheduler.running) - len(begun)

@@ -54,10 +54,12 @@ def test_what_was_measured_beforehand_is_the_start(path: Path) -> None:
     book.learn(NAME, profile)
     assert book.of(NAME) is given
     for _ in range(40):
-        book.ran(NAME, step_of([chunk(10, 1)]), Seconds(2 * step_seconds(given, step_of([chunk(10, 1)]))))
+        step = step_of([chunk(10, 1)])
+        book.ran(NAME, book.expect(NAME, step), Seconds(2 * step_seconds(given, step)))
     changed = book.of(NAME)
     assert changed is not None and changed.steps.decode(1, 11) > 1.5 * given.steps.decode(1, 11)
-    book.ran(ModelId("unknown"), step_of([chunk(0, 1)]), 1.0)
+    unknown = ModelId("unknown")
+    book.ran(unknown, book.expect(unknown, step_of([chunk(0, 1)])), 1.0)
     local.close()
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prism.types import ModelId
 from prism.worker.snapshot import Runnable
-from prism.worker.views import admission_snapshot, turn_snapshot
+from prism.worker.views import able_to_step, admission_snapshot, turn_snapshot
 from tests.support.checkpoints import make_model, save
 from tests.support.local_worker import LocalWorker
 
@@ -31,7 +31,8 @@ def test_choices_share_their_prompt_before_they_start_too(tmp_path: Path) -> Non
 def _runnable(local: LocalWorker) -> Runnable:
     worker = local.worker
     (lane,) = worker.device.lanes
-    snapshot = turn_snapshot(worker.models, worker.requests, worker.costs, worker.rules, 64, lane, local.now)
+    able = able_to_step(worker.models, lane, local.now)
+    snapshot = turn_snapshot(able, worker.models, worker.requests, worker.costs, worker.rules, 64)
     (model,) = snapshot.runnable
     return model
 

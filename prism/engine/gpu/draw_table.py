@@ -31,10 +31,9 @@ class DrawTable:
     def __init__(self, num_slots: int) -> None:
         self._streams = np.zeros(num_slots, np.uint64)
         self._prompt_lens = np.zeros(num_slots, np.int32)
-        self._temperature = np.zeros(num_slots, np.float32)
-        self._top_p = np.zeros(num_slots, np.float32)
-        self._min_p = np.zeros(num_slots, np.float32)
-        self._top_k = np.zeros(num_slots, np.int32)
+        self._settings = np.zeros((4, num_slots), np.int32)
+        self._temperature, self._top_p, self._min_p = self._settings[:3].view(np.float32)
+        self._top_k = self._settings[3]
         self._needs_history = np.zeros(num_slots, np.bool_)
 
     def enter(self, sequences: Iterable[Sequence]) -> None:
@@ -63,11 +62,5 @@ class DrawTable:
             return None
         slots = slots[places]
         numbers = uniforms(self._streams[slots], lengths[places] - self._prompt_lens[slots])
-        return StagedDraws(
-            staging.ints(places),
-            staging.doubles(numbers),
-            staging.floats(self._temperature[slots]),
-            staging.floats(self._top_p[slots]),
-            staging.floats(self._min_p[slots]),
-            staging.ints(self._top_k[slots]),
-        )
+        settings = self._settings[:, slots]
+        return StagedDraws(staging.ints(places), staging.doubles(numbers), *staging.rows(settings))

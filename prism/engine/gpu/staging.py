@@ -39,6 +39,15 @@ class Staging:
         """Append fp64 values."""
         return self._place(np.asarray(values, np.float64).view(np.int32), 2 * len(values))
 
+    def rows(self, values: NDArray[np.int32]) -> list[slice]:
+        """Append the rows of a matrix `[rows, n]`, each as if it came by itself."""
+        num_rows, count = values.shape
+        stride, begin = aligned(count), self._used
+        self._used += num_rows * stride
+        assert self._used <= len(self._words), "a step brings more along than the staging area holds"
+        self._words[begin : self._used].reshape(num_rows, stride)[:, :count] = values
+        return [slice(start, start + count) for start in range(begin, self._used, stride)] if count else []
+
     def _place(self, words: Sequence[int] | NDArray[np.integer[Any]], count: int) -> slice:
         """Behind what is there."""
         place = slice(self._used, self._used + count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,23 @@ def test_groups_arrive_aligned() -> None:
     assert words[floats].view(torch.float32).tolist() == [0.25]
     assert words[nothing].tolist() == [] and words[last].tolist() == [3]
     assert all(place.start % 4 == 0 for place in (ints, doubles, floats, last))
+
+
+def test_rows_arrive_as_if_each_came_by_itself() -> None:
+    staging = Staging(torch.full((64,), 9, dtype=torch.int32), torch.zeros(64, dtype=torch.int32))
+    before = staging.ints([1])
+    first, second = staging.rows(np.array([[1, 2, 3], [4, 5, 6]], np.int32))
+    after = staging.ints([7])
+    words = staging.send()
+    assert [words[place].tolist() for place in (before, first, second, after)] == [
+        [1],
+        [1, 2, 3],
+        [4, 5, 6],
+        [7],
+    ]
+    assert [place.start for place in (first, second, after)] == [4, 8, 12]
+    with pytest.raises(AssertionError, match="staging area"):
+        staging.rows(np.zeros((13, 4), np.int32))
 
 
 def test_too_much_is_noticed() -> None:
