@@ -113,11 +113,20 @@ def server(config: Path, log: Path, setup: Setup) -> Iterator[None]:
             time.sleep(0.1)
         else:
             raise SystemExit(f"the server does not get that far:\n{log.read_text()[-3000:]}")
-        time.sleep(3.0)  # host memory is registered meanwhile
+        _await_registration(setup.port + 1)
         yield
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def _await_registration(admin: int) -> None:
+    """Until no more host memory is registered, which takes time from steps: for two seconds, or a minute."""
+    seen = list[int]()
+    while len(seen) < 60 and (len(seen) < 3 or len(set(seen[-3:])) > 1):
+        devices = httpx.get(f"http://127.0.0.1:{admin}/admin/models").json()["devices"]
+        seen.append(sum(device["registered_bytes"] for device in devices))
+        time.sleep(1.0)
 
 
 def _is_healthy(port: int) -> bool:
