@@ -32,6 +32,10 @@ class Want(NamedTuple):
 
     rank: Rank
     num_blocks: int
+    is_again: bool = False
+    """It has given way, and begins again with all that it had or not at all."""
+    num_found: int = 0
+    """Blocks of it that it would find: they are not among those that it wants, and are to stay."""
 
 
 class Slots:
@@ -119,19 +123,25 @@ class Scheduler:
             elif budget <= 0:
                 break
             elif not sequence.num_pending or sequence.can_step:
-                length, num_blocks = self._want(sequence, budget)
+                length, want = self._want(sequence, budget)
                 budget -= length
-                if num_blocks > 0:
-                    wanted.append(Want(sequence.rank, num_blocks))
+                if want.num_blocks > 0:
+                    wanted.append(want)
         return wanted
 
-    def _want(self, sequence: Sequence, budget: int) -> tuple[int, int]:
-        """Tokens that a sequence would compute, and blocks that it lacks for them."""
+    def _want(self, sequence: Sequence, budget: int) -> tuple[int, Want]:
+        """Tokens that a sequence would compute, and what it lacks for them."""
         held, computed = len(sequence.blocks), sequence.num_computed
         if sequence.num_missing > self.kv.layout.tokens_per_block:
             held, computed = self._prefix(sequence)
         length = min(sequence.num_total - computed, budget)
-        return length, self.kv.layout.num_blocks(computed + length) - held
+        if sequence.is_again:
+            return length, Want(sequence.rank, self._rest(sequence, held), is_again=True, num_found=held)
+        return length, Want(sequence.rank, self.kv.layout.num_blocks(computed + length) - held)
+
+    def _rest(self, sequence: Sequence, found: int) -> int:
+        """Blocks for all that a sequence has and a token more, without those that it would find."""
+        return self.kv.layout.num_blocks(sequence.num_total + 1) - found
 
     def _could_start(self) -> Iterator[Sequence]:
         """Waiting sequences that the next step could take, memory permitting, in its order."""
@@ -176,6 +186,8 @@ class Scheduler:
         2. A running sequence without room takes it from the prefix cache, then from the youngest running one
            (which may be itself).
         3. Waiting sequences, prefix cache first, as far as budget, batch size, tables and blocks reach.
+        4. One that has given way begins again with all that it had: with a part of it it would hold memory
+           that others want, get no further, and give way once more.
         """
         draft = Draft(budget, self._slots.max_entries)
         decodes, positions = draft.decodes, draft.positions
@@ -249,12 +261,16 @@ class Scheduler:
             if not draft.is_empty and layout.num_blocks(len(sequence.tokens)) > draft.entries:
                 passed.append(sequence)
                 break
+            if sequence.is_again and self._rest(sequence, self._prefix(sequence)[0]) > self.kv.num_free:  # 4
+                passed.append(sequence)
+                break
             sequence.slot = self._slots.take()
             length = self._extend(sequence, min(self._match_prefix(sequence, draft), draft.budget), draft)
             if length == 0:
                 self._release(sequence)
                 passed.append(sequence)
                 break
+            sequence.is_again = False
             insort(self.running, sequence, key=_rank)
             draft.take(sequence, length, layout.tokens_per_block)
         self.waiting[:0] = passed
@@ -349,6 +365,7 @@ class Scheduler:
         self._publish(sequence)  # of a step that is queued too: who takes these blocks runs behind it
         self.running.remove(sequence)
         self._release(sequence)
+        sequence.is_again = True
         self.num_preemptions += 1
         insort(self.waiting, sequence, key=_rank)
 

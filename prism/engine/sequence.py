@@ -50,6 +50,8 @@ class Sequence:
     """Keys of the full blocks of `tokens`, as far as they were needed."""
     num_published: int = 0
     is_started: bool = False
+    is_again: bool = False
+    """It has lost its blocks to others, and has not begun again."""
     counts: dict[int, int] = field(default_factory=dict)
     """Occurrences of each output token, kept where penalties may want them."""
     end: int = field(init=False)

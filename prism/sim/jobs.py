@@ -65,6 +65,8 @@ class Job:
     end: End | None = None
     end_time: int = 0
     num_restarts: int = 0
+    is_again: bool = False
+    """It has lost its blocks to others, and has not begun again."""
     rank: tuple[int, RequestId] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -62,7 +62,7 @@ class Memory:
 
     def ensure_kv(self, model: SimModel, wants: Sequence[Want], now: int) -> None:
         """Free blocks for what a model's sequences want, as far as memory and their ranks allow."""
-        ask_in_order(wants, lambda num_blocks, rank: self._raise(model, num_blocks, rank, now))
+        ask_in_order(wants, lambda num_blocks, want: self._raise(model, num_blocks, want, now))
 
     def take_free(self, model: SimModel, num_blocks: int, now: int) -> bool:
         """Give the model so many free blocks if free slabs suffice that nobody older waits for: then it does
@@ -75,14 +75,14 @@ class Memory:
         model.kv_slabs += missing
         return True
 
-    def _raise(self, model: SimModel, num_blocks: int, rank: Rank, now: int) -> bool:
+    def _raise(self, model: SimModel, num_blocks: int, want: Want, now: int) -> bool:
         limit, per_slab = model.kv_limit, model.blocks_per_slab
         while (lacking := num_blocks - model.free_blocks) > 0:
             room, spare = (
                 None if limit is None else limit - model.kv_slabs,
                 self.free - self._reserved(model, now, for_weights=False),
             )
-            step = take_or_need(model.name, lacking, per_slab, spare=spare, room=room, rank=rank)
+            step = take_or_need(model.name, lacking, per_slab, spare=spare, room=room, want=want)
             if isinstance(step, Need):
                 if not self._give(step, now):
                     return False

@@ -194,6 +194,7 @@ class SimModel:
     def preempt(self, job: Job) -> None:
         """A running sequence gives its blocks back and starts again later."""
         self._drop(job)
+        job.is_again = True
         self.num_preemptions += 1
         insort(self.waiting, job, key=_rank)
 
@@ -219,6 +220,8 @@ class SimModel:
             self._drop(job)
             insort(self.waiting, job, key=_rank)
         leaving, self.waiting = self.waiting, []
+        for job in leaving:
+            job.is_again = False
         self.decodes = DecodeGroup(self.layout.tokens_per_block)
         assert self.prompt_blocks == 0
         self.is_stalled = False
@@ -254,7 +257,10 @@ class SimModel:
     def wants(self, budget: int, max_sequences: int) -> list[Want]:
         """The same by sequence: running ones oldest first, then waiting ones."""
         decodes = [Want(policy_rank(job), 1) for job in self.decodes.wanting()]
-        prompts = [Want(policy_rank(job), num) for job, num in self._prompts_want(budget, max_sequences)]
+        prompts = [
+            Want(policy_rank(job), num, job.is_again)
+            for job, num in self._prompts_want(budget, max_sequences)
+        ]
         return [*sorted(decodes), *prompts]
 
     def _prompts_want(self, budget: int, max_sequences: int) -> Iterator[tuple[Job, int]]:
@@ -266,7 +272,8 @@ class SimModel:
                 break
             length = min(job.missing, budget)
             budget -= length
-            wanted = num_blocks(job.computed + length) - num_blocks(job.computed)
+            whole = job.known + 1 if job.is_again else job.computed + length
+            wanted = num_blocks(whole) - num_blocks(job.computed)
             if wanted:
                 yield job, wanted
 
@@ -281,7 +288,7 @@ class SimModel:
                 budget -= self._take(job, budget, chunks, may_preempt=True)
         while self.waiting and budget > 0 and self.num_running < max_sequences:
             job = self.waiting[0]
-            if job.num_restarts and (self.decodes.size or self.prompts) and not self._fits(job):
+            if job.is_again and not self._fits(job):
                 break
             taken = self._take(job, budget, chunks, may_preempt=False)
             if not taken:
@@ -303,6 +310,7 @@ class SimModel:
         if length <= 0:
             return 0
         job.computed += length
+        job.is_again = False
         self.prompt_blocks += self.layout.num_blocks(job.computed) - held
         chunks.append(Chunk(job, length, job.num_restarts))
         return length

@@ -269,9 +269,9 @@ class Worker:
     def next_timer(self) -> float | None:
         """The time at which `advance` must be called even if nothing comes in."""
         now = self._clock()
-        times = [ticket.expires for ticket in self.requests.waiting if not ticket.is_started]
+        times = []
         if len(self.requests):
-            times.append(self.requests.latest_end)
+            times += [self.requests.next_expiry, self.requests.latest_end]
         if len(self.requests) > self.requests.num_waiting:
             times.append(now + STANDSTILL_SECONDS)
         times += [model.stalled_until for model in self.models.values() if model.stalled_until > now]
@@ -280,7 +280,7 @@ class Worker:
 
     def _admit(self, now: float) -> None:
         self._endings.look_for_overdue(now)
-        if not self._needs_admission and not self._some_expired(now):
+        if not self._needs_admission and self.requests.next_expiry > now:
             return
         self._needs_admission = False
         self.accounts.look(self.models)
@@ -300,9 +300,6 @@ class Worker:
                     self._endings.expired(waiting)
                 case _:
                     assert_never(decision)
-
-    def _some_expired(self, now: float) -> bool:
-        return any(t.expires <= now and not t.is_started for t in self.requests.waiting)
 
     def _enter(self, ticket: Ticket) -> None:
         engine = self.models[ticket.model].engine

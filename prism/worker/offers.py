@@ -122,7 +122,7 @@ def _everything(other: Holding, given: int) -> Offer:
 def own_offers(own: Holding, need: Need) -> list[Offer]:
     """Of the needy model itself: blocks that it can use without getting a slab for them."""
     offers = []
-    blocks = min(own.num_cached_blocks, need.blocks)
+    blocks = own_cache(own, need)
     slabs = _worth(blocks, own, need)
     if slabs:
         offers.append(Offer(Part.CACHE, slabs, blocks * own.block_seconds * own.reuse_chance))
@@ -138,6 +138,11 @@ def own_offers(own: Holding, need: Need) -> list[Offer]:
             slabs += gained
             harm, count = 0.0, 0
     return offers
+
+
+def own_cache(own: Holding, need: Need) -> int:
+    """Cached blocks of the needy model that can be used for others, as many as are needed."""
+    return max(0, min(own.num_cached_blocks - need.num_found, need.blocks))
 
 
 def _worth(blocks: int, own: Holding, need: Need) -> int:

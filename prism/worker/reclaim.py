@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prism.types import ModelId
-from prism.worker.offers import Offer, Part, offers_of, own_offers, younger
+from prism.worker.offers import Offer, Part, offers_of, own_cache, own_offers, younger
 from prism.worker.snapshot import Holding, MemorySnapshot, Need
 
 DISPLACING_SHARE = 0.1
@@ -82,8 +82,9 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDec
     2. Slabs that are retiring are awaited.
     3. Loads that nobody waits for any more are called off.
     4. The cheapest offers that suffice together.
-    5. If all offers together do not: weights take nothing, since a part of them is of no use; KV takes what
-       there is, since each block lets a sequence go on.
+    5. If all offers together do not: weights take nothing, since a part of them is of no use, nor does a
+       sequence that begins again with all that it had; other KV takes what there is, since each block lets a
+       sequence go on.
     6. While older requests wait for slabs, KV gets none of others: its model's own offers are left to it.
     7. Evictions come last: they wait for queued steps, which may end what others were to give up.
     """
@@ -97,7 +98,8 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDec
         return tuple(CancelLoad(model) for model in snapshot.unwanted_loads)
     offers = _offers(snapshot, need, own, now)
     most = sum(offer.slabs for each in offers.values() for offer in each)
-    if most < (missing if need.for_weights else 1):  # 5
+    is_whole = need.for_weights or need.is_again
+    if most < (missing if is_whole else 1):  # 5
         return ()
     taken = _cheapest(offers, min(missing, most), snapshot.expected_demand)  # 4
     holdings = {h.model: h for h in snapshot.holdings}
@@ -144,7 +146,7 @@ def _is_at_limit(own: Holding) -> bool:
 
 
 def _recycled(own: Holding, need: Need) -> tuple[ReclaimDecision, ...]:
-    if blocks := min(own.num_cached_blocks, need.blocks):
+    if blocks := own_cache(own, need):
         return (DropOwnCache(own.model, blocks),)
     count = 0
     for sequence in younger(own, need):
@@ -219,6 +221,6 @@ def _decisions(
     count = sum(offer.num_sequences for offer in taken)
     preempt = (Preempt(model, count),) if count else ()
     if model == need.model:
-        blocks = min(holding.num_cached_blocks, need.blocks)
+        blocks = own_cache(holding, need)
         return (*preempt, DropOwnCache(model, blocks)) if blocks else preempt
     return (*preempt, TakeSlabs(model, min(missing, sum(offer.slabs for offer in taken))))

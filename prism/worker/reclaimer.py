@@ -9,7 +9,7 @@ from prism.engine.kv_blocks import Gathered
 from prism.engine.kv_slab import DroppedGroup
 from prism.engine.scheduler import Want
 from prism.memory.slabs import KvOwner
-from prism.types import LaneId, ModelId, Rank, SlabId
+from prism.types import LaneId, ModelId, SlabId
 from prism.worker import reclaim
 from prism.worker.device import Device
 from prism.worker.foresight import RecentDemand
@@ -63,16 +63,16 @@ class Reclaimer:
         kv = model.kv
         assert kv is not None
         if sum(want.num_blocks for want in wants) > kv.num_free:
-            ask_in_order(wants, lambda num_blocks, rank: self._raise(model, num_blocks, rank, now))
+            ask_in_order(wants, lambda num_blocks, want: self._raise(model, num_blocks, want, now))
 
-    def _raise(self, model: Model, num_blocks: int, rank: Rank, now: float) -> bool:
+    def _raise(self, model: Model, num_blocks: int, want: Want, now: float) -> bool:
         """Raise a model's free blocks to `num_blocks`; whether they suffice."""
         kv, limit = model.kv, model.kv_limit
         assert kv is not None and model.lane is not None
         lane, per_slab = model.lane.lane_id, kv.layout.blocks_per_slab
         while (lacking := num_blocks - kv.num_free) > 0:
             room, spare = None if limit is None else limit - kv.num_slabs, self._spare(model, lane, now)
-            step = take_or_need(model.name, lacking, per_slab, spare=spare, room=room, rank=rank)
+            step = take_or_need(model.name, lacking, per_slab, spare=spare, room=room, want=want)
             if isinstance(step, Need):
                 if not self._give(model, step, now):
                     return False

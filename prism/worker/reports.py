@@ -6,12 +6,14 @@ from prism.messages import ModelReport, Report
 from prism.types import ModelState
 from prism.worker.loop import Worker
 from prism.worker.models import Model
-from prism.worker.views import estimate
+from prism.worker.views import Estimate, estimate_behind, queue_before
+
+NEVER = float("inf")
 
 
 def make_report(worker: Worker, now: float) -> Report:
     """The worker's state as one message."""
-    pool = worker.device.pool
+    pool, queue = worker.device.pool, queue_before(worker, NEVER)
     return Report(
         worker=worker.name,
         device=worker.device.name,
@@ -25,11 +27,11 @@ def make_report(worker: Worker, now: float) -> Report:
         kv_host_bytes=worker.host.total_bytes,
         kv_host_error=worker.host.error,
         tenants=worker.accounts.report(),
-        models=[_model(worker, model, now) for model in worker.models.values()],
+        models=[_model(worker, model, queue, now) for model in worker.models.values()],
     )
 
 
-def _model(worker: Worker, model: Model, now: float) -> ModelReport:
+def _model(worker: Worker, model: Model, queue: Estimate, now: float) -> ModelReport:
     slab = worker.device.slab_bytes
     kv = model.kv
     block = 0 if kv is None else kv.layout.block_bytes
@@ -54,7 +56,7 @@ def _model(worker: Worker, model: Model, now: float) -> ModelReport:
         pinned=model.pinned,
         is_ahead=model.is_ahead,
         error=model.error,
-        estimated_wait=estimate(worker, model, float("inf")).seconds if tickets else 0.0,
+        estimated_wait=estimate_behind(worker, model, NEVER, queue).seconds if tickets else 0.0,
         load_seconds=model.load_seconds,
         num_started=model.usage.num_requests,
         prompt_tokens=model.usage.prompt_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -114,8 +114,10 @@ class Requests:
     def __init__(self) -> None:
         self._tickets: dict[RequestId, Ticket] = {}
         self._by_model: defaultdict[ModelId, dict[RequestId, Ticket]] = defaultdict(dict)
+        self._running: defaultdict[ModelId, dict[RequestId, Ticket]] = defaultdict(dict)
         self._waiting: dict[RequestId, Ticket] = {}
         self._num_waiting: Counter[ModelId] = Counter()
+        self._expiries: Earliest[tuple[float, RequestId]] = Earliest()
         self._oldest: defaultdict[ModelId, Earliest[Rank]] = defaultdict(Earliest)
         self._latest_ends: Earliest[tuple[float, RequestId]] = Earliest()
 
@@ -148,7 +150,9 @@ class Requests:
     def remove(self, ticket: Ticket) -> None:
         """The request has ended."""
         del self._tickets[ticket.request_id]
-        if not ticket.is_running:
+        if ticket.is_running:
+            del self._running[ticket.model][ticket.request_id]
+        else:
             self._wait_no_more(ticket)
         del self._by_model[ticket.model][ticket.request_id]
         self._oldest[ticket.model].remove(_rank(ticket))
@@ -157,27 +161,37 @@ class Requests:
     def enter(self, ticket: Ticket) -> None:
         """Its model's engine takes it in."""
         ticket.is_running = True
+        self._running[ticket.model][ticket.request_id] = ticket
         self._wait_no_more(ticket)
 
     def leave(self, ticket: Ticket) -> None:
         """It has lost its place in the engine, and waits again."""
         ticket.is_running = False
+        del self._running[ticket.model][ticket.request_id]
         ticket.waiting = None
         self._wait(ticket)
 
     def _wait(self, ticket: Ticket) -> None:
         self._waiting[ticket.request_id] = ticket
         self._num_waiting[ticket.model] += 1
+        if not ticket.is_started:
+            self._expiries.add((ticket.expires, ticket.request_id))
 
     def _wait_no_more(self, ticket: Ticket) -> None:
         del self._waiting[ticket.request_id]
         self._num_waiting[ticket.model] -= 1
+        if not ticket.is_started:
+            self._expiries.remove((ticket.expires, ticket.request_id))
 
     # --- who there is ---------------------------------------------------------------------------------
 
     def of_model(self, model: ModelId) -> tuple[Ticket, ...]:
         """A model's tickets in order of arrival here."""
         return tuple(self._by_model[model].values())
+
+    def running_of(self, model: ModelId) -> Collection[Ticket]:
+        """Those that its engine has taken in; asked at each step, when thousands may wait."""
+        return self._running[model].values()
 
     def has_any(self, model: ModelId) -> bool:
         """Somebody asks for a model."""
@@ -196,6 +210,12 @@ class Requests:
     def latest_end(self) -> float:
         """When the next one has taken too long."""
         least = self._latest_ends.least
+        return float("inf") if least is None else least[0]
+
+    @property
+    def next_expiry(self) -> float:
+        """When the next one that has not started has waited for as long as it may."""
+        least = self._expiries.least
         return float("inf") if least is None else least[0]
 
     def of_gateway(self, gateway: GatewayId) -> tuple[Ticket, ...]:
@@ -229,6 +249,10 @@ class Requests:
             assert self.oldest(model) == min(map(_rank, own.values()), default=None), model
         ends = [ticket.submit.latest_end for ticket in self]
         assert self.latest_end == min(ends, default=float("inf"))
+        running = {ticket.request_id for own in self._running.values() for ticket in own.values()}
+        assert running == tickets.keys() - self._waiting.keys()
+        expiries = [ticket.expires for ticket in self._waiting.values() if not ticket.is_started]
+        assert self.next_expiry == min(expiries, default=float("inf"))
 
 
 def _rank(ticket: Ticket) -> Rank:

@@ -216,3 +216,7 @@ class Need:
     """Slabs that older requests of other models lack: they come first."""
     may_displace: bool = True
     """Others that have requests may be stopped for it."""
+    is_again: bool = False
+    """Of a sequence that has given way, and begins again with all that it had or not at all."""
+    num_found: int = 0
+    """Cached blocks of its own that it counts on."""

@@ -38,7 +38,11 @@ def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
         waiting=tuple(t.waiting or waiting_request(worker, t) for t in worker.requests.waiting),
         models={ModelId(m.name): _load(worker, m) for m in worker.models.values()},
         num_running_requests=len(worker.requests) - worker.requests.num_waiting,
-        alone_is_running=any(t.submit.alone for t in worker.requests if t.is_running),
+        alone_is_running=any(
+            ticket.submit.alone
+            for name in worker.models
+            for ticket in worker.requests.running_of(ModelId(name))
+        ),
         busy=_busy(worker, active) if by_deadline else 0.0,
         stretch=_stretch(worker, active) if by_deadline else 1.0,
         horizon=_horizon(worker, active) if by_deadline else float("inf"),
@@ -74,6 +78,11 @@ def estimate(worker: Worker, model: Model, deadline: float, tenant: str | None =
     It starts when its model is there, and when the prompts before it have been computed beside the decodes.
     Those of tenants over their share come behind the others. What memory is lacking for is not known.
     """
+    return estimate_behind(worker, model, deadline, queue_before(worker, deadline, tenant))
+
+
+def queue_before(worker: Worker, deadline: float, tenant: str | None = None) -> Estimate:
+    """The same but for what its model adds: for a report of all models it is worked out once."""
     ahead, seconds = 0, 0.0
     over = worker.accounts.over_beside(tenant, worker.models)
     own = (tenant in over, deadline)
@@ -82,11 +91,15 @@ def estimate(worker: Worker, model: Model, deadline: float, tenant: str | None =
         if (waiting.tenant in over, waiting.deadline) <= own:
             ahead += 1
             seconds += waiting.seconds
-    if worker.rules.is_exclusive:
-        return Estimate(ahead + 1, worker.tenancy.starts_in(worker, model, deadline - FAR))
     active = _active(worker)
-    work = (_busy(worker, active) + seconds) * _stretch(worker, active)
-    return Estimate(ahead + 1, max(ready_in(worker, model), work))
+    return Estimate(ahead + 1, (_busy(worker, active) + seconds) * _stretch(worker, active))
+
+
+def estimate_behind(worker: Worker, model: Model, deadline: float, queue: Estimate) -> Estimate:
+    """See `estimate`."""
+    if worker.rules.is_exclusive:
+        return Estimate(queue.position, worker.tenancy.starts_in(worker, model, deadline - FAR))
+    return Estimate(queue.position, max(ready_in(worker, model), queue.seconds))
 
 
 def waiting_request(worker: Worker, ticket: Ticket) -> WaitingRequest:
@@ -163,7 +176,7 @@ def _backlog(worker: Worker, model: Model) -> float:
 def _decode_share(worker: Worker, model: Model) -> float:
     """Share of the device's time that a model's streams need, each at its objective."""
     costs, engine = worker.costs.of(model.name), model.engine
-    tpots = [t.tpot for t in worker.requests.of_model(model.name) if t.last_token is not None]
+    tpots = [t.tpot for t in worker.requests.running_of(model.name) if t.last_token is not None]
     if costs is None or engine is None or not tpots:
         return 0.0
     context = sum([s.num_computed for s in engine.scheduler.running])
@@ -271,7 +284,7 @@ def _runnable(model: Model, requests: Requests, book: CostBook, rules: Rules) ->
     context = sum([s.num_computed for s in scheduler.running]) - sum(s.num_computed for s in begun)
     prompt_start = begun[0].num_computed if begun else 0
     prompts = [s.num_missing for s in (*begun, *scheduler.waiting)]
-    decode_due, prompt_due, tpot = _dues(requests.of_model(model.name), engine.num_queued)
+    decode_due, prompt_due, tpot = _dues(requests.running_of(model.name), engine.num_queued)
     due = min(decode_due, prompt_due)
     if prompts and prompt_due == float("inf"):
         prompt_due = due  # of streams that have lost their place
@@ -309,8 +322,6 @@ def _dues(tickets: Iterable[Ticket], num_queued: int) -> _Dues:
     for ticket in tickets:
         tpot = ticket.tpot
         due = ticket.due + num_queued * tpot
-        if not ticket.is_running:
-            continue
         if ticket.last_token is None:
             prompt_due = min(prompt_due, due)
             continue

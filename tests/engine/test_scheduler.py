@@ -222,6 +222,37 @@ def test_a_preempted_sequence_leaves_its_blocks_to_be_found() -> None:
     scheduler.kv.check()
 
 
+def test_a_preempted_sequence_begins_again_with_all_that_it_had() -> None:
+    """One block was enough: it held what others wanted, came no further, and gave way once more."""
+    scheduler = make(Slots(8))
+    young = waiting(list(range(18)))
+    scheduler.add(young)
+    ran(scheduler, scheduler.schedule(100))
+    assert scheduler.preempt_youngest(1) == 1 and young.is_again
+    scheduler.kv.drop_cached(5)
+    taken = scheduler.kv.allocate(scheduler.kv.num_free - 4) or []
+    assert scheduler.schedule(100) is None, "five blocks for 19 tokens and the next one"
+    assert [(want.num_blocks, want.is_again) for want in scheduler.wants(4)] == [(5, True)]
+    scheduler.kv.release(taken[:1])
+    step = scheduler.schedule(4)
+    assert step is not None and step.chunks[0].length == 4 and not young.is_again
+    assert [want.is_again for want in scheduler.wants(4)] == [False]
+    scheduler.kv.check()
+    scheduler.check()
+
+
+def test_a_preempted_sequence_needs_no_room_for_what_is_found() -> None:
+    scheduler = make(Slots(8))
+    young = waiting(list(range(18)))
+    scheduler.add(young)
+    ran(scheduler, scheduler.schedule(100))
+    assert scheduler.preempt_youngest(1) == 1
+    taken = scheduler.kv.allocate(scheduler.kv.num_free - 1) or []
+    assert taken and [(want.num_blocks, want.num_found) for want in scheduler.wants(100)] == [(1, 4)]
+    step = scheduler.schedule(100)
+    assert step is not None and (step.chunks[0].start, step.chunks[0].length) == (16, 3)
+
+
 @given(st.lists(st.integers(0, 99), min_size=20, max_size=120))
 def test_decodes_that_need_nothing_but_their_turn_need_nothing_else(actions: list[int]) -> None:
     """What the scheduler notes in `ready_until` is what a closer look would find, whatever happened between.

@@ -269,6 +269,24 @@ def test_weights_take_nothing_in_vain() -> None:
     assert ask(younger, old, wanted=need(3, blocks=30)) == (Preempt(B, 1), TakeSlabs(B, 1)), "KV takes any"
 
 
+def test_who_begins_again_takes_nothing_in_vain() -> None:
+    """One took what another had computed, could not begin all the same, and others took it: 126 s of prompts
+    were computed again on four simulated devices in 300 s."""
+    younger, old = holding(B, running=(running(60.0),)), holding(C)
+    again = replace(need(3, blocks=30), is_again=True)
+    assert ask(younger, old, wanted=again) == ()
+    assert ask(younger, old, wanted=replace(again, slabs=1)) == (Preempt(B, 1), TakeSlabs(B, 1))
+
+
+def test_what_a_sequence_is_going_to_find_is_not_dropped_for_it() -> None:
+    own = cached(A, 2, kv_limit=9)
+    assert ask(own, wanted=replace(need(1, blocks=8), is_again=True, num_found=15)) == ()
+    assert ask(own, wanted=replace(need(1, blocks=8), is_again=True, num_found=12)) == (DropOwnCache(A, 8),)
+    assert ask(replace(own, kv_limit=3), wanted=replace(need(1, blocks=8), num_found=15)) == (
+        DropOwnCache(A, 5),
+    )
+
+
 def test_a_model_of_many_sequences_is_offered_in_few_parts() -> None:
     """Hundreds of sequences were weighed one by one."""
     many = holding(B, kv_slabs=200, running=tuple(running(60.0 + i, 10) for i in range(200)))

@@ -68,6 +68,30 @@ def test_who_waits_and_who_is_oldest() -> None:
     assert requests.oldest(A) is None and not requests.has_any(A) and requests.waiting == (other,)
 
 
+def test_who_runs_and_who_expires_next() -> None:
+    requests = Requests()
+    first, second, started = ticket("x"), ticket("y"), ticket("z")
+    first.expires, second.expires = 20.0, 10.0
+    for each in (first, second):
+        requests.add(each)
+    assert requests.next_expiry == 10.0 and not requests.running_of(A)
+    requests.enter(second)
+    assert requests.next_expiry == 20.0 and list(requests.running_of(A)) == [second]
+    second.is_started = True
+    requests.leave(second)
+    assert requests.next_expiry == 20.0, "what has started does not expire"
+    requests.check()
+    started.is_started, started.expires = True, 1.0
+    requests.add(started)
+    requests.remove(second)
+    requests.remove(first)
+    assert requests.next_expiry == float("inf")
+    requests.enter(started)
+    requests.remove(started)
+    requests.check()
+    assert not requests.running_of(A)
+
+
 def test_overdue_requests_come_one_by_one() -> None:
     requests = Requests()
     for name, end in (("late", 9.0), ("later", 12.0), ("first", 3.0)):
