@@ -38,6 +38,10 @@ class ConfigError(PrismError):
         super().__init__("\n".join(problems))
         self.problems = problems
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        """As it was made: processes that simulate send it to their parent."""
+        return type(self), (self.problems,)
+
 
 class DriverError(PrismError):
     """A call of a memory driver failed; `call` is its name, `code` what the system or CUDA returned."""

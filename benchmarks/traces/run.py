@@ -1,7 +1,7 @@
 """Attainment of the four modes over load and over devices, simulated on a trace.
 
 Usage: scripts/bench traces --trace trace.csv [--devices 2] [--scales 0.5,1,2] [--most 8]
-                            [--modes prism,elastic] [--output DIR]
+                            [--modes prism,elastic] [--processes 2] [--output DIR]
 Each mode has the best placement that `prism plan` finds for it; mode prism also the controller that moves
 models. Columns of a trace: arrival_s, model_key, prompt_tokens, output_tokens. Writes NAME.json and NAME.png.
 """
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from prism.modes import Mode
 from prism.sim.generate import Synthetic
 from prism.sim.inputs import Inputs, make_cluster, open_profile, read_workload
-from prism.sim.plan import Planner, Target, Trial
+from prism.sim.plan import Planner, Target, Trial, steps
 from prism.sim.plots import plot_attainment
+from prism.sim.searches import Search, carry_out
 
 
 def planner(options: argparse.Namespace, mode: Mode, scale: float, target: float) -> Planner:
@@ -53,25 +55,42 @@ def modes(options: argparse.Namespace) -> list[Mode]:
 
 def over_load(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """At `--devices` devices."""
+    scales = [float(scale) for scale in options.scales.split(",") if scale]
+    searches = {
+        (scale, mode): Search(planner(options, mode, scale, options.target), once(options.devices))
+        for scale in scales
+        for mode in modes(options)
+    }
+    begin = time.monotonic()
+
+    def tell(key: tuple[float, Mode], devices: int, trial: Trial) -> None:
+        scale, mode = key
+        print(
+            f"load x {scale:<5g} {mode:9} TTFT {trial.ttft:.3f} TPOT {trial.tpot:.3f}"
+            f" after {time.monotonic() - begin:.0f} s",
+            flush=True,
+        )
+
     result: dict[str, dict[str, Any]] = {}
-    for scale in map(float, filter(None, options.scales.split(","))):
-        for mode in modes(options):
-            begin = time.monotonic()
-            trial = planner(options, mode, scale, options.target).best(options.devices)
-            result.setdefault(mode.value, {})[f"{scale:g}"] = values(trial)
-            seconds = time.monotonic() - begin
-            print(
-                f"load x {scale:<5g} {mode:9} TTFT {trial.ttft:.3f} TPOT {trial.tpot:.3f} {seconds:.0f} s",
-                flush=True,
-            )
+    for (scale, mode), trial in carry_out(searches, options.processes, tell).items():
+        result.setdefault(mode.value, {})[f"{scale:g}"] = values(trial)
     return result
+
+
+def once(devices: int) -> Generator[int, Trial, Trial]:
+    """Tries one number of devices."""
+    return (yield devices)
 
 
 def over_devices(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """At the trace's own load."""
+    target = Target(options.target, options.target)
+    searches = {
+        mode: Search(planner(options, mode, 1.0, options.target), steps(target, options.most))
+        for mode in modes(options)
+    }
     result: dict[str, dict[str, Any]] = {}
-    for mode in modes(options):
-        plan = planner(options, mode, 1.0, options.target).search(options.most, report(mode))
+    for mode, plan in carry_out(searches, options.processes, tell_devices).items():
         tried = {str(n): values(trial) for n, trial in sorted(plan.trials.items())}
         result[mode.value] = {"fewest": plan.num_devices, "tried": tried}
         print(
@@ -81,9 +100,9 @@ def over_devices(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return result
 
 
-def report(mode: Mode) -> Callable[[int, Trial], None]:
+def tell_devices(mode: Mode, devices: int, trial: Trial) -> None:
     """Prints each number of devices that was tried."""
-    return lambda n, trial: print(f"{n} devices {mode:9} {trial.ttft:.3f} {trial.tpot:.3f}", flush=True)
+    print(f"{devices} devices {mode:9} {trial.ttft:.3f} {trial.tpot:.3f}", flush=True)
 
 
 def main() -> None:
@@ -97,6 +116,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.99)
     parser.add_argument("--slo-scale", type=float, default=5.0)
     parser.add_argument("--profile", default="h100")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, help="folder")
     options = parser.parse_args()
     loads = over_load(options)
@@ -104,7 +124,11 @@ def main() -> None:
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         target = options.output / f"{options.trace.stem}.json"
-        shown = {key: str(value) for key, value in vars(options).items() if key not in ("trace", "output")}
+        shown = {
+            key: str(value)
+            for key, value in vars(options).items()
+            if key not in ("trace", "output", "processes")
+        }
         target.write_text(json.dumps({"options": shown, "load": loads, "devices": devices}, indent=1) + "\n")
         curves = {
             mode: [(float(scale), point["ttft"], point["tpot"]) for scale, point in points.items()]

@@ -32,9 +32,10 @@ from prism.sim.inputs import (
     read_placement,
     read_workload,
 )
-from prism.sim.plan import Plan, Planner, Target, Trial
+from prism.sim.plan import Plan, Planner, Target, Trial, steps
 from prism.sim.plots import need_matplotlib, plot_attainment, plot_models
 from prism.sim.report import report
+from prism.sim.searches import Search, carry_out
 from prism.sim.trace import TraceRow, write_trace
 
 
@@ -176,17 +177,18 @@ def run_plan(
     profile = open_profile(inputs.profile)
     load = read_workload(inputs, profile)
     collect_rarely()
-    plans = {}
+    searches = {
+        mode: Search(Planner(make_cluster(inputs, load, profile, mode), target), steps(target, most))
+        for mode in modes
+    }
     with _progress() as progress:
-        for mode in modes:
-            task = progress.add_task(mode.value, total=None)
+        tasks = {mode: progress.add_task(mode.value, total=None) for mode in modes}
 
-            def tell(devices: int, trial: Trial, mode: Mode = mode, task: Any = task) -> None:
-                text = f"{mode}: {devices} devices, TTFT {trial.ttft:.1%}, TPOT {trial.tpot:.1%}"
-                progress.update(task, advance=1, description=text)
+        def tell(mode: Mode, devices: int, trial: Trial) -> None:
+            text = f"{mode}: {devices} devices, TTFT {trial.ttft:.1%}, TPOT {trial.tpot:.1%}"
+            progress.update(tasks[mode], advance=1, description=text)
 
-            cluster = make_cluster(inputs, load, profile, mode)
-            plans[mode] = Planner(cluster, target).search(most, tell)
+        plans = carry_out(searches, os.cpu_count() or 1, tell)
     _write({mode.value: plan_values(plan) for mode, plan in plans.items()}, output)
     _print_plans(plans, target)
     if plot is not None:

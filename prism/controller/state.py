@@ -78,6 +78,10 @@ class ControllerState:
         """What a worker says of a model."""
         return self._models.get(worker, {}).get(model)
 
+    def reports_of(self, model: ModelId) -> list[ModelReport]:
+        """What all workers say of a model that know of it."""
+        return [models[model] for models in self._models.values() if model in models]
+
     def model_report(self, model: ModelId) -> ModelReport | None:
         """What the model's first home says of it."""
         return self.report_of(self.workers(model)[0], model)
@@ -96,7 +100,8 @@ class ControllerState:
 
     def resident(self, model: ModelId) -> frozenset[WorkerId]:
         """Where it is in memory, or on its way there."""
-        return frozenset(worker for worker in self._models if self._state(worker, model) in RESIDENT)
+        found = [(worker, models[model]) for worker, models in self._models.items() if model in models]
+        return frozenset([w for w, report in found if not report.is_ahead and report.state in RESIDENT])
 
     def _state(self, worker: WorkerId, model: ModelId) -> ModelState | None:
         report = self.report_of(worker, model)
@@ -111,17 +116,19 @@ class ControllerState:
         2. One that is in memory at a home as well lives on both: placement merges what is too much.
         3. Of several homes one that has evicted it is none any more.
         """
-        changes = [
-            self._adopt(model, worker, report.state, now)
-            for model, report in self._models.get(worker, {}).items()
-            if not report.is_ahead and report.state in (ModelState.ACTIVE, ModelState.COLD)
-        ]
-        return any(changes)
+        is_changed = False
+        for model, report in self._models.get(worker, {}).items():
+            homes = self.homes.get(model)
+            if homes is None or report.is_ahead or model in self.migrations:
+                continue
+            state = report.state
+            if state is ModelState.ACTIVE or (state is ModelState.COLD and len(homes) > 1):
+                is_changed = self._adopt(model, homes, worker, state, now) or is_changed
+        return is_changed
 
-    def _adopt(self, model: ModelId, worker: WorkerId, state: ModelState, now: float) -> bool:
-        homes = self.homes.get(model)
-        if homes is None or model in self.migrations:
-            return False
+    def _adopt(
+        self, model: ModelId, homes: tuple[Home, ...], worker: WorkerId, state: ModelState, now: float
+    ) -> bool:
         home = next((home for home in homes if home.worker == worker), None)
         if home is None:
             if state is not ModelState.ACTIVE:

@@ -83,8 +83,7 @@ def _need(
     now: float,
 ) -> ModelNeed:
     load = demand.load(model.model, now)
-    found = [state.report_of(worker, model.model) for worker in state.reports]
-    reports = [report for report in found if report is not None]
+    reports = state.reports_of(model.model)
     is_asked_for = any(report.num_running + report.num_waiting for report in reports)
     is_warm = any(_is_warm(report, warm) for report in reports)
     is_pinned = any(report.pinned for report in reports) if reports else model.model in catalog.pinned

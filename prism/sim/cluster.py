@@ -7,20 +7,18 @@ controller they go together from one of its looks to the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import NamedTuple
 
 from prism.config import SchedulingConfig
 from prism.modes import RULES, Mode
 from prism.profile import Profile
-from prism.sim.collecting import collect_rarely
 from prism.sim.controlling import Controlled, Done
 from prism.sim.device import SimDevice
 from prism.sim.jobs import Job
 from prism.sim.modes import Limits
 from prism.sim.placing import Demand, Placement, Room, fixed_shares
+from prism.sim.processes import process_pool
 from prism.sim.results import DeviceResult, result_of, without_place
 from prism.sim.ticks import NEVER
 from prism.sim.workload import Workload, jobs_of
@@ -73,6 +71,11 @@ class Cluster:
         setup = self.setup
         return Room(self.load.served, setup.num_slabs, setup.limits.slab_bytes, setup.mode)
 
+    @property
+    def is_quick(self) -> bool:
+        """It has too few requests to start processes for them."""
+        return len(self.load.requests) < FEW
+
     def run(
         self,
         placement: Placement,
@@ -116,11 +119,10 @@ class Cluster:
         return [without_place(lost)] if lost else [], [job for job in jobs if job.model in placed]
 
     def _each(self, devices: Sequence[tuple[ModelId, ...]], processes: int) -> Iterator[DeviceResult]:
-        if processes == 1 or len(devices) == 1 or len(self.load.requests) < FEW:
+        if processes == 1 or len(devices) == 1 or self.is_quick:
             yield from map(self.run_device, devices)
             return
-        # spawn: whoever shows a progress bar has threads, which a fork would not survive
-        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=collect_rarely) as pool:
+        with process_pool(processes) as pool:
             longest = sorted(devices, key=lambda models: -sum(self.demand[m] for m in models))
             futures = {models: pool.submit(self.run_device, models) for models in longest}
             for models in devices:

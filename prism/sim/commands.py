@@ -118,10 +118,10 @@ def _model_report(device: SimDevice, model: SimModel, now: int, is_for_placement
     """Of a model that has nothing to do the same again, as long as nothing has come of it: most are."""
     if model.tickets or (is_for_placement and model.state is not ModelState.COLD):
         return _new_report(device, model, now)
-    seen = model.history()
-    if model.idle_report is None or model.idle_report[0] != seen:
-        model.idle_report = seen, _new_report(device, model, now)
-    return model.idle_report[1]
+    seen, told = model.history(), model.idle_report
+    if told is None or told[0] != seen:
+        told = model.idle_report = seen, _new_report(device, model, now)
+    return told[1]
 
 
 def _new_report(device: SimDevice, model: SimModel, now: int) -> ModelReport:

@@ -102,14 +102,15 @@ class Controlled:
         """All of them, in order of arrival, until each has ended; `progress` hears how many have come."""
         place = 0
         while place < len(jobs) or any(d.next_event() < NEVER for d in self._devices.values()):
-            end, before = self._next_look(), place
+            concerned = self._concerned()
+            end, before = self._next_look(bool(concerned)), place
             while place < len(jobs) and jobs[place].arrival < end:
                 job = jobs[place]
                 self._send(job).offer(job)
                 place += 1
             for device in self._devices.values():
                 device.run_until(end)
-            self._look(end)
+            self._look(end, concerned)
             progress(place - before)
 
     def _send(self, job: Job) -> SimDevice:
@@ -133,9 +134,9 @@ class Controlled:
             jobs[worker].append(job)
         return [(self._devices[worker], each) for worker, each in jobs.items()]
 
-    def _next_look(self) -> int:
+    def _next_look(self, is_anybody_concerned: bool) -> int:
         due = first_at(self._placer.due) if isfinite(self._placer.due) else NEVER
-        return min(due, self._now + REPORT_TICKS) if self._concerned() else due
+        return min(due, self._now + REPORT_TICKS) if is_anybody_concerned else due
 
     def _concerned(self) -> list[WorkerId]:
         """Devices of models that move, or that have several homes."""
@@ -143,11 +144,11 @@ class Controlled:
         models = [*state.migrations, *(model for model, homes in state.homes.items() if len(homes) > 1)]
         return sorted({worker for model in models for worker in state.places(model)})
 
-    def _look(self, now: int) -> None:
+    def _look(self, now: int, concerned: Iterable[WorkerId]) -> None:
         """Reports, and what follows from them."""
         self._now, seconds = now, to_seconds(now)
         is_for_placement = seconds >= self._placer.due
-        workers: Iterable[WorkerId] = self._devices if is_for_placement else self._concerned()
+        workers = self._devices if is_for_placement else concerned
         for worker in workers:
             device = self._devices[worker]
             report = commands.report_of(device, worker, now, is_for_placement=is_for_placement)

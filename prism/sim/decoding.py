@@ -7,6 +7,7 @@ every `block` steps. So a number of steps is arithmetic on counts, whatever the 
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
+from itertools import chain
 
 from prism.sim.jobs import Job
 from prism.sim.ticks import NEVER
@@ -126,6 +127,11 @@ class DecodeGroup:
             heappop(self._ends)
         return self._ends[0][0] - self._steps
 
+    @property
+    def goes_on(self) -> bool:
+        """There are sequences, and none has ended."""
+        return self.size > 0 and self.steps_to_end() > 0
+
     def _is_valid(self, entry: tuple[int, int, Job]) -> bool:
         """Not of one that has left since."""
         joined = self._joined.get(entry[2])
@@ -133,22 +139,31 @@ class DecodeGroup:
 
     def blocks_for(self, count: int) -> int:
         """New blocks that the next `count` steps take."""
-        begin = self._begun
+        phases, place = self._phases, self._begun % self.block
         if count == 1:
-            return self._phases[begin % self.block]
+            return phases[place]
         cycles, rest = divmod(count, self.block)
-        partial = sum(self._phases[(begin + i) % self.block] for i in range(rest))
+        end = place + rest
+        partial = sum(phases[place:end])
+        if end > self.block:
+            partial += sum(phases[: end - self.block])
         return cycles * self.size + partial
+
+    def most_blocks_for(self, count: int) -> int:
+        """No fewer than so many steps take, quickly."""
+        return (count // self.block + 1) * self.size
 
     def steps_within(self, blocks: int) -> int:
         """Most steps that take no more than so many new blocks."""
         cycles, left = divmod(blocks, self.size)
         count = cycles * self.block
-        while True:
-            left -= self._phases[(self._begun + count) % self.block]
+        place = self._begun % self.block
+        for phase in chain(self._phases[place:], self._phases):
+            left -= phase
             if left < 0:
-                return count
+                break
             count += 1
+        return count
 
     def begin(self, count: int) -> None:
         """So many more steps get their blocks."""

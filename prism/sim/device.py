@@ -54,6 +54,8 @@ class SimDevice:
         self._timers = Timers(limits, self._waiting)
         self._poke = 0 if served and limits.load_ahead else NEVER
         """When something has been done to it from outside."""
+        self._quiet_until = 0
+        """Nothing happens before, unless something is done to it from outside."""
         self._owed_to_late = 0.0
         self._needs_admission = False
         self._needs_moves = self._poke == 0
@@ -66,43 +68,59 @@ class SimDevice:
             model = self.models[served.model] = SimModel(served, self._limits.slab_bytes)
             model.kv_limit = share
             self.memory.add(model)
-            self.stepper.add(model)
         return model
 
     def offer(self, job: Job) -> None:
         """A request that will come; in order of arrival."""
         self._timers.offer(job)
+        self._quiet_until = min(self._quiet_until, job.arrival)
 
     def next_event(self) -> int:
         """When something happens next."""
-        return min(self._next_but_coming(), self.stepper.next_coming())
+        return self._next_of_others(min(self.stepper.next_close(), self.stepper.next_coming()))
 
-    def _next_but_coming(self) -> int:
+    def _next_of_others(self, before: int) -> int:
+        """But steps and what comes of them; `before` if nothing comes before that."""
         loader = self.loader
-        return min(
-            self.stepper.next_close(),
-            loader.link.next_event(),
-            loader.wake_at,
-            self._timers.next(),
-            self._poke,
-        )
+        time = loader.wake_at if loader.wake_at < before else before
+        if self._poke < time:
+            time = self._poke
+        if loader.link.is_busy:
+            time = min(time, loader.link.next_event())
+        return self._timers.next(time)
 
     def run_until(self, end: int) -> None:
         """Do what happens before `end`."""
-        last = -1
+        if end <= self._quiet_until:
+            return
+        last, stepper = -1, self.stepper
         while True:
-            others, coming = self._next_but_coming(), self.stepper.next_coming()
-            time = min(others, coming)
+            close, coming = stepper.next_close(), stepper.next_coming()
+            steps = close if close < coming else coming
+            others = self._next_of_others(steps + 1)
+            time = self._quiet_until = min(others, steps)
             if time >= end:
                 return
             assert time > last, "the clock stands still"
             last = time
-            if others == time or self._waiting or not self.stepper.skip_prompts(time):
-                self._process(time)
+            if others == time:
+                self._process(time, is_more_than_steps=True)
+            elif close < coming:
+                self._go_on(time)
+            elif close == time or self._waiting or not stepper.skip_prompts(time):
+                self._process(time, is_more_than_steps=False)
+
+    def _go_on(self, now: int) -> None:
+        self.now = now
+        if self.stepper.go_on(now):
+            self.num_events += 1
+        else:
+            self._process(now, is_more_than_steps=False)
 
     def begin(self, now: int) -> None:
         """Move the clock, and tell what has run by then."""
         self.now = now
+        self._quiet_until = now
         self.stepper.sync(now)
         self.stepper.collect(now)
 
@@ -111,16 +129,18 @@ class SimDevice:
         self._poke = self.now
         self._needs_admission = self._needs_moves = True
 
-    def _process(self, now: int) -> None:
+    def _process(self, now: int, *, is_more_than_steps: bool) -> None:
+        """Steps that close or end requests, and what is due besides."""
         self._poke = NEVER
         self.num_events += 1
         self.begin(now)
-        if self.loader.arrived(now):
-            self._needs_admission = self._needs_moves = True
-        if self.loader.wake_at <= now:
-            self.memory_changed()
-        if self._timers.next() <= now:
-            self._timers_ran(now)
+        if is_more_than_steps:
+            if self.loader.arrived(now):
+                self._needs_admission = self._needs_moves = True
+            if self.loader.wake_at <= now:
+                self.memory_changed()
+            if self._timers.next(now + 1) <= now:
+                self._timers_ran(now)
         self._decide(now)
         while self._needs_moves or self._needs_admission:  # a step has taken memory from others
             self._decide(now)
@@ -233,7 +253,7 @@ class SimDevice:
 
     def bind(self, model: SimModel) -> None:
         """See `loader.Device`."""
-        self.stepper.bind(model)
+        self.stepper.lanes.bind(model)
 
     def evict(self, model: SimModel) -> None:
         """See `loader.Device`, `memory.Owner`."""
@@ -257,6 +277,10 @@ class SimDevice:
     def disturb(self, model: SimModel) -> None:
         """See `Owner.disturb`."""
         self.stepper.disturb(model, self.now)
+
+    def stop_growing(self, model: SimModel | None = None) -> None:
+        """See `Owner.stop_growing`."""
+        self.stepper.stop_growing(model, self.now)
 
     def memory_changed(self) -> None:
         """See `Owner.memory_changed`."""

@@ -16,12 +16,19 @@ class Gateway:
 
     def __init__(self, workers: Iterable[WorkerId]) -> None:
         self._routing = Routing()
+        self._only: dict[ModelId, Placement] = {}
+        """Of models with one home and nothing that moves: that is no choice."""
         for worker in workers:
             self._routing.worker_up(Placement(worker, Incarnation(1)))
 
     def update(self, version: int, routes: list[Route]) -> None:
         """The routing table has changed."""
         self._routing.update(Routes(epoch=1, version=version, routes=routes))
+        self._only = {
+            ModelId(route.model): Placement(WorkerId(route.workers[0]), Incarnation(1))
+            for route in routes
+            if len(route.workers) == 1 and not route.draining
+        }
 
     def on_report(self, report: Report) -> None:
         """A worker's latest state."""
@@ -29,10 +36,9 @@ class Gateway:
 
     def route(self, job: Job) -> WorkerId:
         """Where it is sent now."""
-        candidates = self._routing.candidates(ModelId(job.model))
-        chosen = (
-            candidates[0].placement if len(candidates) == 1 else choose(candidates, [int(job.request_id)])
-        )
+        chosen = self._only.get(job.model)
+        if chosen is None:
+            chosen = choose(self._routing.candidates(job.model), [int(job.request_id)])
         assert chosen is not None
         self._routing.sent(chosen)
         return chosen.worker

@@ -93,5 +93,7 @@ class Link:
             return NEVER
         return min(self.ready_at(model) for model in self._loads)
 
-    def __len__(self) -> int:
-        return len(self._loads)
+    @property
+    def is_busy(self) -> bool:
+        """Something is on its way."""
+        return bool(self._loads)

@@ -30,6 +30,10 @@ class Device(Protocol):
         """It gets a lane, unless it has one."""
         ...
 
+    def stop_growing(self, model: SimModel | None = None) -> None:
+        """See `memory.Owner`."""
+        ...
+
 
 class Loader:
     """Brings models in, and in `timeshare` chooses which."""
@@ -99,6 +103,7 @@ class Loader:
             return True
         model.state = ModelState.FETCHING
         if not self._memory.ensure_weights(model, now):
+            self._device.stop_growing()
             return False
         self._load(model, _due(model), now)
         return True
@@ -128,11 +133,11 @@ class Loader:
             if (m.tickets or m.is_wanted) and (m.state in absent or m.is_ahead)
         ]
         results = [self.want(m, now) for m in sorted(wanted, key=lambda m: (rank_of(m), m.name))]
-        if not all(results):
+        if wanted and not all(results):
             dues = (self._memory.displaces_at(m) for m in wanted if m.state is ModelState.FETCHING)
             due = min((due for due in dues if due > now), default=NEVER)
             self.wake_at = min(due, self._end_of_residency(now))
-        elif self._limits.load_ahead and not len(self.link):
+        elif self._limits.load_ahead and not self.link.is_busy:
             self._load_ahead(now)
 
     def _load_ahead(self, now: int) -> None:

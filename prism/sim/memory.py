@@ -9,7 +9,7 @@ from prism.engine.scheduler import Want
 from prism.sim.jobs import policy_rank
 from prism.sim.model import SimModel
 from prism.sim.modes import Limits
-from prism.sim.ticks import first_after, to_seconds
+from prism.sim.ticks import NEVER, first_after, to_seconds
 from prism.types import LAST_RANK, ModelId, ModelState, Rank
 from prism.worker import reclaim
 from prism.worker.foresight import RecentDemand
@@ -40,6 +40,10 @@ class Owner(Protocol):
         """Who lacked memory may have it now."""
         ...
 
+    def stop_growing(self, model: SimModel | None = None) -> None:
+        """What was promised to runs, or to that of one model, may not hold any more: they take nothing."""
+        ...
+
 
 class Memory:
     """The slabs of one device."""
@@ -47,6 +51,8 @@ class Memory:
     def __init__(self, num_slabs: int, owner: Owner, limits: Limits) -> None:
         self.num_slabs = num_slabs
         self.free = num_slabs
+        self.promised = 0
+        """Of the free slabs, those that runs are going to take on their way."""
         self._models: dict[ModelId, SimModel] = {}
         self._owner = owner
         self._limits = limits
@@ -64,16 +70,40 @@ class Memory:
         """Free blocks for what a model's sequences want, as far as memory and their ranks allow."""
         ask_in_order(wants, lambda num_blocks, want: self._raise(model, num_blocks, want, now))
 
-    def take_free(self, model: SimModel, num_blocks: int, now: int) -> bool:
-        """Give the model so many free blocks if free slabs suffice that nobody older waits for: then it does
-        not matter who of its sequences wants them. Nothing is taken otherwise."""
+    def take_free(self, model: SimModel, num_blocks: int, now: int, left: int = 0) -> bool:
+        """Give the model so many free blocks if free slabs suffice, but for those to be `left`, that nobody
+        older waits for: then it does not matter who of its sequences wants them. Else nothing is taken."""
         missing = -(-(num_blocks - model.free_blocks) // model.blocks_per_slab)
         room = missing if model.kv_limit is None else model.kv_limit - model.kv_slabs
-        if missing > min(room, self.free - self._reserved(model, now, for_weights=False)):
+        free = self.free - left
+        if missing > min(room, free) or missing > free - self._reserved(model, now, for_weights=False):
             return False
-        self.free -= missing
+        self._take(missing)
         model.kv_slabs += missing
         return True
+
+    def _take(self, num_slabs: int) -> None:
+        self.free -= num_slabs
+        if self.free < self.promised:
+            self._owner.stop_growing()
+
+    def spare(self, model: SimModel) -> int:
+        """Slabs that a run of the model may take on its way: `take_free` will find each of them free as long
+        as the promise is kept. None while anybody waits for weights."""
+        if any(m.state is ModelState.FETCHING and (m.tickets or m.is_wanted) for m in self._models.values()):
+            return 0
+        room = NEVER if model.kv_limit is None else model.kv_limit - model.kv_slabs
+        return max(0, min(room, self.free - self.promised))
+
+    def grow(self, model: SimModel) -> int:
+        """Take of what was promised to the model's run what it lacks by now; how many slabs."""
+        missing = -(model.free_blocks // model.blocks_per_slab)
+        if missing <= 0:
+            return 0
+        self.free -= missing
+        self.promised -= missing
+        model.kv_slabs += missing
+        return missing
 
     def _raise(self, model: SimModel, num_blocks: int, want: Want, now: int) -> bool:
         limit, per_slab = model.kv_limit, model.blocks_per_slab
@@ -87,7 +117,7 @@ class Memory:
                 if not self._give(step, now):
                     return False
                 continue
-            self.free -= step
+            self._take(step)
             model.kv_slabs += step
         return True
 
@@ -107,7 +137,7 @@ class Memory:
 
     def activate(self, model: SimModel) -> None:
         """Take what an activation takes."""
-        self.free -= slabs_to_activate(model)
+        self._take(slabs_to_activate(model))
         assert self.free >= 0
         model.kv_slabs = slabs_to_activate(model) - model.weight_slabs
 
@@ -123,6 +153,7 @@ class Memory:
             return  # its share is its own
         spare = model.empty_slabs - (1 if model.num_sequences else 0)
         if spare > 0:
+            self._owner.stop_growing(model)
             model.kv_slabs -= spare
             self.free += spare
 
@@ -218,16 +249,13 @@ class Memory:
         """Slabs that are going to be asked for soon."""
         return self._demand.within_horizon(to_seconds(now))
 
-    def obtainable(self, model: SimModel) -> int:
-        """Slabs that a model could still get without touching a running sequence, within its limit."""
-        slabs = self.free
-        for other in self._models.values():
-            if other is model or other.state is not ModelState.ACTIVE:
-                continue
-            if not other.tickets and not other.is_pinned:
-                slabs += other.weight_slabs + other.kv_slabs
-            elif other.kv_limit is None:
-                slabs += other.empty_slabs
+    def obtainable_at_all(self) -> int:
+        """Slabs that are free, or could be without touching a running sequence."""
+        return self.free + sum([_to_give(model) for model in self._models.values()])
+
+    def obtainable(self, model: SimModel, of_all: int) -> int:
+        """Those that a model could still get, within its limit."""
+        slabs = of_all - _to_give(model)
         if model.kv_limit is not None:
             slabs = min(slabs, model.kv_limit - model.kv_slabs)
         return slabs
@@ -240,7 +268,16 @@ class Memory:
             has_weights = model.state in (ModelState.LOADING, ModelState.ACTIVE)
             assert has_weights or not model.kv_slabs
             held += model.kv_slabs + (model.weight_slabs if has_weights else 0)
-        assert self.free >= 0 and held + self.free == self.num_slabs
+        assert 0 <= self.promised <= self.free and held + self.free == self.num_slabs
+
+
+def _to_give(model: SimModel) -> int:
+    """Slabs that others could get of a model, if it runs nothing all that it has."""
+    if model.state is not ModelState.ACTIVE:
+        return 0
+    if not model.tickets and not model.is_pinned:
+        return model.weight_slabs + model.kv_slabs
+    return model.empty_slabs if model.kv_limit is None else 0
 
 
 def rank_of(model: SimModel) -> Rank:

@@ -165,8 +165,9 @@ class SimModel:
 
     def is_hopeful(self, job: Job) -> bool:
         """A request that comes now could well have its first token in time."""
-        alone = self.served.costs.steps.prefill(job.prompt)
-        return self.is_active and not job.is_started and is_hopeful(alone, self.served.slo.ttft)
+        if not self.is_active or job.is_started:
+            return False
+        return is_hopeful(self.served.costs.steps.prefill(job.prompt), self.served.slo.ttft)
 
     def first_token(self, job: Job, now: int) -> None:
         """It is drawn, or never will be: that may be late for want of the device."""
@@ -296,7 +297,7 @@ class SimModel:
             self.waiting.pop(0)
             insort(self.prompts, job, key=_rank)
             budget -= taken
-        self.usage.starting(chunk.job for chunk in chunks)
+        self.usage.starting([chunk.job for chunk in chunks])
         return chunks
 
     def _take(self, job: Job, budget: int, chunks: list[Chunk], *, may_preempt: bool) -> int:
@@ -358,8 +359,8 @@ class SimModel:
 
     def chunk_ticks(self, chunks: list[Chunk]) -> int:
         """Ticks of a step of these chunks and all decodes."""
-        tokens = self.decodes.size + sum(chunk.length for chunk in chunks)
-        pairs = sum(c.length * (c.job.computed - c.length / 2) for c in chunks)
+        tokens = self.decodes.size + sum([chunk.length for chunk in chunks])
+        pairs = sum([c.length * (c.job.computed - c.length / 2) for c in chunks])
         return to_ticks(self.served.costs.steps.step(tokens, pairs, self.decodes.context))
 
 

@@ -39,8 +39,9 @@ class Overlap:
         total = seconds = 0.0
         for model in models:
             if model.decodes.size and model.state is ModelState.ACTIVE and not model.is_stalled:
-                step = model.kernel_seconds * model.num_layers
-                total += step * _kernel(model)
+                kernel = model.kernel_seconds
+                step = kernel * model.num_layers
+                total += step * (kernel * VECTOR_PULL if model.decodes.size == 1 else kernel)
                 seconds += step
         return total / seconds if seconds else 0.0
 

@@ -10,8 +10,9 @@ trace may tell little of its beginning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from prism.modes import RULES, Mode
 from prism.sim.cluster import Cluster
@@ -69,8 +70,28 @@ class Plan:
         return self.trials[self.num_devices if self.num_devices is not None else max(self.trials)]
 
 
+def steps(target: Target, most: int) -> Generator[int, Trial, Plan]:
+    """Double the devices until they suffice, then halve the gap: more are taken to be no worse.
+
+    Yields the number that is to be tried next, and is sent the best that is found for it.
+    """
+    trials: dict[int, Trial] = {}
+    low, high = 0, 1
+    trials[high] = yield high
+    while not trials[high].meets(target):
+        if high == most:
+            return Plan(trials, None)
+        low, high = high, min(most, 2 * high)
+        trials[high] = yield high
+    while high - low > 1:
+        middle = (low + high) // 2
+        trials[middle] = yield middle
+        low, high = (low, middle) if trials[middle].meets(target) else (middle, high)
+    return Plan(trials, high)
+
+
 class Planner:
-    """Searches for one mode."""
+    """Tries numbers of devices in one mode."""
 
     def __init__(self, cluster: Cluster, target: Target) -> None:
         self._cluster = cluster
@@ -79,41 +100,28 @@ class Planner:
         setup = cluster.setup
         self._room = Room(cluster.load.served, setup.num_slabs, setup.limits.slab_bytes, setup.mode)
 
-    def search(self, most: int, progress: Callable[[int, Trial], None] = lambda *_: None) -> Plan:
-        """Double the devices until they suffice, then halve the gap: more are taken to be no worse."""
-        trials: dict[int, Trial] = {}
-
-        def suffices(devices: int) -> bool:
-            if devices not in trials:
-                trials[devices] = self.best(devices)
-                progress(devices, trials[devices])
-            return trials[devices].meets(self._target)
-
-        low, high = 0, 1
-        while not suffices(high):
-            if high == most:
-                return Plan(trials, None)
-            low, high = high, min(most, 2 * high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if suffices(middle) else (middle, high)
-        return Plan(trials, high)
+    @property
+    def is_quick(self) -> bool:
+        """It is done before other processes have started."""
+        return self._cluster.is_quick
 
     def best(self, devices: int) -> Trial:
         """The best placement that is found, or the controller where that is better."""
-        best = self._best_fixed(devices)
+        return best_of(attempt() for attempt in self.attempts(devices))
+
+    def attempts(self, devices: int) -> list[Callable[[], Trial]]:
+        """What is tried for a number of devices; each for itself, in other processes if need be."""
+        fixed = partial(self._best_fixed, devices)
         if self._cluster.setup.mode is not Mode.PRISM or devices == 1:
-            return best
-        return max(
-            best, *(self._controlled(devices, is_expected=known) for known in (True, False)), key=_score
-        )
+            return [fixed]
+        return [fixed, *(partial(self._controlled, devices, is_expected=known) for known in (True, False))]
 
     def _controlled(self, devices: int, *, is_expected: bool) -> Trial:
         run = self._cluster.run_controlled(devices, is_expected=is_expected)
         return Trial(run.placement, *self._met(self._misses(run.results)), is_controlled=True)
 
     def _best_fixed(self, devices: int) -> Trial:
-        best = max((self._try(p) for p in self._starts(devices)), key=_score)
+        best = best_of(self._try(p) for p in self._starts(devices))
         changes, tries = self._changes(best.placement), 0
         while tries < TRIES and 0 < best.lacks(self._target) <= WITHIN:
             placement = next(changes, None)
@@ -179,6 +187,11 @@ class Planner:
         devices[target] = tuple(sorted((*(m for m in devices[target] if m != other), model)))
         if self._room.holds(devices[source]) and self._room.holds(devices[target]):
             yield Placement(tuple(devices), placement.unplaced)
+
+
+def best_of(trials: Iterable[Trial]) -> Trial:
+    """Of equals the first."""
+    return max(trials, key=_score)
 
 
 def _score(trial: Trial) -> float:

@@ -56,8 +56,10 @@ def result_of(device: SimDevice, jobs: Iterable[Job]) -> DeviceResult:
         for m in device.models.values()
     }
     stepper = device.stepper
-    outcomes = tuple(map(_outcome, jobs))
-    return DeviceResult(outcomes, counts, to_seconds(stepper.busy), device.num_events, stepper.num_decisions)
+    decisions = stepper.lanes.num_decisions
+    return DeviceResult(
+        tuple(map(_outcome, jobs)), counts, to_seconds(stepper.busy), device.num_events, decisions
+    )
 
 
 def without_place(jobs: Iterable[Job]) -> DeviceResult:

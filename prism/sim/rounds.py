@@ -62,8 +62,9 @@ class Rounds(Generic[M]):
         self.stands_until = 0
         """Before then `done` and `begun` are up to date, however often they are looked at: a cut takes only
         steps that would have begun later."""
-        self._first = sum([part.first for part in parts]) if self._size > 1 else parts[0].first
-        self.growth = sum([part.growth for part in parts]) if self._size > 1 else parts[0].growth
+        part = parts[0]
+        self._first = part.first if self._size == 1 else sum([part.first for part in parts])
+        self.growth = part.growth if self._size == 1 else sum([part.growth for part in parts])
         """Ticks by which each round takes longer than the one before."""
         self.end = self.end_of(num_steps)
         self.closes = self.closed_at(num_steps)
@@ -95,10 +96,15 @@ class Rounds(Generic[M]):
 
     def closed_at(self, steps: int) -> int:
         """When the first `steps` steps, one at least, count as run to who chooses the next one."""
+        if self._size == 1:
+            before = steps - 1
+            length = self._first + before * self.growth
+            end = self.start + steps * self._first + self.growth * (steps * before // 2)
+            return end if not self._is_ahead else end - length if length < LEAD else end - LEAD
         end = self.end_of(steps)
         if not self._is_ahead:
             return end
-        number, place = (steps - 1, 0) if self._size == 1 else divmod(steps - 1, self._size)
+        number, place = divmod(steps - 1, self._size)
         part = self.parts[place]
         length = part.first + number * part.growth
         return end - (length if length < LEAD else LEAD)
@@ -109,9 +115,9 @@ class Rounds(Generic[M]):
 
     def progress(self, now: int) -> tuple[int, int]:
         """Steps that count as run then, and those that were chosen before then or count as run."""
+        if now >= self.end:
+            return self.num_steps, self.num_steps
         closed = self.ended_by(now)
-        if closed == self.num_steps:
-            return closed, closed
         close = self.closed_at(closed + 1)
         if close > now:
             return closed, closed + (self.decided_at(closed) < now)
@@ -162,6 +168,12 @@ class Rounds(Generic[M]):
     def gaps_of(self, index: int, before: int, count: int, last_end: int) -> Gaps:
         """What lies between the ends of the member's own steps, `count` of them behind its first `before`,
         and `last_end` in front of them."""
+        if self._size == 1:
+            first = self._first + before * self.growth
+            end = self.start + (before + 1) * self._first + self.growth * ((before + 1) * before // 2)
+            return Gaps(
+                end - last_end, Series(first + self.growth if count > 1 else 0, self.growth, count - 1)
+            )
         end = self.end_of_member(index, before + 1)
         gap = self.end_of_member(index, before + 2) - end if count > 1 else 0
         return Gaps(end - last_end, Series(gap, self.growth, count - 1))

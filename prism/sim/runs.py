@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from prism.sim.jobs import Chunk, Job
+from prism.sim.memory import Memory
 from prism.sim.model import SimModel
 from prism.sim.overlap import Pulls
 from prism.sim.rounds import Rounds
+from prism.sim.ticks import NEVER
 from prism.sim.usage import Gaps
 from prism.worker.foresight import BANKED
 
@@ -21,13 +23,17 @@ class Run:
     rounds: Rounds[SimModel]
     others: Pulls = ()
     """What decodes on other lanes, as its steps' times assume."""
-    chunks: list[Chunk] = field(default_factory=list)
+    chunks: Sequence[Chunk] = ()
     """Of prompts: such a step has the device to itself, and is one."""
     has_decodes: bool = True
     turn_before: int = 0
     """When the first member had its turn before."""
-    gone: set[SimModel] = field(default_factory=set)
+    gone: frozenset[SimModel] = frozenset()
     """Members that have lost their memory meanwhile."""
+    promised: int = 0
+    """Free slabs that its steps, of one model, may take on their way."""
+    limit: int = NEVER
+    """Steps after which it takes the next one."""
 
 
 class Leaving(NamedTuple):
@@ -55,7 +61,7 @@ class Listener(Protocol):
         ...
 
 
-def advance(run: Run, now: int) -> None:
+def advance(run: Run, now: int, memory: Memory) -> None:
     """Account for the decode steps of a run that have closed; those that were chosen get their blocks."""
     rounds = run.rounds
     if now < rounds.stands_until:
@@ -64,17 +70,19 @@ def advance(run: Run, now: int) -> None:
     begun = max(begun, rounds.begun)
     if closed > rounds.done or begun > rounds.begun:
         for index, part in enumerate(rounds.parts):
-            if part.who not in run.gone:
-                _advance(run, index, closed, begun)
+            if not run.gone or part.who not in run.gone:
+                _advance(run, index, closed, begun, memory)
     rounds.account(closed, begun)
 
 
-def _advance(run: Run, index: int, closed: int, begun: int) -> None:
+def _advance(run: Run, index: int, closed: int, begun: int, memory: Memory) -> None:
     """One member's steps among the first `closed` and `begun`."""
     rounds = run.rounds
     model = rounds.parts[index].who
     starts = rounds.steps_of(index, begun) - rounds.steps_of(index, rounds.begun)
     if starts:
+        if begun > run.limit:
+            starts -= _grow(run, model, begun, memory)
         model.decodes.begin(starts)
         model.last_turn = rounds.end_of(rounds.last_of(index, begun))
     before = rounds.steps_of(index, rounds.done)
@@ -96,8 +104,12 @@ def _bank(model: SimModel, gaps: Gaps) -> None:
     what the first `j` steps gain without that bound, all of them come to
     `gain(all) + min(ahead, most - max gain)`.
     """
-    most = BANKED * model.tpot - gaps.gain(gaps.peak(model.tpot), model.tpot)
-    model.decodes.bank(gaps.gain(gaps.num, model.tpot), most)
+    tpot = model.tpot
+    if not gaps.rest.num:
+        gain = most = tpot - gaps.first
+    else:
+        gain, most = gaps.gain(gaps.num, tpot), gaps.gain(gaps.peak(tpot), tpot)
+    model.decodes.bank(gain, BANKED * tpot - most)
 
 
 def due_after(model: SimModel, rounds: Rounds[SimModel]) -> Callable[[int], int]:
@@ -106,6 +118,56 @@ def due_after(model: SimModel, rounds: Rounds[SimModel]) -> Callable[[int], int]
     gaps = rounds.gaps_of(0, 0, rounds.num_steps, model.last_end)
     peak = gaps.peak(tpot)
     return lambda steps: model.last_end + steps * tpot + min(ahead, most - gaps.gain(min(steps, peak), tpot))
+
+
+def steps_alone(model: SimModel, memory: Memory) -> int:
+    """Steps until a sequence ends, or there is no room for the next one; the first one has its blocks."""
+    decodes, free = model.decodes, model.free_blocks
+    to_end = decodes.steps_to_end()
+    if free >= decodes.most_blocks_for(to_end):
+        return to_end
+    steps = decodes.steps_within(free) + 1
+    if steps < to_end and (spare := memory.spare(model)):
+        steps = decodes.steps_within(free + spare * model.blocks_per_slab) + 1
+    return min(steps, to_end)
+
+
+def promise(run: Run, memory: Memory) -> None:
+    """The free slabs that it takes on its way, if it does, are promised to it; it has one member."""
+    rounds = run.rounds
+    model, more = rounds.parts[0].who, rounds.num_steps - 1
+    free = model.free_blocks
+    if free >= model.decodes.most_blocks_for(more):
+        return
+    lacking = model.decodes.blocks_for(more) - free
+    if lacking > 0:
+        run.limit = 1 + model.decodes.steps_within(free)
+        run.promised = -(-lacking // model.blocks_per_slab)
+        memory.promised += run.promised
+
+
+def _grow(run: Run, model: SimModel, begun: int, memory: Memory) -> int:
+    """Begin the steps up to the last one that takes a slab; how many."""
+    before = run.rounds.begun
+    begins = before
+    while begun > run.limit:
+        model.decodes.begin(run.limit + 1 - begins)
+        begins = run.limit + 1
+        run.promised -= memory.grow(model)
+        run.limit = begins + model.decodes.steps_within(model.free_blocks)
+    return begins - before
+
+
+def stop_growing(run: Run, memory: Memory) -> None:
+    """It takes no more slabs, and ends before it would."""
+    run.rounds.shorten(run.limit)
+    give_back(run, memory)
+
+
+def give_back(run: Run, memory: Memory) -> None:
+    """What was promised to a run that ends before it takes it, or does not take it."""
+    memory.promised -= run.promised
+    run.promised, run.limit = 0, NEVER
 
 
 def steps_until_change(order: Sequence[SimModel]) -> int:

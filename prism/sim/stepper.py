@@ -14,22 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import NamedTuple
 
 from prism.modes import Rules
 from prism.sim.jobs import Chunk
-from prism.sim.jumps import gives_up, order_of_rounds, steps_in_turn, steps_with_time
+from prism.sim.jumps import Chosen, Jumps
+from prism.sim.lanes import Lanes, have_prompts
 from prism.sim.memory import Memory
-from prism.sim.model import SimModel, able_to_step
+from prism.sim.model import SimModel
 from prism.sim.modes import Limits
-from prism.sim.overlap import Longer, Overlap, Pulls, pulls_of_others
+from prism.sim.overlap import Longer, Pulls, pulls_of_others
 from prism.sim.rounds import Part, Rounds
-from prism.sim.runs import Leaving, Listener, Run, advance, close, steps_until_change
-from prism.sim.ticks import NEVER, to_seconds
-from prism.sim.views import runnable
-from prism.types import ModelId
-from prism.worker import turns
-from prism.worker.snapshot import TurnSnapshot
+from prism.sim.runs import Leaving, Listener, Run, advance, close, give_back, promise, stop_growing
+from prism.sim.ticks import NEVER
 
 
 class Stepper:
@@ -43,8 +39,7 @@ class Stepper:
         together: Callable[[int], float],
         listener: Listener,
     ) -> None:
-        self._models: dict[ModelId, SimModel] = {}
-        self._lanes: list[list[SimModel]] = [[] for _ in range(limits.num_lanes)]
+        self.lanes = Lanes(rules, limits, together)
         self._runs: list[Run | None] = [None] * limits.num_lanes
         self._decided = [0] * limits.num_lanes
         self._ends = [0] * limits.num_lanes
@@ -55,9 +50,8 @@ class Stepper:
         """Ends of requests that are on their way, and of steps with prompts."""
         self._numbers = count()
         self._memory = memory
-        self._rules = rules
         self._limits = limits
-        self._overlap = Overlap(together)
+        self._jumps = Jumps(rules, limits, memory)
         self._listener = listener
         self._has_emptied = False
         """A lane has lost what it was to do, or has room for more."""
@@ -65,25 +59,14 @@ class Stepper:
         """Nothing has run, come or changed for any model since lanes were last given something to do."""
         self._stalled: list[SimModel] = []
         """Models that have lacked memory since memory changed; those that have left meanwhile lack none."""
-        self.num_decisions = 0
         self.busy = 0
         """Ticks in which lanes worked, of all lanes."""
-
-    def add(self, model: SimModel) -> None:
-        """A model that may come."""
-        self._models[model.name] = model
-
-    def bind(self, model: SimModel) -> None:
-        """To the lane with the fewest models, when it is first loaded, for good."""
-        if model.lane is None:
-            model.lane = min(range(len(self._lanes)), key=lambda lane: (len(self._lanes[lane]), lane))
-            self._lanes[model.lane].append(model)
 
     def account(self, now: int) -> None:
         """Bring counters up to date. Nothing else changes by it."""
         for run in self._runs:
             if run is not None and not run.chunks:
-                advance(run, now)
+                advance(run, now, self._memory)
 
     def next_close(self) -> int:
         """When the next run closes."""
@@ -129,9 +112,10 @@ class Stepper:
         for run in self._runs:
             if run is not None and not run.chunks:
                 if now >= run.rounds.stands_until:
-                    advance(run, now)
+                    advance(run, now, self._memory)
                 if run.rounds.is_closing:
                     run.rounds.cut(now)
+                    give_back(run, self._memory)
 
     def collect(self, now: int) -> None:
         """Close the runs that are due, and tell what has come."""
@@ -147,20 +131,25 @@ class Stepper:
         for lane, run in enumerate(self._runs):
             if run is None or run.rounds.closes > now:
                 continue
-            rounds = run.rounds
-            self._runs[lane] = None
             self._has_emptied, self._is_settled = True, False
-            self._ends[lane] = rounds.end
-            self.busy += rounds.end - rounds.start
             if run.chunks:
-                heappush(self._coming, (rounds.end, next(self._numbers), None))
+                heappush(self._coming, (run.rounds.end, next(self._numbers), None))
             else:
-                advance(run, now)
-                self._decided[lane] = rounds.decided_at(rounds.num_steps - 1)
+                advance(run, now, self._memory)
+                self._decided[lane] = run.rounds.decided_at(run.rounds.num_steps - 1)
+            self._retire(lane, run)
             for leaving in close(run, self._listener):
                 leaving.model.num_leaving += 1
                 leaving.model.leaving_blocks += leaving.blocks
                 heappush(self._coming, (leaving.end, next(self._numbers), leaving))
+
+    def _retire(self, lane: int, run: Run) -> None:
+        """It has closed."""
+        rounds = run.rounds
+        give_back(run, self._memory)
+        self._runs[lane] = None
+        self._ends[lane] = rounds.end
+        self.busy += rounds.end - rounds.start
 
     def _leaves(self, leaving: Leaving) -> None:
         leaving.model.num_leaving -= 1
@@ -169,6 +158,40 @@ class Stepper:
 
     # --- what comes next --------------------------------------------------------------------------------
 
+    def go_on(self, now: int) -> bool:
+        """Of all that could happen now only a run of decode steps closes: its lane goes on to decode.
+
+        Nothing ends by it, the same models decode as before, and what memory it takes is free: so nobody else
+        is concerned. False if it is otherwise; then nothing has been done.
+        """
+        (lane, run), *more = [(i, r) for i, r in enumerate(self._runs) if r and r.rounds.closes <= now]
+        if more or run.chunks or run.gone:
+            return False
+        members = self.lanes.able(lane)
+        if have_prompts(members):
+            return False
+        advance(run, now, self._memory)
+        if not all(part.who.decodes.goes_on for part in run.rounds.parts):
+            return False
+        others = self.lanes.others(lane)
+        longer = self.lanes.beside(others)
+        model = self._jumps.next_to_decode(members, longer, now)
+        if model is None or not self._has_blocks(model, now):
+            return False
+        self._retire(lane, run)
+        self._decided[lane] = now
+        model.decodes.begin(1)
+        self._jump(Chosen(model, now), lane, members, others, longer)
+        return True
+
+    def _has_blocks(self, model: SimModel, now: int) -> bool:
+        """For its next step, without taking any from anybody: other lanes have not been accounted for."""
+        wanted = model.decodes.blocks_for(1)
+        memory = self._memory
+        return wanted <= model.free_blocks or bool(
+            wanted and memory.take_free(model, wanted, now, left=memory.promised)
+        )
+
     def plan(self, now: int) -> None:
         """Give each lane that has room something to do, until all agree on what decodes side by side."""
         if self._is_settled:
@@ -176,27 +199,35 @@ class Stepper:
         self._is_settled = True
         while True:
             self._has_emptied = False
-            for lane in self._idle():
-                self._plan(lane, now)
-            pulls = self._pulls()
-            for lane, run in enumerate(self._runs):
-                if run is not None and not run.chunks and run.others != pulls_of_others(pulls, lane):
-                    self._cut(lane, now)
+            idle = self._idle()
+            for lane, members in idle:
+                self._plan(lane, members if len(idle) == 1 else self.lanes.able(lane), now)
+            self._cut_beside_others(now)
             self._close_due(now)
             if not self._has_emptied:
                 return
 
-    def _idle(self) -> list[int]:
-        """Lanes that have room and could use it, who decided longest ago first.
+    def _cut_beside_others(self, now: int) -> None:
+        """Runs whose steps take longer or shorter than they were planned to."""
+        runs = [(lane, run) for lane, run in enumerate(self._runs) if run is not None and not run.chunks]
+        if not runs:
+            return
+        pulls = self.lanes.pulls() if len(runs) > 1 else []
+        for lane, run in runs:
+            if run.others != (pulls_of_others(pulls, lane) if pulls else self.lanes.others(lane)):
+                self._cut(lane, now)
+
+    def _idle(self) -> list[tuple[int, list[SimModel]]]:
+        """Lanes that have room, and models that could use it, who decided longest ago first.
 
         A lane has room, too, when what it was to do is cut before it was due: then what decodes beside it is
         another, or memory is.
         """
-        if None not in self._runs:
-            return []
-        lanes = enumerate(zip(self._runs, self._lanes, strict=True))
-        idle = [lane for lane, (run, models) in lanes if run is None and able_to_step(models)]
-        return idle if len(idle) < 2 else sorted(idle, key=lambda lane: (self._decided[lane], lane))
+        idle = []
+        for lane, run in enumerate(self._runs):
+            if run is None and (members := self.lanes.able(lane)):
+                idle.append((lane, members))
+        return idle if len(idle) < 2 else sorted(idle, key=lambda each: (self._decided[each[0]], each[0]))
 
     def disturb(self, model: SimModel, now: int) -> None:
         """Something about a model has changed: its lane decides anew after what has been chosen.
@@ -219,7 +250,7 @@ class Stepper:
         self._cut(model.lane, now)
         run = self._runs[model.lane]
         if run is not None:
-            run.gone.add(model)
+            run.gone |= {model}
         if model.num_leaving:
             ending = [each[2] for each in sorted(self._coming) if each[2] and each[2].model is model]
             self._coming = [each for each in self._coming if not each[2] or each[2].model is not model]
@@ -227,12 +258,20 @@ class Stepper:
             for leaving in ending:
                 self._leaves(leaving)
 
+    def stop_growing(self, model: SimModel | None, now: int) -> None:
+        """Runs, or that of one model, take no more slabs on their way."""
+        for run in self._runs:
+            if run is not None and run.limit < NEVER and model in (None, run.rounds.parts[0].who):
+                advance(run, now, self._memory)
+                stop_growing(run, self._memory)
+
     def _cut(self, lane: int, now: int, at_least: int = 0) -> None:
         run = self._runs[lane]
         if run is None or run.chunks:
             return
-        advance(run, now)
+        advance(run, now, self._memory)
         run.rounds.cut(now, at_least)
+        give_back(run, self._memory)
         if run.rounds.num_steps == 0:
             model = run.rounds.parts[0].who
             if model not in run.gone:
@@ -241,47 +280,16 @@ class Stepper:
             self._runs[lane] = None
             self._has_emptied, self._is_settled = True, False
 
-    def _pulls(self) -> list[float]:
-        """Of each lane; 0 where nothing decodes."""
-        return [self._overlap.pull(models) for models in self._lanes]
-
-    def _others(self, lane: int) -> Pulls:
-        """Pulls of the lanes beside this one that decode."""
-        pull = self._overlap.pull
-        pulls = [pull(models) for other, models in enumerate(self._lanes) if other != lane]
-        return tuple([each for each in pulls if each])
-
-    def _plan(self, lane: int, now: int) -> None:
+    def _plan(self, lane: int, members: Sequence[SimModel], now: int) -> None:
         """One decision of the policy, and steps as long as it would decide the same."""
-        while members := able_to_step(self._lanes[lane]):
-            turn = self._turn(lane, members, now)
-            model = self._models[turn.model]
+        while members:
+            model, budget = self.lanes.turn(lane, members, now)
             self._decided[lane] = now
-            if self._start(model, turn.budget, lane, now):
+            if self._start(model, budget, lane, now):
                 return
             model.is_stalled = True  # for want of memory; the others' turn
             self._stalled.append(model)
-
-    def _turn(self, lane: int, members: Sequence[SimModel], now: int) -> turns.Turn:
-        """What the policy chooses; a model that only decodes, and is alone, is no choice."""
-        with_prompts = any(model.prompts or model.waiting for model in members)
-        if len(members) == 1 and not with_prompts:
-            return turns.Turn(members[0].name, self._limits.max_batch_tokens)
-        others = self._neighbours(lane) if with_prompts else ()
-        lanes = {lane, *(model.lane for model in others if model.lane is not None)}
-        longer = {each: self._overlap.beside(self._others(each)) for each in lanes}
-        snapshot = TurnSnapshot(
-            tuple([runnable(model, self._rules, longer[lane]) for model in members]),
-            self._limits.max_batch_tokens,
-            tuple([runnable(m, self._rules, longer[m.lane]) for m in others if m.lane is not None]),
-        )
-        self.num_decisions += 1
-        turn = turns.decide(snapshot, to_seconds(now))
-        assert turn is not None
-        return turn
-
-    def _neighbours(self, lane: int) -> list[SimModel]:
-        return [m for m in self._models.values() if m.decodes.size and m.lane != lane and m.is_active]
+            members = self.lanes.able(lane)
 
     def _start(self, model: SimModel, budget: int, lane: int, now: int) -> bool:
         """Begin a step; False if there is no memory for any of it."""
@@ -304,9 +312,6 @@ class Stepper:
             if has_decodes:
                 model.decodes.forgo()
             return False
-        run = self._runs[lane]
-        assert run is not None
-        model.last_turn = run.rounds.start
         return True
 
     def _start_prompts(
@@ -318,51 +323,30 @@ class Stepper:
             if run is not None:
                 self._cut(other, now, at_least=1)
             start = max(start, self._ends[other] if run is None else run.rounds.end)
-        is_ahead = self._limits.is_queueing and not self._neighbours(lane)
+        is_ahead = self._limits.is_queueing and not self.lanes.are_others_decoding(lane)
         part = Part(model, model.chunk_ticks(chunks), 0)
         rounds = Rounds([part], start, 1, now, is_ahead=is_ahead)
         self._prompt_ends[lane] = rounds.end
         self._runs[lane] = Run(rounds, (), chunks, has_decodes)
+        model.last_turn = start
 
     def _start_decodes(self, model: SimModel, lane: int, now: int) -> None:
-        others = self._others(lane)
-        longer = self._overlap.beside(others)
-        members = able_to_step(self._lanes[lane])
-        start = max(now, self._ends[lane])
+        others = self.lanes.others(lane)
+        members = self.lanes.able(lane)
+        longer = self.lanes.beside(others)
+        is_single = have_prompts(members) or self._jumps.gives_up(members, longer)
+        self._jump(Chosen(model, now, is_single), lane, members, others, longer)
+
+    def _jump(
+        self, chosen: Chosen, lane: int, members: Sequence[SimModel], others: Pulls, longer: Longer
+    ) -> None:
+        """Decode steps, the first of which has its blocks."""
+        start = max(chosen.time, self._ends[lane])
         for other, end in enumerate(self._prompt_ends):
             if end > start and other != lane:
                 start = end
-        chosen = Chosen(now, start)
-        is_single = self._limits.is_stepping or any(m.prompts or m.waiting for m in members)
-        is_single = is_single or gives_up(members, self._rules, longer)
-        order = [model] if is_single else order_of_rounds(model, members)
-        rounds = self._steps(order, members, longer, chosen, is_single=is_single)
-        if len(order) > 1 and rounds.num_steps < 2 * len(order):  # they do not take turns
-            rounds = self._steps([model], members, longer, chosen, is_single=False)
-        self._runs[lane] = Run(rounds, others, turn_before=model.last_turn)
-
-    def _steps(
-        self,
-        order: list[SimModel],
-        members: Sequence[SimModel],
-        longer: Longer,
-        chosen: Chosen,
-        *,
-        is_single: bool,
-    ) -> Rounds[SimModel]:
-        """As many steps in this order as the policy would choose."""
-        parts = [Part(m, *m.decode_ticks(longer(m))) for m in order]
-        steps = 1 if is_single else steps_until_change(order)
-        if steps > 1:
-            steps = steps_with_time(steps, members, len(order), self._rules, longer)
-        rounds = Rounds(parts, chosen.start, steps, chosen.time, is_ahead=self._limits.is_queueing)
-        if steps > 1:
-            rounds.shorten(steps_in_turn(rounds, members, self._rules))
-        return rounds
-
-
-class Chosen(NamedTuple):
-    """A step: when it is chosen, and when it begins."""
-
-    time: int
-    start: int
+        rounds = self._jumps.steps_from(chosen, start, members, longer)
+        run = self._runs[lane] = Run(rounds, others, turn_before=chosen.model.last_turn)
+        if rounds.num_steps > 1 and len(rounds.parts) == 1:
+            promise(run, self._memory)
+        chosen.model.last_turn = start

@@ -41,6 +41,7 @@ class StepTicks:
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
         self._gemm: dict[int, float] = {}
+        self._slope = to_ticks(costs.per_context)
 
     def gemm(self, batch: int) -> float:
         """See `StepCosts.gemm`: asked for at each choice, so looked up."""
@@ -58,6 +59,7 @@ class StepTicks:
 
         It takes `longer` times its time alone because other lanes decode meanwhile.
         """
-        gemm = self.gemm(batch)
-        slope = to_ticks(self._costs.per_context * longer)
+        gemm, slope = self.gemm(batch), self._slope
+        if longer != 1.0:
+            slope = to_ticks(self._costs.per_context * longer)
         return to_ticks(gemm * longer) + slope * context, slope * batch

@@ -25,10 +25,13 @@ class Timers:
         self._expiries: list[tuple[int, RequestId, Job]] = []
         self._lives: deque[Job] = deque()
         """All that have come, in order of arrival."""
+        self._bound = NEVER
+        """Nothing comes before."""
 
     def offer(self, job: Job) -> None:
         """A request that will come; in order of arrival."""
         self._arrivals.append(job)
+        self._bound = min(self._bound, job.arrival)
 
     def came(self, job: Job) -> None:
         """It is here: its life counts from its arrival, wherever that was."""
@@ -36,14 +39,22 @@ class Timers:
             insort(self._lives, job, key=lambda each: each.rank)
         else:
             self._lives.append(job)
+        self._bound = min(self._bound, job.arrival + self._life)
 
     def waits(self, job: Job) -> None:
         """It may wait for so long, unless it has started before."""
         if not job.is_started:
             heappush(self._expiries, (job.arrival + self._max_wait, job.request_id, job))
+            self._bound = min(self._bound, job.arrival + self._max_wait)
 
-    def next(self) -> int:
-        """The first time of all."""
+    def next(self, before: int = NEVER) -> int:
+        """The first time of all, if there is one before that."""
+        if self._bound >= before:
+            return before
+        self._bound = first = self._first()
+        return first if first < before else before
+
+    def _first(self) -> int:
         time = self._arrivals[0].arrival if self._arrivals else NEVER
         expiries, lives = self._expiries, self._lives
         while expiries and (expiries[0][2].is_started or expiries[0][2] not in self._waiting):

@@ -31,9 +31,10 @@ def admission_snapshot(
     requests = (
         waiting.values() if rules.by_deadline else _heads(waiting.values(), models, limits, to_seconds(now))
     )
-    active = [model for model in models.values() if model.num_sequences]
+    active = [model for model in models.values() if model.tickets and model.num_sequences]
     names = {request.model for request in requests} | {model.name for model in active}
-    loads = {name: _load(models[name], memory, link, limits, now) for name in sorted(names)}
+    obtainable = memory.obtainable_at_all()
+    loads = {name: _load(models[name], memory, obtainable, link, limits, now) for name in sorted(names)}
     return AdmissionSnapshot(
         waiting=tuple(requests),
         models=loads,
@@ -83,14 +84,16 @@ def expiry(job: Job, limits: Limits) -> int:
     return job.arrival + to_ticks(limits.max_wait)
 
 
-def _load(model: SimModel, memory: Memory, link: Link, limits: Limits, now: int) -> ModelLoad:
+def _load(
+    model: SimModel, memory: Memory, obtainable: int, link: Link, limits: Limits, now: int
+) -> ModelLoad:
     return ModelLoad(
         model=model.name,
         state=model.state if model.is_open else ModelState.COLD,
         num_sequences=model.num_sequences,
         max_sequences=limits.max_batch_size,
         num_blocks=model.free_blocks if model.is_active else 0,
-        num_slabs=memory.obtainable(model) if model.is_active else 0,
+        num_slabs=memory.obtainable(model, obtainable) if model.is_active else 0,
         blocks_per_slab=model.layout.blocks_per_slab,
         num_blocks_to_come=model.blocks_to_come(),
         stuck=_stuck(model),

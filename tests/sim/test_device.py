@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism.modes import Mode
+from prism.sim.device import SimDevice
 from prism.sim.jobs import End
 from prism.sim.rounds import LEAD
-from tests.sim.random_loads import models, requests, serve
+from tests.sim.random_loads import deal_with, jobs, models, requests, run, serve
 
 MODES = st.sampled_from(list(Mode))
 WAITS = st.sampled_from([0.02, 0.1, 0.5, 2.0])
@@ -36,6 +37,96 @@ def test_jumping_equals_stepping(
         serve(mode, shapes, asked, lanes, slabs, is_stepping=flag, **options) for flag in (False, True)
     )
     assert [_story(job) for job in jumped] == [_story(job) for job in stepped]
+
+
+large = st.lists(
+    st.tuples(
+        st.integers(1, 4),
+        st.sampled_from([16384, 65536]),
+        st.floats(1e-4, 5e-3),
+        st.sampled_from([0.0, 1e-8, 1e-6]),
+        st.sampled_from([1e-3, 5e-3, 2e-2]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+"""Models of which a slab holds 32 or 128 tokens."""
+long_requests = st.lists(
+    st.tuples(st.floats(0, 1.0), st.integers(0, 4), st.integers(1, 200), st.integers(60, 380)),
+    min_size=1,
+    max_size=16,
+)
+
+
+@given(
+    MODES, large, long_requests, st.integers(1, 3), st.integers(0, 60), WAITS, st.booleans(), st.booleans()
+)
+@settings(max_examples=100)
+def test_jumping_equals_stepping_where_runs_take_slabs_on_their_way(
+    mode: Mode,
+    shapes: list[Any],
+    asked: list[Any],
+    lanes: int,
+    slabs: int,
+    wait: float,
+    is_ahead: bool,
+    is_queueing: bool,
+) -> None:
+    """Long answers, and from too little memory to enough of it: what a run counts on is taken by others."""
+    options = {"max_wait": wait, "load_ahead": is_ahead, "is_queueing": is_queueing}
+    jumped, stepped = (
+        serve(mode, shapes, asked, lanes, slabs, is_stepping=flag, **options) for flag in (False, True)
+    )
+    assert [_story(job) for job in jumped] == [_story(job) for job in stepped]
+
+
+def test_streams_that_are_late_take_turns_by_how_long_they_have_waited() -> None:
+    """Not by how late they are: that holds where the policy is asked, and where lanes go on without it."""
+    shapes = [(1, 1024, base, 0.0, 5e-3) for base in (2e-3, 4e-3, 1e-3)]
+    shapes.append((1, 1024, 1e-3, 0.0, 2e-2))
+    asked = [(0.0, 4, 9, 299), (0.2, 0, 85, 353), (0.3, 1, 10, 189), (1.0, 3, 92, 275)]
+    jumped, stepped = (serve(Mode.PRISM, shapes, asked, 2, 200, is_stepping=flag) for flag in (False, True))
+    assert [_story(job) for job in jumped] == [_story(job) for job in stepped]
+
+
+def test_free_slabs_that_a_run_needs_are_no_events() -> None:
+    """380 tokens fill 12 slabs. Each of them ended the run, and the device was looked at from all sides."""
+    device = run(Mode.PRISM, [(1, 65536, 1e-3, 1e-8, 5e-3)], [], 2, 20)
+    (job,) = made = jobs(device, [(0.0, 0, 10, 380)])
+    deal_with(device, made)
+    assert job.end is End.SERVED
+    assert device.num_events == 4  # it comes, its model has come, its last step closes, it ends
+
+
+def test_a_run_goes_without_the_slabs_that_others_take() -> None:
+    """The second model takes what the first one's run was going to, and both end as if step by step."""
+    shapes = [(1, 65536, 1e-3, 1e-8, 5e-3)] * 2
+    asked = [(0.0, 0, 10, 380), (0.1, 1, 190, 200), (0.2, 1, 150, 200)]
+    jumped, stepped = (serve(Mode.PRISM, shapes, asked, 2, 18, is_stepping=flag) for flag in (False, True))
+    assert [_story(job) for job in jumped] == [_story(job) for job in stepped]
+    assert any(job.num_restarts for job in jumped)
+
+
+@pytest.mark.parametrize("num_models", [1, 2])
+def test_streams_that_go_on_are_looked_at_by_themselves(
+    num_models: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models decode in turns of some steps each: the whole device was looked at when each turn ended."""
+    asked: list[int] = []
+    decide = SimDevice._decide
+
+    def counted(device: SimDevice, now: int) -> None:
+        asked.append(now)
+        decide(device, now)
+
+    monkeypatch.setattr(SimDevice, "_decide", counted)
+    shapes = [(1, 1024, 1e-3, 1e-8, tpot) for tpot in (20e-3, 6e-3)][:num_models]
+    device = run(Mode.PRISM, shapes, [], 1, 20)
+    made = jobs(device, [(0.0, index, 4, 300) for index in range(num_models)])
+    deal_with(device, made)
+    assert all(job.end is End.SERVED for job in made)
+    assert len(asked) <= 8 * num_models
+    assert num_models == 1 or device.num_events > 3 * len(asked)
 
 
 def _story(job: Any) -> tuple[Any, ...]:

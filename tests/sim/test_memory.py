@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prism.engine.scheduler import Want
 from prism.modes import Mode
+from prism.sim.device import SimDevice
 from prism.sim.jobs import Job, policy_rank
 from prism.sim.memory import Memory
 from prism.sim.model import SimModel
@@ -67,3 +69,38 @@ def test_what_an_older_request_waits_for_is_not_taken() -> None:
     assert now >= device.memory.displaces_at(old) > 0
     assert not device.memory.take_free(young, wanted, now)
     assert device.memory.take_free(young, wanted, 0)
+
+
+def test_nothing_is_promised_that_is_others_or_that_somebody_waits_for() -> None:
+    memory, model = memory_with_model(5, 0, None)
+    assert memory.spare(model) == 5
+    memory.promised = 2
+    assert memory.spare(model) == 3
+    assert not memory.take_free(model, model.free_blocks + 4 * model.blocks_per_slab, 0, left=memory.promised)
+    model.kv_limit = model.kv_slabs + 1
+    assert memory.spare(model) == 1
+    waiting = memory._models[ModelId("m0")]
+    waiting.state = ModelState.FETCHING
+    assert memory.spare(model) == 1, "nobody waits for it"
+    waiting.take(Job(RequestId("000"), ModelId("m0"), 0, 10, 10, due=0))
+    assert memory.spare(model) == 0
+
+
+def test_who_was_promised_slabs_hears_that_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By others, or of what a model had when its run was planned; and that somebody waits for weights."""
+    device = random_loads.run(Mode.PRISM, SHAPES, [], 1, 4)
+    memory, model = device.memory, device.models[ModelId("m1")]
+    memory.activate(model)
+    model.state = ModelState.ACTIVE
+    heard: list[SimModel | None] = []
+    monkeypatch.setattr(SimDevice, "stop_growing", lambda _, model=None: heard.append(model))
+    memory.promised = memory.free - 1
+    assert memory.take_free(model, model.free_blocks + 1, 0) and not heard
+    assert memory.take_free(model, model.free_blocks + 1, 0) and heard == [None]
+    memory.promised = 0
+    memory.trim(model)
+    assert heard == [None, model] and memory.free
+    other = device.models[ModelId("m0")]
+    other.weight_slabs = memory.num_slabs
+    other.take(Job(RequestId("000"), ModelId("m0"), 0, 10, 10, due=0))
+    assert not device.loader.want(other, 0) and heard == [None, model, None]

@@ -9,8 +9,9 @@ from prism.sim.cluster import Cluster
 from prism.sim.generate import Synthetic
 from prism.sim.inputs import Inputs, default_placement, make_cluster, open_profile, read_workload
 from prism.sim.placing import Placement
-from prism.sim.plan import Planner, Target
+from prism.sim.plan import Plan, Planner, Target, steps
 from prism.sim.report import report
+from prism.sim.searches import Search, carry_out
 
 
 def cluster(mode: Mode, **changes: object) -> Cluster:
@@ -20,9 +21,14 @@ def cluster(mode: Mode, **changes: object) -> Cluster:
     return make_cluster(inputs, read_workload(inputs, profile), profile, mode)
 
 
+def search(made: Cluster, target: Target, most: int) -> Plan:
+    found = Search(Planner(made, target), steps(target, most))
+    return carry_out({0: found}, 1, lambda *_: None)[0]
+
+
 def test_the_plan_meets_the_target_and_one_device_less_does_not() -> None:
     made = cluster(Mode.ELASTIC)
-    plan = Planner(made, Target(0.9, 0.9)).search(8)
+    plan = search(made, Target(0.9, 0.9), 8)
     assert plan.num_devices is not None and plan.num_devices > 1
     assert plan.trials[plan.num_devices].meets(Target(0.9, 0.9))
     assert not plan.trials[plan.num_devices - 1].meets(Target(0.9, 0.9))
@@ -43,7 +49,7 @@ def test_the_controller_is_tried_where_it_moves_models() -> None:
 
 
 def test_too_few_devices() -> None:
-    plan = Planner(cluster(Mode.TIMESHARE), Target(1.0, 1.0)).search(1)
+    plan = search(cluster(Mode.TIMESHARE), Target(1.0, 1.0), 1)
     assert plan.num_devices is None and list(plan.trials) == [1]
 
 

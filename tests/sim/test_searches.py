@@ -1,0 +1,83 @@
+"""Searches on several processes: the same results, and nothing is left running when one fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import active_children
+
+import pytest
+
+from prism.errors import ConfigError
+from prism.modes import Mode
+from prism.sim.plan import Planner, Target, Trial, steps
+from prism.sim.searches import Search, carry_out
+from tests.sim.test_plan import cluster
+
+TARGET = Target(0.9, 0.9)
+
+
+@pytest.fixture(autouse=True)
+def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes take part, however few requests there are."""
+    monkeypatch.setattr("prism.sim.cluster.FEW", 0)
+
+
+def searches() -> dict[Mode, Search]:
+    return {
+        mode: Search(Planner(cluster(mode), TARGET), steps(TARGET, 4)) for mode in (Mode.PRISM, Mode.ELASTIC)
+    }
+
+
+def test_processes_find_what_one_finds() -> None:
+    heard: dict[int, list[tuple[Mode, int, Trial]]] = {1: [], 3: []}
+    plans = [carry_out(searches(), num, lambda *args, n=num: heard[n].append(args)) for num in heard]
+    assert plans[0] == plans[1] and list(plans[0]) == list(plans[1])
+    for mode in plans[0]:
+        of_mode = [[trial for trial in trials if trial[0] is mode] for trials in heard.values()]
+        assert of_mode[0] == of_mode[1] and of_mode[0]
+    assert not active_children()
+
+
+class Broken(Planner):
+    """One attempt fails, the other one takes very long."""
+
+    def attempts(self, devices: int) -> list[Callable[[], Trial]]:
+        return [partial(_sleep, 600.0), _fail]
+
+
+def _sleep(seconds: float) -> Trial:
+    time.sleep(seconds)
+    raise AssertionError("it was waited for")
+
+
+def _fail() -> Trial:
+    raise ConfigError(["there is no such thing"])
+
+
+def test_what_fails_in_a_process_is_told_at_once_and_ends_the_others() -> None:
+    search = Search(Broken(cluster(Mode.STATIC), TARGET), steps(TARGET, 4))
+    with pytest.raises(ConfigError, match="no such thing"):
+        carry_out({0: search}, 2, lambda *_: None)
+    assert not active_children()
+
+
+def test_an_interrupt_ends_the_processes() -> None:
+    """Whatever the others are at: it took as long as their runs."""
+    found = {0: Search(Planner(cluster(Mode.STATIC), TARGET), steps(TARGET, 4))}
+    found[1] = Search(Slow(cluster(Mode.STATIC), TARGET), steps(TARGET, 4))
+
+    def interrupt(key: int, devices: int, trial: Trial) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(found, 2, interrupt)
+    assert not active_children()
+
+
+class Slow(Planner):
+    """Takes very long."""
+
+    def attempts(self, devices: int) -> list[Callable[[], Trial]]:
+        return [partial(_sleep, 600.0)]
