@@ -6,7 +6,6 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SWITCH_SECONDS = 0.0005
-"""After which the loop gives up the interpreter when a thread wants it, to encode a prompt: Python's own 5 ms
-are a good part of the time to a first token while others stream."""
 _CLOSE_SECONDS = 5  # for answers that have ended but are still on their way to a client
 
 
@@ -43,7 +39,6 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config, listen_fd: i
     Called in a process of its own. 0 after a Stop or a signal, 1 if the agent has gone.
     """
     logs.setup(config.server.log_level, config.server.log_json)
-    sys.setswitchinterval(_SWITCH_SECONDS)
     listener = socket.socket(fileno=listen_fd)
     code: int = uvloop.run(serve(run_dir, name, incarnation, config, listener))
     return code

@@ -21,8 +21,6 @@ from prism.types import Slo
 
 RequestT = TypeVar("RequestT", bound=CommonRequest)
 _SMALL_BODY = 32 * 1024  # parsed on the loop within a millisecond
-_SHORT_PROMPTS = 4 * 1024
-"""Characters and tokens that are encoded on the loop, within a millisecond: a thread's turn takes longer."""
 
 
 async def read_body(http: HttpRequest, limit: int, seconds: float) -> bytes:
@@ -61,26 +59,14 @@ async def parse_body(body: bytes, schema: type[RequestT], executor: Executor) ->
 
 async def tokenize(request: CommonRequest, model: TextModel, executor: Executor) -> list[list[int]]:
     """The prompts of a request as tokens."""
-    if isinstance(request, ChatRequest):
-        return [await _chat_tokens(request, model, executor)]
-    assert isinstance(request, CompletionRequest)
-    prompts = request.prompt
-
-    def work() -> list[list[int]]:
-        return [_prompt_tokens(prompt, model) for prompt in prompts]
-
-    if sum(map(len, prompts)) <= _SHORT_PROMPTS:
-        return work()
-    return await asyncio.get_running_loop().run_in_executor(executor, work)
-
-
-async def _chat_tokens(request: ChatRequest, model: TextModel, executor: Executor) -> list[int]:
-    """In a thread, whatever its length: a template is a program that may take for ever."""
     alarm = Alarm()
 
-    def work() -> list[int]:
-        text = render_chat(model, request.template_messages(), request.chat_template_kwargs or {}, alarm)
-        return _encode(text, model, "messages", add_special_tokens=False)
+    def work() -> list[list[int]]:
+        if isinstance(request, ChatRequest):
+            text = render_chat(model, request.template_messages(), request.chat_template_kwargs or {}, alarm)
+            return [_encode(text, model, "messages", add_special_tokens=False)]
+        assert isinstance(request, CompletionRequest)
+        return [_prompt_tokens(prompt, model) for prompt in request.prompt]
 
     try:
         return await asyncio.get_running_loop().run_in_executor(executor, work)
