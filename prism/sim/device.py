@@ -282,6 +282,10 @@ class SimDevice:
         """See `Owner.stop_growing`."""
         self.stepper.stop_growing(model, self.now)
 
+    def has_shrunk(self, model: SimModel) -> None:
+        """See `Owner.has_shrunk`."""
+        self.stepper.has_shrunk(model, self.now)
+
     def memory_changed(self) -> None:
         """See `Owner.memory_changed`."""
         self._needs_admission = self._needs_moves = True
@@ -293,5 +297,6 @@ class SimDevice:
         for model in self.models.values():
             admitted = sum(job.is_admitted for job in model.tickets.values())
             assert admitted == model.num_sequences, model.name
+            assert model.free_blocks >= 0, model.name
         tickets = sum(len(model.tickets) for model in self.models.values())
         assert tickets == len(self._waiting) + sum(m.num_sequences for m in self.models.values())

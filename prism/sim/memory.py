@@ -44,6 +44,10 @@ class Owner(Protocol):
         """What was promised to runs, or to that of one model, may not hold any more: they take nothing."""
         ...
 
+    def has_shrunk(self, model: SimModel) -> None:
+        """A model has fewer free blocks than a run of its may have counted on."""
+        ...
+
 
 class Memory:
     """The slabs of one device."""
@@ -156,6 +160,7 @@ class Memory:
             self._owner.stop_growing(model)
             model.kv_slabs -= spare
             self.free += spare
+            self._owner.has_shrunk(model)
 
     def _may_displace(self, model: SimModel, now: int) -> bool:
         """Others may be stopped so that this model can be loaded."""

@@ -164,6 +164,16 @@ def stop_growing(run: Run, memory: Memory) -> None:
     give_back(run, memory)
 
 
+def fit(run: Run, model: SimModel) -> None:
+    """It ends before the model, if it is one of its members, lacks a block."""
+    rounds = run.rounds
+    size = len(rounds.parts)
+    for index, part in enumerate(rounds.parts):
+        if part.who is model and model.decodes.size:
+            within = rounds.steps_of(index, rounds.begun) + model.decodes.steps_within(model.free_blocks)
+            rounds.shorten(max(rounds.begun, within * size + index))
+
+
 def give_back(run: Run, memory: Memory) -> None:
     """What was promised to a run that ends before it takes it, or does not take it."""
     memory.promised -= run.promised

@@ -24,7 +24,7 @@ from prism.sim.model import SimModel
 from prism.sim.modes import Limits
 from prism.sim.overlap import Longer, Pulls, pulls_of_others
 from prism.sim.rounds import Part, Rounds
-from prism.sim.runs import Leaving, Listener, Run, advance, close, give_back, promise, stop_growing
+from prism.sim.runs import Leaving, Listener, Run, advance, close, fit, give_back, promise, stop_growing
 from prism.sim.ticks import NEVER
 
 
@@ -264,6 +264,13 @@ class Stepper:
             if run is not None and run.limit < NEVER and model in (None, run.rounds.parts[0].who):
                 advance(run, now, self._memory)
                 stop_growing(run, self._memory)
+
+    def has_shrunk(self, model: SimModel, now: int) -> None:
+        """The run that the model takes part in goes no further than its free blocks last."""
+        run = None if model.lane is None else self._runs[model.lane]
+        if run is not None and not run.chunks and model not in run.gone:
+            advance(run, now, self._memory)
+            fit(run, model)
 
     def _cut(self, lane: int, now: int, at_least: int = 0) -> None:
         run = self._runs[lane]

@@ -13,6 +13,7 @@ from prism.modes import Mode
 from prism.sim.device import SimDevice
 from prism.sim.jobs import End
 from prism.sim.rounds import LEAD
+from prism.sim.ticks import NEVER, to_ticks
 from tests.sim.random_loads import deal_with, jobs, models, requests, run, serve
 
 MODES = st.sampled_from(list(Mode))
@@ -78,6 +79,30 @@ def test_jumping_equals_stepping_where_runs_take_slabs_on_their_way(
         serve(mode, shapes, asked, lanes, slabs, is_stepping=flag, **options) for flag in (False, True)
     )
     assert [_story(job) for job in jumped] == [_story(job) for job in stepped]
+
+
+def test_a_run_goes_no_further_than_the_blocks_that_are_left_to_it() -> None:
+    """It counted on empty slabs that go back when a request of its model ends."""
+    device = run(Mode.PRISM, [(1, 16384, 1e-3, 0.0, 1e-2)], [], 1, 20)
+    (job,) = jobs(device, [(0.0, 0, 10, 380)])
+    device.offer(job)
+    device.run_until(to_ticks(0.05))
+    (model,), (made,) = device.models.values(), device.stepper._runs
+    assert made is not None and device.memory.take_free(model, 5 * model.blocks_per_slab, device.now)
+    device.begin(device.now)
+    device.stepper.disturb(model, device.now)
+    device.poke()
+    device.run_until(to_ticks(0.05))
+    before = device.stepper._runs[0]
+    assert before is not None and before.promised == 0
+    num_steps, num_blocks = before.rounds.num_steps, model.free_blocks
+    device.begin(device.now)
+    device.memory.trim(model)  # all but one, as when another request of it has ended
+    assert before.rounds.num_steps < num_steps and 0 <= model.free_blocks < num_blocks
+    while (time := device.next_event()) < NEVER:
+        device.run_until(time + 1)
+        device.check()
+    assert job.produced == 380
 
 
 def test_streams_that_are_late_take_turns_by_how_long_they_have_waited() -> None:
