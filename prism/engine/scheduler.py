@@ -369,6 +369,13 @@ class Scheduler:
         self.num_preemptions += 1
         insort(self.waiting, sequence, key=_rank)
 
+    def keep_found(self) -> None:
+        """What the next one would find that begins again is dropped last of all that is cached."""
+        sequence = next(iter(self.waiting), None)
+        if sequence is not None and sequence.is_again:
+            keys = sequence.full_keys(self.kv.layout.tokens_per_block, len(sequence.tokens) - 1)
+            self.kv.release(self.kv.match(keys))
+
     def preempt_youngest(self, count: int) -> int:
         """Take the blocks of the youngest sequences; the full ones are cached until their place is needed.
 

@@ -147,7 +147,8 @@ class Reclaimer:
             case reclaim.TakeSlabs(slabs=slabs):
                 return self._release_slabs(model, slabs) > 0
             case reclaim.DropOwnCache(blocks=blocks):
-                assert model.kv is not None
+                assert model.kv is not None and model.engine is not None
+                model.engine.scheduler.keep_found()
                 dropped = model.kv.drop_cached(blocks)
                 self._host.save_dropped(model, dropped)
                 return bool(dropped)

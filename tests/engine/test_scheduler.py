@@ -253,6 +253,26 @@ def test_a_preempted_sequence_needs_no_room_for_what_is_found() -> None:
     assert step is not None and (step.chunks[0].start, step.chunks[0].length) == (16, 3)
 
 
+def test_what_is_found_is_dropped_after_what_was_cached_later() -> None:
+    """The oldest were dropped first: all that a sequence would find, block by block, each for another."""
+    scheduler = make(Slots(8))
+    young = waiting(list(range(18)))
+    scheduler.add(young)
+    ran(scheduler, scheduler.schedule(100))
+    assert scheduler.preempt_youngest(1) == 1
+    later = scheduler.kv.allocate(scheduler.kv.num_free) or []
+    for block in later:
+        scheduler.kv.publish(block, b"%d" % block)
+    scheduler.kv.release(later)
+    (want,) = scheduler.wants(100)
+    assert (want.num_blocks, want.num_found) == (1, 4)
+    scheduler.keep_found()
+    scheduler.kv.drop_cached(1)
+    step = scheduler.schedule(100)
+    assert step is not None and (step.chunks[0].start, step.chunks[0].length) == (16, 3)
+    scheduler.kv.check()
+
+
 @given(st.lists(st.integers(0, 99), min_size=20, max_size=120))
 def test_decodes_that_need_nothing_but_their_turn_need_nothing_else(actions: list[int]) -> None:
     """What the scheduler notes in `ready_until` is what a closer look would find, whatever happened between.
