@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
+from threading import Thread
 
 from prism.sim.collecting import collect_rarely
 
@@ -28,6 +31,13 @@ def process_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin() -> None:
-    """An interrupt is the parent's affair: it ends its children."""
+    """An interrupt is the parent's affair: it ends its children. One that is killed cannot, and they end
+    themselves: they would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     collect_rarely()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

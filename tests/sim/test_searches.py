@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import active_children
+from pathlib import Path
 
+import psutil
 import pytest
 
 from prism.errors import ConfigError
@@ -14,6 +18,7 @@ from prism.modes import Mode
 from prism.sim.plan import Planner, Target, Trial, steps
 from prism.sim.searches import Search, carry_out
 from tests.sim.test_plan import cluster
+from tests.support.waiting import wait_until
 
 TARGET = Target(0.9, 0.9)
 
@@ -74,6 +79,32 @@ def test_an_interrupt_ends_the_processes() -> None:
     with pytest.raises(KeyboardInterrupt):
         carry_out(found, 2, interrupt)
     assert not active_children()
+
+
+PARENT = """
+import os, time
+from prism.sim.processes import process_pool
+if __name__ == "__main__":
+    with process_pool(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(600.0)
+"""
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """They waited for work for ever."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    wait_until(lambda: _has_ended(child), "the child's end")
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Perhaps nobody has asked for its status yet."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 class Slow(Planner):
