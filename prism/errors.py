@@ -31,6 +31,10 @@ class PrismError(Exception):
     """Base of everything that Prism raises on purpose."""
 
 
+class ProcessDied(PrismError):
+    """One of several processes that share a piece of work has been killed."""
+
+
 class ConfigError(PrismError):
     """A configuration that cannot be used; `problems` lists all of it, one sentence each."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -21,6 +20,7 @@ from prism.sim.generate import Synthetic
 from prism.sim.inputs import Inputs, make_cluster, open_profile, read_workload
 from prism.sim.plan import Planner, Target, Trial, steps
 from prism.sim.plots import plot_attainment
+from prism.sim.processes import num_cores
 from prism.sim.searches import Search, carry_out
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.99)
     parser.add_argument("--slo-scale", type=float, default=5.0)
     parser.add_argument("--profile", default="h100")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=num_cores())
     parser.add_argument("--output", type=Path, help="folder")
     options = parser.parse_args()
     loads = over_load(options)

@@ -12,7 +12,7 @@ import typer
 from prism import __version__
 from prism.cli.bench import bench
 from prism.cli.sim_commands import plan, simulate
-from prism.errors import ConfigError
+from prism.errors import ConfigError, ProcessDied
 
 app = typer.Typer(
     help="Serves many LLMs on shared devices through one OpenAI-compatible endpoint.",
@@ -143,3 +143,6 @@ def main(arguments: list[str] | None = None) -> Any:
         for problem in error.problems:
             typer.echo(f"error: {problem}", err=True)
         sys.exit(2)
+    except ProcessDied as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)

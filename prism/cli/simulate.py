@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -34,6 +33,7 @@ from prism.sim.inputs import (
 )
 from prism.sim.plan import Plan, Planner, Target, Trial, steps
 from prism.sim.plots import need_matplotlib, plot_attainment, plot_models
+from prism.sim.processes import num_cores
 from prism.sim.report import report
 from prism.sim.searches import Search, carry_out
 from prism.sim.trace import TraceRow, write_trace
@@ -144,7 +144,7 @@ def _run(
         placed = default_placement(cluster, devices)
     else:
         placed = read_placement(placement, cluster, devices)
-    results = cluster.run(placed, os.cpu_count() or 1, progress)
+    results = cluster.run(placed, num_cores(), progress)
     return report(cluster.load, placed, cluster.setup, results, warm_up=warm_up)
 
 
@@ -188,7 +188,7 @@ def run_plan(
             text = f"{mode}: {devices} devices, TTFT {trial.ttft:.1%}, TPOT {trial.tpot:.1%}"
             progress.update(tasks[mode], advance=1, description=text)
 
-        plans = carry_out(searches, os.cpu_count() or 1, tell)
+        plans = carry_out(searches, num_cores(), tell)
     _write({mode.value: plan_values(plan) for mode, plan in plans.items()}, output)
     _print_plans(plans, target)
     if plot is not None:

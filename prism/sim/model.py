@@ -319,8 +319,7 @@ class SimModel:
     def _fits(self, job: Job) -> bool:
         """There are blocks for all that one which gave way had, and for a token more.
 
-        The server starts it as soon as there is one block, and finds most of the others in the prefix cache.
-        Without caches it would be computed and give way again and again.
+        The server counts what it would find in the prefix cache; there is none here.
         """
         return self.layout.num_blocks(job.known + 1) <= self.free_blocks
 

@@ -6,22 +6,34 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from threading import Thread
 
+from prism.errors import ProcessDied
 from prism.sim.collecting import collect_rarely
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def process_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Ends with the block; at once, whatever it is doing, if the block fails or is interrupted."""
+    """Ends with the block; at once, whatever it is doing, if the block fails or is interrupted.
+
+    Raises `ProcessDied` if one of the processes has been killed.
+    """
     others = set(active_children())
     # spawn: whoever shows a progress bar has threads, which a fork would not survive
     pool = ProcessPoolExecutor(num_processes, get_context("spawn"), initializer=_begin)
     try:
         yield pool
+    except BrokenProcessPool:
+        raise ProcessDied("a process that simulates has died, perhaps for want of memory") from None
     except BaseException:
         for child in set(active_children()) - others:
             child.terminate()

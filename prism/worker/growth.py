@@ -32,12 +32,13 @@ def take_or_need(
 
     `spare` slabs are free and wanted by nobody older; it is negative if those lack some. `room` is what the
     model's limit leaves. Who begins again wants all of it or nothing, and leaves what is free to others until
-    the rest is there.
+    the rest is there, or within the limit.
     """
     missing, free = -(-lacking // blocks_per_slab), max(0, spare)
     within = missing if room is None else min(missing, room)
-    if within > 0 and (free >= within or (free and not want.is_again)):
-        return min(within, free)
+    count = min(within, free)
+    if count == missing or (count > 0 and not want.is_again):
+        return count
     return Need(
         model,
         max(1, within - free),

@@ -78,7 +78,8 @@ ReclaimDecision = TakeSlabs | DropOwnCache | Preempt | EvictModel | CancelLoad
 def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDecision, ...]:
     """What to take for `need`; nothing if the slabs are on their way, or nobody can or must give.
 
-    1. Beyond its KV limit a model only takes from itself: its cache, then its younger sequences.
+    1. Beyond its KV limit a model only takes from itself: its cache, then its younger sequences. Nothing, if
+       that does not suffice for a sequence that begins again.
     2. Slabs that are retiring are awaited.
     3. Loads that nobody waits for any more are called off.
     4. The cheapest offers that suffice together.
@@ -89,8 +90,8 @@ def decide(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDec
     7. Evictions come last: they wait for queued steps, which may end what others were to give up.
     """
     own = next((h for h in snapshot.holdings if h.model == need.model), None)
-    if own is not None and not need.for_weights and _is_at_limit(own):  # 1
-        return _recycled(own, need)
+    if own is not None and (beyond := _beyond_limit(own, need)):  # 1
+        return _recycled(own, need, beyond)
     missing = need.slabs - snapshot.num_retiring + (need.reserved if need.for_weights else 0)
     if need.slabs + need.reserved <= snapshot.num_retiring:  # 2
         return ()
@@ -141,16 +142,25 @@ def _offers(
     return offers
 
 
-def _is_at_limit(own: Holding) -> bool:
-    return own.kv_limit is not None and own.kv_slabs >= own.kv_limit
+def _beyond_limit(own: Holding, need: Need) -> int:
+    """Blocks of a need that a model's KV limit has no room for: all at the limit, before it only those of who
+    wants all or nothing."""
+    if own.kv_limit is None or need.for_weights:
+        return 0
+    room = max(0, own.kv_limit - own.kv_slabs) * own.blocks_per_slab
+    return need.blocks if not room else max(0, need.blocks - room) if need.is_again else 0
 
 
-def _recycled(own: Holding, need: Need) -> tuple[ReclaimDecision, ...]:
-    if blocks := own_cache(own, need):
-        return (DropOwnCache(own.model, blocks),)
-    count = 0
-    for sequence in younger(own, need):
-        if blocks >= need.blocks:
+def _recycled(own: Holding, need: Need, beyond: int) -> tuple[ReclaimDecision, ...]:
+    """What makes up for the blocks `beyond` the limit."""
+    cached, younger_ones = min(own_cache(own, need), beyond), list(younger(own, need))
+    if need.is_again and cached + sum(each.num_blocks for each in younger_ones) < beyond:
+        return ()
+    if cached:
+        return (DropOwnCache(own.model, cached),)
+    count = blocks = 0
+    for sequence in younger_ones:
+        if blocks >= beyond:
             break
         blocks += sequence.num_blocks
         count += 1

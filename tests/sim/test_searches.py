@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prism.errors import ConfigError
+from prism.errors import ConfigError, ProcessDied
 from prism.modes import Mode
 from prism.sim.plan import Planner, Target, Trial, steps
 from prism.sim.searches import Search, carry_out
@@ -64,6 +66,26 @@ def _fail() -> Trial:
 def test_what_fails_in_a_process_is_told_at_once_and_ends_the_others() -> None:
     search = Search(Broken(cluster(Mode.STATIC), TARGET), steps(TARGET, 4))
     with pytest.raises(ConfigError, match="no such thing"):
+        carry_out({0: search}, 2, lambda *_: None)
+    assert not active_children()
+
+
+class Killed(Planner):
+    """As when memory runs out."""
+
+    def attempts(self, devices: int) -> list[Callable[[], Trial]]:
+        return [partial(_sleep, 600.0), _die]
+
+
+def _die() -> Trial:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("it lives")
+
+
+def test_a_process_that_dies_is_told() -> None:
+    """It ended in a traceback of the library's."""
+    search = Search(Killed(cluster(Mode.STATIC), TARGET), steps(TARGET, 4))
+    with pytest.raises(ProcessDied, match="has died"):
         carry_out({0: search}, 2, lambda *_: None)
     assert not active_children()
 

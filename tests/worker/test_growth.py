@@ -50,7 +50,7 @@ def test_free_slabs_are_taken_first_within_the_limit(
 
 @pytest.mark.parametrize(
     ("spare", "room", "expected"),
-    [(3, None, 3), (2, None, (1, 0)), (1, 2, (1, 0)), (2, 2, 2), (-4, None, (3, 4))],
+    [(3, None, 3), (2, None, (1, 0)), (9, 3, 3), (1, 2, (1, 0)), (9, 2, (1, 0)), (-4, None, (3, 4))],
 )
 def test_who_begins_again_takes_all_or_nothing(
     spare: int, room: int | None, expected: int | tuple[int, int]

@@ -252,6 +252,18 @@ def test_at_its_limit_a_model_recycles_its_own_cache() -> None:
     assert ask(holding(A, kv_limit=3), rich) == ()
 
 
+def test_who_begins_again_stops_nobody_for_what_its_limit_does_not_leave() -> None:
+    """It took slabs of others for a part, could not begin with it, and they took them back."""
+    again = replace(need(blocks=20), is_again=True)
+    neighbour = holding(B, gatherable_slabs=5, empty_slabs=5)
+    close = holding(A, kv_limit=4, num_cached_blocks=5)
+    assert ask(replace(close, kv_limit=5), neighbour, wanted=again), "the limit leaves two slabs"
+    assert ask(close, neighbour, wanted=again) == (), "five blocks do not make up for ten"
+    young = replace(close, running=(running(60.0, 6),))
+    assert ask(young, neighbour, wanted=again) == (DropOwnCache(A, 5),)
+    assert ask(holding(A, kv_limit=4, running=(running(60.0, 12),)), wanted=again) == (Preempt(A, 1),)
+
+
 def test_at_its_limit_an_old_sequence_takes_from_its_models_young_ones() -> None:
     """It waited until they had ended."""
     crowd = (running(1.0, 5), *(running(60.0 + i, 5) for i in range(4)))
