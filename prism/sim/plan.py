@@ -3,9 +3,9 @@
 For a number of devices several placements are tried: by load, as the controller gives them, then the better
 one changed step by step. A step moves a model from the device that misses most requests to the one that is
 best off, or changes places with one there. Devices have nothing to do with one another, so a step runs
-only the two that it changes; what a device does with a set of models is kept, in each process. Where the mode has a controller
-that moves models, it is tried too, with the models' loads known from the start and without: means of a whole
-trace may tell little of its beginning.
+only the two that it changes; what a device does with a set of models is kept, in each process. Where the
+mode has a controller that moves models, it is tried too, with the models' loads known from the start and
+without: means of a whole trace may tell little of its beginning.
 """
 
 from __future__ import annotations
