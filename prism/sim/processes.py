@@ -32,11 +32,11 @@ def process_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(num_processes, get_context("spawn"), initializer=_begin)
     try:
         yield pool
-    except BrokenProcessPool:
-        raise ProcessDied("a process that simulates has died, perhaps for want of memory") from None
-    except BaseException:
-        for child in set(active_children()) - others:
+    except BaseException as error:
+        for child in set(active_children()) - others:  # the pool forgets one that is just being started
             child.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise ProcessDied("a process that simulates has died, perhaps for want of memory") from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
