@@ -22,8 +22,9 @@ from prism.models.rotary import rotary_table
 from prism.types import BlockId, GiB, LaneId, ModelId
 from prism.weights.client import pack_here
 from prism.weights.link import ThreadLink
+from prism.weights.places import Places
 from prism.weights.protocol import WeightSource
-from prism.weights.transfers import Places, Transfer
+from prism.weights.transfers import Transfer
 from prism.worker.models import read_profile
 from prism.worker.open_device import open_device
 

@@ -19,9 +19,9 @@ from prism.types import Bytes, GiB, ModelId, Quantization
 from prism.weights.client import PackedWeights
 from prism.weights.link import ThreadLink
 from prism.weights.packer import pack, plan_source
+from prism.weights.places import Places
 from prism.weights.protocol import Manifest, WeightSource
 from prism.weights.registrations import Registrations
-from prism.weights.transfers import Places
 from prism.worker.device import Device
 from prism.worker.loading import Load, LoadPlan, unload
 

@@ -56,7 +56,7 @@ class Bench:
         self.local: dict[str, LocalModel] = {}
         self.flights: deque[Any] = deque()
         self.times: dict[str, list[float]] = {}
-        self.reclaimer = Reclaimer(self.device, self.models, Requests(), lambda _: None, self.host, 0.0)
+        self.reclaimer = Reclaimer(self.device, self.models, Requests(), lambda _: None, self.host)
         for shape, name in (("8b", "a"), ("1b", "c")):
             self._add_model(shape, name, folder)
 

@@ -23,9 +23,10 @@ from prism.types import ModelId
 from prism.weights.client import PackedWeights
 from prism.weights.link import Link, ThreadLink
 from prism.weights.packer import pack, plan_source
+from prism.weights.places import Places
 from prism.weights.protocol import Manifest, WeightSource
 from prism.weights.registrations import Registrations
-from prism.weights.transfers import Places, Transfer
+from prism.weights.transfers import Transfer
 from prism.worker.device import Device
 from prism.worker.loading import Load, Loaded, LoadPlan
 from prism.worker.models import read_profile

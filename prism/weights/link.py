@@ -100,7 +100,7 @@ class Traffic:
 
     def _begin(self, transfer: Transfer) -> None:
         try:
-            self._copies[transfer] = self._copier.begin(transfer.total)
+            self._copies[transfer] = self._copier.begin(transfer.total, transfer.places)
         except Exception as error:
             transfer.error = error
             transfer.has_ended.set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +12,11 @@ from prism.types import Address, Bytes
 from prism.weights.checksum import CHUNK_BYTES
 from prism.weights.client import PackedWeights
 from prism.weights.copiers import Piece
+from prism.weights.places import Places
 from prism.weights.registrations import NOTHING, Registered
 
 NEVER = float("inf")
 """The deadline of what nobody waits for."""
-
-
-class Places(NamedTuple):
-    """Slabs that take a buffer's bytes in this order."""
-
-    slabs: tuple[Address, ...]
-    slab_bytes: Bytes
 
 
 class Transfer:
@@ -49,7 +42,7 @@ class Transfer:
         self.is_cancelled = False
         self.last_turn = 0
         self._packed = packed
-        self._places = places
+        self.places = places
         self._registered = registered
         self._queued = Bytes(0)
 
@@ -74,7 +67,7 @@ class Transfer:
 
     def take_piece(self, chunk_bytes: Bytes) -> Piece:
         """The next piece: no larger than this, and in one slab."""
-        places, begin = self._places, self._queued
+        places, begin = self.places, self._queued
         size = Bytes(min(chunk_bytes, places.slab_bytes, self.total - begin))
         slab, offset = divmod(begin, places.slab_bytes)
         self._queued = Bytes(begin + size)

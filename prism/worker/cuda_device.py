@@ -30,7 +30,8 @@ from prism.memory.tensors import tensor_at, torch_dtype
 from prism.models.decoder import Decoder
 from prism.modelspec import ModelSpec
 from prism.types import Bytes, DType, GiB, LaneId
-from prism.weights.copiers import Copier, CudaCopier
+from prism.weights.copiers import Copier
+from prism.weights.cuda_copier import CudaCopier
 from prism.weights.registrations import Pinner
 from prism.worker.copies import CopyWork, Run
 from prism.worker.cuda_copies import Copies, Leaving, SwapStream

@@ -21,8 +21,9 @@ from prism.types import ModelId
 from prism.weights.client import PackedWeights
 from prism.weights.layout import Layout
 from prism.weights.link import Link
+from prism.weights.places import Places
 from prism.weights.registrations import NOTHING, Registered, Registrations
-from prism.weights.transfers import NEVER, Places, Transfer
+from prism.weights.transfers import NEVER, Transfer
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from prism.messages import CommandDone, ResumedChoice, WeightsWanted
 from prism.models.decoder import Decoder
 from prism.models.rotary import rotary_table
 from prism.types import ModelState, RequestId, Stamp, WorkerId
-from prism.weights.transfers import Places
+from prism.weights.places import Places
 from prism.worker.device import Device
 from prism.worker.foresight import UseTimes
 from prism.worker.host_kv import HostKv

@@ -3,15 +3,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prism.types import Bytes
 from prism.weights.checksum import CHUNK_BYTES, checksum, factors, num_chunks, parts, table_bytes
-from prism.weights.torch_checksum import add_torch_checksums, torch_factors
 
 FACTORS = factors()
 CHUNK = np.random.default_rng(0).integers(0, 256, CHUNK_BYTES, np.uint8)
@@ -53,22 +50,6 @@ def test_exchanged_and_moved_words_are_noticed() -> None:
         assert checksum(changed.view(np.uint8), FACTORS) != whole
 
 
-@pytest.mark.parametrize("size", [8, 256, CHUNK_BYTES - 8, CHUNK_BYTES, CHUNK_BYTES + 256, 3 * CHUNK_BYTES])
-def test_torch_computes_the_same(size: int) -> None:
-    data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
-    assert torch_sums(data, [size]) == of_all(data)
-
-
-def torch_sums(data: NDArray[np.uint8], ends: list[int]) -> list[int]:
-    """Checksums of data that comes in pieces."""
-    sums = torch.zeros(num_chunks(Bytes(len(data))), dtype=torch.int64)
-    products = torch.empty(len(data) // 8, dtype=torch.int64)
-    for begin, end in pairwise([0, *ends]):
-        piece = torch.from_numpy(data[begin:end])
-        add_torch_checksums(piece, Bytes(begin), torch_factors(torch.device("cpu")), products, sums)
-    return [value % 2**64 for value in sums.tolist()]
-
-
 @settings(max_examples=30)
 @given(st.sets(st.integers(1, 3 * CHUNK_BYTES // 8), max_size=6))
 def test_pieces_add_up_wherever_they_are_cut(cuts: set[int]) -> None:
@@ -76,7 +57,6 @@ def test_pieces_add_up_wherever_they_are_cut(cuts: set[int]) -> None:
     size = 3 * CHUNK_BYTES + 800
     data = np.random.default_rng(1).integers(0, 256, size, np.uint8)
     ends = sorted({8 * cut for cut in cuts} | {size})
-    assert torch_sums(data, ends) == of_all(data)
     sums = [0] * num_chunks(Bytes(size))
     for begin, end in pairwise([0, *ends]):
         piece = data[begin:end]

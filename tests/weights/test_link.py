@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prism.types import Address, Bytes, MiB
-from prism.weights.client import PackedWeights, pack_here
+from prism.weights.client import PackedWeights
 from prism.weights.copiers import Copy, HostCopier, Piece, Wait
 from prism.weights.link import Candidate, ThreadLink, Traffic, choose
-from prism.weights.transfers import NEVER, Places, Transfer
+from prism.weights.places import Places
+from prism.weights.transfers import NEVER, Transfer
 from tests.support.waiting import PATIENCE, wait_until
-from tests.weights.support import dummy_source
 
 SLAB = Bytes(2 * MiB)
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedWeights]:
-    source = dummy_source(
-        tmp_path_factory.mktemp("weights"), vocab_size=6000, hidden_size=512, intermediate_size=1024
-    )
-    with pack_here(source) as packed:
-        yield packed
 
 
 class FakeCopier:
@@ -46,7 +36,7 @@ class FakeCopier:
         self.bad_copy: int | None = None
         self.bad_wait: int | None = None
 
-    def begin(self, total: Bytes) -> Copy:
+    def begin(self, total: Bytes, places: Places) -> Copy:
         return FakeCopy(self)
 
     def settle(self) -> None:
@@ -212,7 +202,7 @@ def test_a_busy_thread_does_not_keep_the_link_waiting(packed: PackedWeights) -> 
 
             return wait
 
-    copier.begin = lambda total: TimedCopy(copier)  # type: ignore[method-assign]
+    copier.begin = lambda *_: TimedCopy(copier)  # type: ignore[method-assign]
     link, transfer = ThreadLink(copier), copier.transfer(1)
     begin = time.perf_counter()
     link.start(transfer)
@@ -235,7 +225,7 @@ def test_closing_ends_what_is_on_its_way(packed: PackedWeights) -> None:
             assert may_go_on.wait(PATIENCE)
             return wait
 
-    copier.begin = lambda total: SlowCopy(copier)  # type: ignore[method-assign]
+    copier.begin = lambda *_: SlowCopy(copier)  # type: ignore[method-assign]
     link, transfer = ThreadLink(copier), copier.transfer(1)
     link.start(transfer)
     assert is_copying.wait(PATIENCE)

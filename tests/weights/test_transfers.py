@@ -2,72 +2,21 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from prism.errors import CheckpointError
-from prism.memory import memfd
-from prism.memory.tensors import tensor_at
 from prism.types import Address, Bytes, MiB
 from prism.weights import copiers
 from prism.weights.checksum import CHUNK_BYTES
-from prism.weights.client import PackedWeights, pack_here
-from prism.weights.copiers import Copier, CudaCopier, HostCopier
+from prism.weights.client import PackedWeights
+from prism.weights.copiers import HostCopier
 from prism.weights.link import Traffic
+from prism.weights.places import Places
 from prism.weights.registrations import Registered
-from prism.weights.transfers import Places, Transfer
-from tests.weights.support import dummy_source
-
-SLAB = Bytes(2 * MiB)  # half a checksum's chunk
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedWeights]:
-    """Some 21 MB: six chunks, the last one short; eleven slabs."""
-    source = dummy_source(
-        tmp_path_factory.mktemp("weights"), vocab_size=6000, hidden_size=512, intermediate_size=1024
-    )
-    with pack_here(source) as packed:
-        assert 5 * CHUNK_BYTES < packed.total_bytes < 6 * CHUNK_BYTES
-        yield packed
-        gc.collect()
-
-
-class Slabs:
-    """Slabs in no order, each with another one's worth of room behind it that nothing may touch."""
-
-    def __init__(self, packed: PackedWeights, slab_bytes: Bytes = SLAB, device: str = "cpu") -> None:
-        count = -(-packed.total_bytes // slab_bytes)
-        self.total, self.slab_bytes = packed.total_bytes, slab_bytes
-        self.order = [int(i) for i in np.random.default_rng(0).permutation(count)]
-        self.memory = torch.zeros((count, 2, slab_bytes), dtype=torch.uint8, device=device)
-
-    @property
-    def places(self) -> Places:
-        base = self.memory.data_ptr()
-        return Places(tuple(Address(base + 2 * self.slab_bytes * i) for i in self.order), self.slab_bytes)
-
-    def content(self) -> np.ndarray:
-        host = self.memory.cpu()
-        assert not host[:, 1].any(), "written past a slab"
-        flat = host[self.order, 0].reshape(-1)
-        assert not flat[self.total :].any(), "written past the end"
-        return flat[: self.total].numpy()
-
-
-def carry(transfer: Transfer, copier: Copier | None = None) -> Transfer:
-    """Until it has ended."""
-    traffic = Traffic(copier or HostCopier())
-    traffic.add(transfer)
-    while traffic.step():
-        pass
-    assert transfer.has_ended.is_set()
-    return transfer
+from prism.weights.transfers import Transfer
+from tests.weights.support import SLAB, Slabs, carry
 
 
 @pytest.mark.parametrize("slab_bytes", [SLAB, 4 * SLAB, 16 * SLAB])
@@ -165,69 +114,3 @@ def test_too_few_slabs_are_a_bug(packed: PackedWeights) -> None:
     places = Slabs(packed).places
     with pytest.raises(AssertionError, match="too few"):
         Transfer(packed, Places(places.slabs[:-1], SLAB))
-
-
-# --- run by hand on a machine with an NVIDIA GPU ---------------------------------------------------
-
-
-@pytest.fixture
-def gpu() -> torch.device:
-    return torch.device("cuda", 0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("slab_bytes", [SLAB, 16 * SLAB])
-def test_a_gpu_receives_and_checks_the_same_bytes(
-    packed: PackedWeights, gpu: torch.device, slab_bytes: int
-) -> None:
-    slabs = Slabs(packed, Bytes(slab_bytes), "cuda")
-    for _ in range(3):  # the pinned ring is used again
-        slabs.memory.zero_()
-        torch.cuda.synchronize()
-        transfer = carry(Transfer(packed, slabs.places), CudaCopier(gpu, SLAB))
-        assert transfer.error is None
-        assert (slabs.content() == packed.data).all()
-
-
-@pytest.mark.gpu
-def test_a_gpu_receives_registered_bytes(packed: PackedWeights, gpu: torch.device) -> None:
-    from prism.memory.cuda import CudaDriver
-
-    driver = CudaDriver(0)
-    size = Bytes(-(-packed.total_bytes // MiB) * MiB)
-    base = memfd.reserve_addresses(size)
-    fd = memfd.create_memfd("prism-test")
-    memfd.allocate(fd, 0, size)
-    memfd.map_file(base, size, fd, 0)
-    tensor_at(base, (packed.total_bytes,), torch.uint8).copy_(torch.from_numpy(packed.data.copy()))
-    driver.register_host(base, SLAB)  # in two pieces, as in production
-    driver.register_host(Address(base + SLAB), Bytes(size - SLAB))
-    slabs = Slabs(packed, SLAB, "cuda")
-    transfer = carry(Transfer(packed, slabs.places, Registered(base, packed.total_bytes)), CudaCopier(gpu))
-    assert transfer.error is None and (slabs.content() == packed.data).all()
-    driver.unregister_host(Address(base + SLAB))
-    driver.unregister_host(base)
-    memfd.unreserve_addresses(base, size)
-    driver.close()
-
-
-@pytest.mark.gpu
-def test_a_gpu_notices_damage(packed: PackedWeights, gpu: torch.device, tmp_path: Path) -> None:
-    slabs = Slabs(packed, SLAB, "cuda")
-    with pack_here(dummy_source(tmp_path, vocab_size=6000, hidden_size=512, intermediate_size=1024)) as own:
-        own._file = own._file.copy()  # type: ignore[union-attr]
-        own.checksums[2] += np.uint64(1)
-        transfer = carry(Transfer(own, slabs.places), CudaCopier(gpu))
-        assert isinstance(transfer.error, CheckpointError) and "1 of 6 chunks" in str(transfer.error)
-
-
-@pytest.mark.gpu
-def test_the_checksums_buffers_do_not_grow(packed: PackedWeights, gpu: torch.device) -> None:
-    """Torch's allocator was asked for a buffer as large as each piece on its way."""
-    slabs = Slabs(packed, SLAB, "cuda")
-    copier = CudaCopier(gpu, SLAB)
-    carry(Transfer(packed, slabs.places), copier)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    carry(Transfer(packed, slabs.places), copier)
-    assert torch.cuda.max_memory_allocated() - before < MiB

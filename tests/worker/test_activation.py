@@ -374,7 +374,7 @@ def test_a_failed_copy_gives_slabs_back_at_once(start: Any, monkeypatch: pytest.
     local.submit("r", A, PROMPT, max_tokens=1)
     begin_load(local, A)
 
-    def fail(total: Bytes) -> object:
+    def fail(*_: object) -> object:
         raise RuntimeError("no stream")
 
     monkeypatch.setattr(local.device.backend.copier, "begin", fail)
