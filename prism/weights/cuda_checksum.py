@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import triton
@@ -69,16 +67,9 @@ def warm_up(device: torch.device) -> None:
 
 @triton.jit(do_not_specialize=["first_block", "last_block", "last_words", "slab_words"])
 def _add_up(
-    slabs: Any,
-    sums: Any,
-    first_block: Any,
-    last_block: Any,
-    last_words: Any,
-    slab_words: Any,
-    CHUNK_WORDS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-) -> None:
+    slabs, sums, first_block, last_block, last_words, slab_words,
+    CHUNK_WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
     block = first_block + tl.program_id(0).to(tl.int64)
     begin = block * BLOCK_WORDS
     words = tl.load(slabs + begin // slab_words).to(tl.pointer_type(tl.int64)) + begin % slab_words
