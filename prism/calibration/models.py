@@ -18,7 +18,6 @@ from prism.engine.kv_blocks import KvSpace
 from prism.memory import memfd
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.models.decoder import Decoder
-from prism.models.rotary import rotary_table
 from prism.types import ModelId
 from prism.weights.client import PackedWeights
 from prism.weights.link import Link, ThreadLink
@@ -169,10 +168,6 @@ class LoadedModel:
     def _plan(self, weights: RandomWeights) -> LoadPlan:
         device, pool, spec = self.device, self.device.pool, self.profile.spec
 
-        def fill_rotary() -> None:
-            with device.beside_steps():
-                self._rotary.copy_(rotary_table(spec.rope, spec.head_dim, spec.max_position))
-
         return LoadPlan(
             model=ModelId(weights.source.model),
             layout=self.profile.weights,
@@ -180,7 +175,7 @@ class LoadedModel:
             handles=tuple(pool.handle(slab) for slab in self._slabs),
             places=Places(tuple(pool.address(slab) for slab in self._slabs), pool.slab_bytes),
             prepare=lambda: device.backend.prepare(spec),
-            fill=fill_rotary,
+            fill=lambda: device.write_rotary(self.profile, self._arena),
         )
 
     @property

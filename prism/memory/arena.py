@@ -14,6 +14,9 @@ from prism.errors import DriverError
 from prism.memory.driver import Driver, Handle
 from prism.types import Address, Bytes
 
+_AT_ONCE = 8
+"""Slabs mapped in one call: it takes up to 0.4 ms, in which nobody else gets into the driver."""
+
 
 class Arena:
     """Consecutive addresses for `size` bytes, rounded up to whole slabs."""
@@ -50,9 +53,9 @@ class Arena:
         assert self.is_empty, "the arena has memory already"
         assert len(handles) == self.num_slabs, f"{len(handles)} slabs for {self.num_slabs}"
         try:
-            for handle in handles:
-                self._driver.map(self._address(self._num_mapped), handle)
-                self._num_mapped += 1
+            for some in (handles[i : i + _AT_ONCE] for i in range(0, len(handles), _AT_ONCE)):
+                self._driver.map(self._address(self._num_mapped), *some)
+                self._num_mapped += len(some)
         except DriverError:
             with suppress(DriverError):
                 self.unmap()

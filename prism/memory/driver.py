@@ -53,8 +53,8 @@ class Driver(Protocol):
         """Give physical memory back to the system; it may be mapped nowhere."""
         ...
 
-    def map(self, address: Address, handle: Handle) -> None:
-        """Put the whole handle at `address`, inside one reserved range, for reading and writing."""
+    def map(self, address: Address, *handles: Handle) -> None:
+        """Put whole handles at `address`, one behind the other, in one reserved range, to read and write."""
         ...
 
     def unmap(self, address: Address, size: Bytes) -> None:

@@ -80,10 +80,10 @@ class FailingDriver:
         self.faults.count("release")
         self.inner.release(handle)
 
-    def map(self, address: Address, handle: Handle) -> None:
+    def map(self, address: Address, *handles: Handle) -> None:
         """See `Driver.map`."""
         self.faults.count("map")
-        self.inner.map(address, handle)
+        self.inner.map(address, *handles)
 
     def unmap(self, address: Address, size: Bytes) -> None:
         """See `Driver.unmap`."""

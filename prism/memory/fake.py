@@ -90,10 +90,11 @@ class FakeDriver:
         self.faults.count("release")
         self._space.remove_handle(handle)
 
-    def map(self, address: Address, handle: Handle) -> None:
+    def map(self, address: Address, *handles: Handle) -> None:
         """See `Driver.map`."""
         self.faults.count("map")
-        self._space.add_map(address, handle)
+        for handle in handles:
+            address = Address(address + self._space.add_map(address, handle))
 
     def unmap(self, address: Address, size: Bytes) -> None:
         """See `Driver.unmap`; no queued step may still touch the range."""

@@ -92,8 +92,18 @@ class HostDriver:
             self._space.add_handle(handle, size)
             raise
 
-    def map(self, address: Address, handle: Handle) -> None:
+    def map(self, address: Address, *handles: Handle) -> None:
         """See `Driver.map`."""
+        end = address
+        try:
+            for handle in handles:
+                end = Address(end + self._map_one(end, handle))
+        except DriverError:
+            if end > address:
+                self.unmap(address, Bytes(end - address))
+            raise
+
+    def _map_one(self, address: Address, handle: Handle) -> Bytes:
         size = self._space.add_map(address, handle)
         try:
             with _driver_errors("map"):
@@ -101,6 +111,7 @@ class HostDriver:
         except DriverError:
             self._space.remove_maps(address, size)
             raise
+        return size
 
     def unmap(self, address: Address, size: Bytes) -> None:
         """See `Driver.unmap`."""

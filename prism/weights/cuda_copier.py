@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prism.memory.cuda_calls import CudaCalls, Mark
 from prism.memory.tensors import tensor_at
 from prism.types import Address, Bytes, MiB
 from prism.weights.copiers import Copy, Piece, Wait
-from prism.weights.cuda_calls import CudaCalls, Mark
 from prism.weights.cuda_checksum import DeviceChecksums, warm_up
 from prism.weights.places import Places
 

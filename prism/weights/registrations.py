@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 
 from prism.errors import DriverError, HostMemoryError
 from prism.types import Address, Bytes, MiB, ModelId
+from prism.weights.client import PackedWeights
 
 log = logging.getLogger(__name__)
 
@@ -43,32 +44,10 @@ class Pinner(Protocol):
         ...
 
 
-class Borrowed(Protocol):
-    """A cached loan of packed weights (client.PackedWeights)."""
-
-    @property
-    def address(self) -> Address:
-        """Where they are mapped."""
-        ...
-
-    @property
-    def lease_fd(self) -> int | None:
-        """Becomes readable when the store recalls them."""
-        ...
-
-    def is_recalled(self) -> bool:
-        """Whether the store wants them back."""
-        ...
-
-    def close(self) -> None:
-        """Unmap them and give them back."""
-        ...
-
-
 class Borrow(Protocol):
-    """Borrows a model's packed weights; raises `HostMemoryError`."""
+    """Borrows a model's packed weights, as a cached loan; raises `HostMemoryError`."""
 
-    def __call__(self, model: ModelId, *, writable: bool) -> Borrowed:
+    def __call__(self, model: ModelId, *, writable: bool) -> PackedWeights:
         """`writable`: mapped for writing too."""
         ...
 
@@ -78,9 +57,11 @@ class Registered(NamedTuple):
 
     address: Address
     size: Bytes
+    packed: PackedWeights | None
+    """The loan itself, if all of them are registered: nobody needs another one."""
 
 
-NOTHING = Registered(Address(0), Bytes(0))
+NOTHING = Registered(Address(0), Bytes(0), None)
 
 
 @dataclass(slots=True, eq=False)
@@ -88,7 +69,7 @@ class _Entry:
     """A borrowed model."""
 
     model: ModelId
-    loan: Borrowed
+    loan: PackedWeights
     total: Bytes
     registered: Bytes
     num_users: int = 0
@@ -168,6 +149,12 @@ class Registrations:
             entry = self._entries.get(model)
             return Bytes(0) if entry is None else entry.registered
 
+    def has_all(self, model: ModelId) -> bool:
+        """Whether all of a model's weights are registered."""
+        with self._lock:
+            entry = self._entries.get(model)
+            return entry is not None and entry.registered == entry.total
+
     @property
     def total_bytes(self) -> Bytes:
         """All that is registered."""
@@ -181,7 +168,8 @@ class Registrations:
             entry = self._entries.get(model)
             if entry is not None and entry.registered:
                 entry.num_users += 1
-                registered = Registered(entry.loan.address, entry.registered)
+                packed = entry.loan if entry.registered == entry.total else None
+                registered = Registered(entry.loan.address, entry.registered, packed)
             else:
                 entry, registered = None, NOTHING
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -23,6 +22,7 @@ from prism.memory.pool import SlabPool
 from prism.memory.slabs import LaneOwner
 from prism.memory.tensors import tensor_at, torch_dtype
 from prism.models.decoder import Decoder
+from prism.models.rotary import rotary_frequencies, write_rotary_table
 from prism.modelspec import ModelSpec
 from prism.types import Address, Bytes, LaneId, ModelId, Seconds
 from prism.weights.copiers import Copier
@@ -210,10 +210,6 @@ class Device:
         )
         return KvView(pages)
 
-    def beside_steps(self) -> AbstractContextManager[object]:
-        """What a load's thread queues in this context neither waits for the lane's steps nor delays them."""
-        return nullcontext() if self._side_stream is None else torch.cuda.stream(self._side_stream)
-
     def weight_tensors(self, profile: Profile, arena: Arena) -> dict[str, Tensor]:
         """Views of all weights by name; nothing is touched."""
         return view_weights(profile.weights, arena.base, self.device)
@@ -228,6 +224,24 @@ class Device:
             None,
             self.device,
         )
+
+    def write_rotary(self, profile: Profile, arena: Arena) -> None:
+        """Fill `rotary_tensor`; it is there when this returns. For a load's thread.
+
+        It neither waits for the lanes' steps nor delays them. Nothing is copied, not even the frequencies,
+        which the device reads in pinned memory: a copy would wait behind all weights that are on their way.
+        """
+        table = self.rotary_tensor(profile, arena)
+        frequencies = rotary_frequencies(profile.spec.rope, profile.spec.head_dim)
+        if self._side_stream is None:
+            write_rotary_table(frequencies, table)
+            return
+        frequencies = frequencies.pin_memory()
+        place = Address(frequencies.data_ptr())
+        with torch.cuda.stream(self._side_stream):
+            seen = tensor_at(place, tuple(frequencies.shape), torch.float32, None, self.device)
+            write_rotary_table(seen * 1.0, table)
+        self._side_stream.synchronize()
 
     def close(self) -> None:
         """Give all memory back."""

@@ -24,7 +24,6 @@ from prism.memory.arena import Arena
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.messages import CommandDone, ResumedChoice, WeightsWanted
 from prism.models.decoder import Decoder
-from prism.models.rotary import rotary_table
 from prism.types import ModelState, RequestId, Stamp, WorkerId
 from prism.weights.places import Places
 from prism.worker.device import Device
@@ -100,7 +99,9 @@ class Residency:
             return
         model.state = ModelState.FETCHING
         model.load_started = self._clock()
-        self._outbox.to_agent(WeightsWanted(model=model.name))
+        registrations = self._outside.registrations
+        model.is_packed = registrations is not None and registrations.has_all(model.name)
+        self._outbox.to_agent(WeightsWanted(model=model.name))  # even so: the store keeps what is used
 
     def packed(self, model: Model) -> None:
         """The agent has the weights in host memory."""
@@ -147,12 +148,6 @@ class Residency:
         arena, profile = model.arena, model.profile
         assert arena is not None and profile is not None
         device, pool, spec = self._device, self._device.pool, profile.spec
-        rotary = device.rotary_tensor(profile, arena)
-
-        def fill_rotary() -> None:
-            with device.beside_steps():
-                rotary.copy_(rotary_table(spec.rope, spec.head_dim, spec.max_position))
-
         plan = LoadPlan(
             model=model.name,
             layout=profile.weights,
@@ -160,7 +155,7 @@ class Residency:
             handles=tuple(pool.handle(slab) for slab in model.weight_slabs),
             places=Places(tuple(pool.address(slab) for slab in model.weight_slabs), pool.slab_bytes),
             prepare=lambda: device.backend.prepare(spec),
-            fill=fill_rotary,
+            fill=lambda: device.write_rotary(profile, arena),
         )
         model.arena_slabs = model.weight_slabs
         pool.add_alias(model.arena_slabs)

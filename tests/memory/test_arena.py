@@ -15,12 +15,12 @@ OWNER = WeightsOwner(ModelId("a"))
 
 @pytest.fixture
 def driver() -> FakeDriver:
-    return FakeDriver(Bytes(8 * SLAB), SLAB)
+    return FakeDriver(Bytes(32 * SLAB), SLAB)
 
 
 @pytest.fixture
 def pool(driver: FakeDriver) -> SlabPool:
-    return SlabPool(driver, SLAB, num_slabs=4)
+    return SlabPool(driver, SLAB, num_slabs=20)
 
 
 def test_the_base_never_changes(driver: FakeDriver, pool: SlabPool) -> None:
@@ -40,8 +40,9 @@ def test_the_base_never_changes(driver: FakeDriver, pool: SlabPool) -> None:
 
 
 def test_a_failed_map_leaves_nothing_mapped(driver: FakeDriver, pool: SlabPool) -> None:
-    arena = Arena(driver, Bytes(3 * SLAB), SLAB)
-    handles = [pool.handle(slab) for slab in pool.take(OWNER, 3)]
+    """The third call of three, each for eight slabs."""
+    arena = Arena(driver, Bytes(17 * SLAB), SLAB)
+    handles = [pool.handle(slab) for slab in pool.take(OWNER, 17)]
     driver.faults.fail_next(3)
     with pytest.raises(DriverError, match="map"):
         arena.map(handles)
@@ -50,10 +51,10 @@ def test_a_failed_map_leaves_nothing_mapped(driver: FakeDriver, pool: SlabPool) 
 
 
 def test_when_even_the_rollback_fails_unmap_is_tried_again(driver: FakeDriver, pool: SlabPool) -> None:
-    arena = Arena(driver, Bytes(3 * SLAB), SLAB)
+    arena = Arena(driver, Bytes(17 * SLAB), SLAB)
     driver.faults.set({driver.faults.num_calls + 3, driver.faults.num_calls + 4})
     with pytest.raises(DriverError, match="map failed"):
-        arena.map([pool.handle(slab) for slab in pool.take(OWNER, 3)])
+        arena.map([pool.handle(slab) for slab in pool.take(OWNER, 17)])
     assert not arena.is_empty and not arena.is_mapped
     arena.unmap()
     assert arena.is_empty

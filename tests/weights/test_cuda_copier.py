@@ -62,7 +62,7 @@ def test_a_gpu_receives_registered_bytes(packed: PackedWeights, new_copier: Call
     driver.register_host(base, SLAB)  # in two pieces, as in production
     driver.register_host(Address(base + SLAB), Bytes(size - SLAB))
     slabs = Slabs(packed, SLAB, "cuda")
-    transfer = carry(Transfer(packed, slabs.places, Registered(base, packed.total_bytes)), new_copier())
+    transfer = carry(Transfer(packed, slabs.places, Registered(base, packed.total_bytes, None)), new_copier())
     assert transfer.error is None and (slabs.content() == packed.data).all()
     driver.unregister_host(Address(base + SLAB))
     driver.unregister_host(base)

@@ -134,13 +134,16 @@ def test_nothing_happens_before_the_store_holds_anything(world: World) -> None:
 def test_a_load_sees_what_is_there_so_far(world: World) -> None:
     registrations = announced(new(world), a=3)
     with registrations.use(A) as registered:
-        assert registered == Registered(Address(0), Bytes(0))
+        assert registered == Registered(Address(0), Bytes(0), None)
     for _ in range(3):  # borrows, and registers two chunks
         registrations.step()
     with registrations.use(A) as registered:
-        assert registered == Registered(world.loan_of(A).address, Bytes(2 * CHUNK))
+        assert registered == Registered(world.loan_of(A).address, Bytes(2 * CHUNK), None)
+        assert not registrations.has_all(A)
         settle(registrations)
-        assert registrations.registered_bytes(A) == 3 * CHUNK
+        assert registrations.registered_bytes(A) == 3 * CHUNK and registrations.has_all(A)
+    with registrations.use(A) as registered:
+        assert registered.size == 3 * CHUNK and registered.packed is world.loan_of(A)
 
 
 def test_the_budget_is_never_passed_and_what_does_not_fit_is_left_out(world: World) -> None:

@@ -103,7 +103,7 @@ def test_what_is_registered_is_copied_from_there(
     take = Transfer.take_piece
     monkeypatch.setattr(Transfer, "take_piece", lambda transfer, chunk: watch(take(transfer, chunk)))
     slabs = Slabs(packed)
-    transfer = Transfer(packed, slabs.places, Registered(Address(elsewhere.data_ptr()), size))
+    transfer = Transfer(packed, slabs.places, Registered(Address(elsewhere.data_ptr()), size, None))
     carry(transfer)
     assert transfer.error is None and (slabs.content() == packed.data).all()
     num_registered = 11 if registered is None else registered // SLAB

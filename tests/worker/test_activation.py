@@ -460,6 +460,35 @@ def test_a_load_copies_from_what_is_registered(
     assert seen == [True, False]
 
 
+def test_a_load_of_what_is_registered_asks_nobody(
+    start: Any, registrations: Registrations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited for the agent, and then for the store, for 5 to 14 ms."""
+    local = start(num_slabs=4, registrations=registrations)
+    with local.fetch(ModelId(A)) as packed:
+        local.worker.on_held(A, packed.total_bytes)
+    while registrations.step():
+        pass
+    monkeypatch.setattr(local, "fetch", lambda model: pytest.fail(f"{model} is asked for"))
+    local.submit(A, A, PROMPT, max_tokens=8)
+    local.worker.advance()
+    assert model(local, A).state is ModelState.LOADING and local.outbox.wanted == [A]
+    local.outbox.wanted.clear()  # the agent never answers
+    local.run()
+    assert right(local, A, A)
+
+
+def test_what_was_packed_for_an_earlier_load_may_have_gone(start: Any) -> None:
+    """The agent's answer may come when the model has been unloaded again."""
+    local = start(num_slabs=4)
+    local.worker.on_packed(A)
+    local.submit(A, A, PROMPT, max_tokens=8)
+    local.worker.advance()
+    assert model(local, A).state is ModelState.FETCHING
+    local.run()
+    assert right(local, A, A)
+
+
 def test_models_of_other_devices_are_not_registered(
     start: Any, registrations: Registrations, paths: dict[str, Path]
 ) -> None:

@@ -1,8 +1,9 @@
-"""The few calls of the CUDA driver that a copy needs, made without giving up the interpreter.
+"""The calls of the CUDA driver that a load makes most, without giving up the interpreter.
 
-Torch gives it up at each of them. Beside a loop that is busy, whoever gives it up gets it back after half a
-millisecond at worst, and a piece of 16 MiB with a dozen such calls takes longer than its 0.3 ms on the link.
-None of these waits for the device, but for `Mark.wait`, which does give it up.
+They take microseconds. Torch and the bindings give it up at each of them, and beside a loop that is busy,
+whoever does so gets it back after half a millisecond at worst: a piece of 16 MiB with a dozen such calls
+takes longer than its 0.3 ms on the link. None of these waits for the device, but for `Mark.wait`, which
+gives it up.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 
 from prism.errors import DriverError
+from prism.memory.driver import Handle
 from prism.types import Address, Bytes
 
 _NOT_READY = 600
@@ -24,12 +26,18 @@ class CudaCalls:
         self._giving_up = ctypes.CDLL("libcuda.so.1")
         self._copy = self._keeping.cuMemcpyHtoDAsync_v2
         self._copy.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        self._map = self._keeping.cuMemMap
+        self._map.argtypes = [ctypes.c_uint64] * 5
         self._wait_for = self._keeping.cuStreamWaitEvent
         self._wait_for.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
 
     def copy(self, target: Address, source: Address, size: Bytes, stream: int) -> None:
         """Queue a copy from pinned or registered host memory. Raises `DriverError`."""
         _check("cuMemcpyHtoDAsync", self._copy(target, source, size, stream))
+
+    def map(self, address: Address, size: Bytes, handle: Handle) -> None:
+        """Put the handle there; nothing may touch it yet. Raises `DriverError`."""
+        _check("cuMemMap", self._map(address, size, 0, handle, 0))
 
     def mark(self) -> Mark:
         """A place in a stream, none yet."""
