@@ -203,12 +203,11 @@ def elastic() -> Figure:
     ):
         for number, run in enumerate(results[mode]):
             turns = range(1, len(run["tok_s"]) + 1)
-            style = ("o-", "s--")[number]
+            style = ("o-", "s--", "^:")[number % 3]
             axis.plot(
                 turns, run["tok_s"], style, color=color, label=f"{label}, run {number + 1}", markersize=4
             )
     axis.set(xlabel="turn", ylabel="output tokens/s of the turn", ylim=(0, None))
-    axis.set_title("the host was disturbed while `fixed` ran: compare the best")
     axis.legend(fontsize=8, frameon=False, loc="lower right")
     return made
 
