@@ -31,19 +31,19 @@ SMALL = tuple(f"1b-{i}" for i in range(8))
 
 
 def config(folder: Path, memory: str, *, is_rehearsal: bool) -> Path:
-    """Ten models, none loaded at the start."""
+    """Ten models, none loaded at the start; rehearsals do without those that are never asked for."""
     large, small = ("rehearsal",) * 2 if is_rehearsal else ("llama-3-8b", "llama-3.2-1b")
     for name in {large, small}:
         write_shape(name, folder)
-    shapes = dict.fromkeys(LARGE, large) | dict.fromkeys(SMALL, small)
+    shapes = dict.fromkeys(LARGE, large) | dict.fromkeys(SMALL[:4] if is_rehearsal else SMALL, small)
     models = [
         {"name": name, "path": str(folder / shape), "load_format": "dummy"} for name, shape in shapes.items()
     ]
     path = folder / "prism.yaml"
-    kind = "cpu" if is_rehearsal else "cuda"
+    device: dict[str, Any] = {"kind": "cpu", "threads": 1} if is_rehearsal else {"kind": "cuda"}
     settings = {
         "models": models,
-        "devices": [{"kind": kind, "memory": memory, "slab": "32MiB"}],
+        "devices": [device | {"memory": memory, "slab": "32MiB"}],
         "server": {"port": PORT, "admin_port": ADMIN},
         "limits": {"max_wait": 300},
         "host_memory": {"budget": "64GiB"},
@@ -156,7 +156,8 @@ def main() -> None:
         path = config(Path(name), options.memory, is_rehearsal=options.rehearse)
         log = Path(name) / "log"
         command = [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(path)]
-        process = subprocess.Popen(command, stderr=log.open("wb"))
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(command, stderr=stderr)
         try:
             result: dict[str, Any] = {"start_to_healthy_s": wait_for(is_healthy, process, 120)}
             if not options.rehearse:

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from local import LocalModel, open_device
-from run import prompt
+from local import LocalModel, open_device, prompt
 
 from prism.engine.gpu.graphs import Key
 from prism.engine.gpu.runner import GpuRunner
@@ -79,6 +78,10 @@ class Capturing:
         self.slices: list[float] = []
         self.is_over = False
 
+    def has_ended(self) -> bool:
+        """Nothing is left to capture."""
+        return self.is_over
+
     def work(self) -> None:
         """A slice."""
         begin = time.perf_counter()
@@ -109,7 +112,7 @@ def captured(device: Any, c: Decoding, b: LocalModel, runs: int, seconds: float)
         capturing = Capturing(device.backend, seconds)
         before = device.backend.graph_usage.num_graphs
         begin = time.perf_counter()
-        gaps += c.run(lambda capturing=capturing: capturing.is_over, capturing.work)
+        gaps += c.run(capturing.has_ended, capturing.work)
         spans.append(time.perf_counter() - begin)
         graphs += device.backend.graph_usage.num_graphs - before
         slices += capturing.slices
@@ -165,7 +168,7 @@ def main() -> None:
     c.run(lambda: model.engine.is_idle, aside.work)
     model.add("c", prompt(1, 512), 7600)
     c.run(after(1.0), aside.work)
-    result = {"gpu": torch.cuda.get_device_name(), "alone": spread(c.run(after(1.5)))}
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "alone": spread(c.run(after(1.5)))}
     captured(device, c, b, 1, SLICE_SECONDS)
     result["captured_in_slices"] = captured(device, c, b, options.runs, SLICE_SECONDS)
     result["first_replays_ms"] = first_replays(b)

@@ -9,7 +9,7 @@ from typing import Any
 
 from prism.clock import SystemClock
 from prism.config import Config
-from prism.messages import CommandDone, Outputs, Rejected, Started, Submit, WeightsWanted
+from prism.messages import CommandDone, Outputs, Rejected, Returned, Started, Submit, WeightsWanted
 from prism.types import GatewayId, Incarnation, ModelId, SamplingParams, Slo, WorkerId
 from prism.weights.client import PackedWeights, pack_here
 from prism.weights.link import ThreadLink
@@ -32,15 +32,16 @@ class Outbox:
         self.wanted: list[str] = []
         self.done: list[CommandDone] = []
 
-    def to_gateway(self, gateway: GatewayId, message: Started | Outputs | Rejected) -> None:
-        """Tokens and ends; a refusal is a mistake of the benchmark."""
-        assert not isinstance(message, Rejected), message
+    def to_gateway(self, gateway: GatewayId, message: Started | Outputs | Rejected | Returned) -> None:
+        """Tokens and ends; a refusal or return is a mistake of the benchmark."""
+        assert not isinstance(message, Rejected | Returned), message
         if isinstance(message, Outputs):
             now = time.perf_counter()
             self.num_tokens += len(message.tokens) + sum(len(item.token_ids) for item in message.items)
-            for item in (*message.tokens, *message.items):
-                self.first.setdefault(item.request_id, now)
+            for token in message.tokens:
+                self.first.setdefault(token.request_id, now)
             for item in message.items:
+                self.first.setdefault(item.request_id, now)
                 if item.finish is not None:
                     self.finished.add(item.request_id)
 

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
 from bench_worker import BenchWorker
 from shapes import write_shape
 
-from prism.types import MiB
+from prism.types import Bytes, MiB
 from prism.worker.models import read_profile
 
-SLAB = 32 * MiB
+SLAB = Bytes(32 * MiB)
 SHAPES = {"1b": "llama-3.2-1b", "8b": "llama-3-8b", "tiny": "rehearsal"}
 
 

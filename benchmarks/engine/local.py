@@ -57,6 +57,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 ASIDE_SECONDS = 0.0005
 
 
+def prompt(seed: int, length: int) -> list[int]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 128000, (length,), generator=generator).tolist()
+
+
 def open_device(memory: Bytes, *, lanes: int = 1, batch: int = 512) -> Device:
     """A GPU with a pool of `memory`."""
     config = DeviceConfig(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,59 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from local import LocalModel, drive, open_device
+from figures import CONTEXT, copy_bandwidth, decode, first_token
+from local import LocalModel, drive, open_device, prompt
 
 from prism.engine.engine import Drawn
+from prism.engine.gpu.runner import GpuRunner
 from prism.types import Bytes, GiB
 
-CONTEXT = 1024
-DRAWS: tuple[dict[str, float], ...] = (
+DRAWS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.7},
     {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
 )
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    """Random token ids."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 128000, (length,), generator=generator).tolist()
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a device copy of 4 GiB."""
-    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    target.copy_(source)
-    start.record()
-    for _ in range(3):
-        target.copy_(source)
-    end.record()
-    torch.cuda.synchronize()
-    return 3 * 2 * (4 << 30) / (start.elapsed_time(end) / 1e3)
-
-
-def decode(
-    model: LocalModel, batch: int, bandwidth: float, steps: int = 128, **params: Any
-) -> dict[str, Any]:
-    """Median milliseconds between tokens at `batch` sequences of about `CONTEXT` tokens."""
-    times: list[float] = []
-    for i in range(batch):
-        model.add(f"d{i}", prompt(i, CONTEXT), steps, **params)
-    stats = drive([model], on_drawn=lambda _m, drawn, now: times.append(now) if len(drawn) == batch else None)
-    gaps = [b - a for a, b in pairwise(times)][16:]
-    context = CONTEXT + steps // 2 + 8
-    read = model.read_bytes() + batch * context * model.profile.spec.kv_bytes_per_token
-    step = statistics.median(gaps)
-    return {
-        "batch": batch,
-        "step_ms": round(step * 1e3, 3),
-        "floor_ms": round(read / bandwidth * 1e3, 3),
-        "x_floor": round(step * bandwidth / read, 3),
-        "p99_ms": round(sorted(gaps)[int(len(gaps) * 0.99)] * 1e3, 3),
-        "host_ms_per_decode": round(stats["decode_host_s"] / max(stats["decodes"], 1) * 1e3, 3),
-    }
 
 
 def fitting(model: LocalModel, batches: tuple[int, ...], steps: int = 128) -> list[int]:
@@ -77,16 +35,6 @@ def fitting(model: LocalModel, batches: tuple[int, ...], steps: int = 128) -> li
     layout = model.profile.kv
     blocks = -(-(CONTEXT + steps) // layout.tokens_per_block)
     return [batch for batch in batches if batch * blocks <= model.engine.kv.num_free]
-
-
-def first_token(model: LocalModel, length: int, runs: int = 5) -> dict[str, Any]:
-    """Milliseconds from `add` to the first token on the host."""
-    times = []
-    model.settle()
-    for i in range(runs + 2):
-        model.add(f"t{i}", prompt(1000 * length + i, length), 1)
-        times.append(drive([model])["wall_s"])
-    return {"prompt": length, "ttft_ms": round(statistics.median(times[2:]) * 1e3, 2)}
 
 
 def offline(
@@ -113,11 +61,12 @@ def busy_share(model: LocalModel) -> dict[str, Any]:
     """
     for i in range(600):
         model.add(f"b{i}", prompt(i, 512), 256)
+    assert isinstance(model.runner, GpuRunner)
     stream = model.runner.lane.stream
     marks: list[tuple[Any, Any]] = []
 
     def around(launch: Callable[[], Any]) -> None:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record(stream)
         launch()
         end.record(stream)

@@ -52,7 +52,8 @@ def random_model() -> LlamaForCausalLM:
 def reference_logits(directory: Path, prompt: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Logits `[tokens, vocabulary]` of transformers."""
     model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype).cuda().eval()
-    return model(prompt).logits[0].float()
+    logits: torch.Tensor = model(prompt).logits[0]
+    return logits.float()
 
 
 def relative_error(logits: torch.Tensor, exact: torch.Tensor) -> float:

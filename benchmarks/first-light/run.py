@@ -28,7 +28,7 @@ CONFIG = """
 models:
   - {{name: 8b, path: {large}, load_format: dummy}}
   - {{name: 1b, path: {small}, load_format: dummy}}
-devices: [{{kind: {kind}, memory: {memory}, slab: 32MiB}}]
+devices: [{{{device}, memory: {memory}, slab: 32MiB}}]
 server: {{port: {port}, admin_port: {admin}}}
 limits: {{max_wait: 300s}}
 host_memory: {{budget: 40GiB}}
@@ -43,13 +43,13 @@ def slabs() -> dict[str, int]:
 
 
 async def measure(client: httpx.AsyncClient, log: Path, scale: int) -> dict[str, Any]:
-    """All figures. `scale` divides the lengths of the hand-over's prompts."""
+    """All figures. `scale` divides the lengths of answers, and of the hand-over's prompts."""
     result: dict[str, Any] = {}
     result["1b_cold_ttft_s"] = (await stream(client, "1b", 512, 2, 0))["ttft"]
     result["8b_cold_ttft_s"] = (await stream(client, "8b", 512, 2, 0))["ttft"]
     for name in ("1b", "8b"):
         for batch in (1, 8):
-            runs = [stream(client, name, 1000, 128, seed) for seed in range(batch)]
+            runs = [stream(client, name, 1000, 128 // scale, seed) for seed in range(batch)]
             gaps = [run["gap"] for run in await asyncio.gather(*runs)]
             result[f"{name}_decode_ms_batch_{batch}"] = 1000 * statistics.median(gaps)
         result[f"{name}_ttft_512_ms"] = 1000 * min(
@@ -74,7 +74,7 @@ async def handover(client: httpx.AsyncClient, scale: int) -> dict[str, Any]:
     await asyncio.gather(*(stream(client, "1b", 4000 // scale, 2, 1000 + i) for i in range(40)))
     await asyncio.sleep(1.2)
     before = slabs()
-    decoding = asyncio.create_task(stream(client, "1b", 100, 1500, 3))
+    decoding = asyncio.create_task(stream(client, "1b", 100, 1500 // scale, 3))
     await asyncio.sleep(1.0)
     burst = [stream(client, "8b", 3000 // scale, 32, 2000 + i) for i in range(24)]
     ttfts = [run["ttft"] for run in await asyncio.gather(*burst)]
@@ -95,15 +95,14 @@ def serve(folder: Path, memory: str, is_rehearsal: bool) -> tuple[subprocess.Pop
     for name in {large, small}:
         write_shape(name, folder)
     config = folder / "prism.yaml"
-    kind = "cpu" if is_rehearsal else "cuda"
-    text = CONFIG.format(memory=memory, kind=kind, large=large, small=small, port=PORT, admin=ADMIN)
+    device = "kind: cpu, threads: 1" if is_rehearsal else "kind: cuda"
+    text = CONFIG.format(memory=memory, device=device, large=large, small=small, port=PORT, admin=ADMIN)
     config.write_text(text)
     log = folder / "log"
     begin = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(config)],
-        stderr=log.open("wb"),
-    )
+    command = [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(config)]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, stderr=stderr)
     while time.perf_counter() - begin < 300 and process.poll() is None:
         try:
             if httpx.get(f"http://127.0.0.1:{PORT}/health").status_code == 200:

@@ -37,10 +37,11 @@ def reference(model: LocalModel, shape: str, prompt: list[int]) -> torch.Tensor:
         if not entry.sources:
             continue
         weight = Weight(model.tensors[entry.name], model.tensors.get(f"{entry.name}_scale"))
-        parts = weight.plain(torch.float32).split([source.shape[0] for source in entry.sources])
+        parts = torch.split(weight.plain(torch.float32), [source.shape[0] for source in entry.sources])
         for source, part in zip(entry.sources, parts, strict=True):
             state[source.name].copy_(part)
-    return exact(torch.tensor([prompt], device="cuda")).logits[0]
+    logits: torch.Tensor = exact(torch.tensor([prompt], device="cuda")).logits[0]
+    return logits
 
 
 @torch.inference_mode()

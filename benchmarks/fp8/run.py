@@ -11,7 +11,6 @@ import gc
 import json
 import sys
 import tempfile
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from activation import activation
 from logits import compare, ours, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from figures import copy_bandwidth, decode, first_token
 from local import LocalModel, open_device
 
 from prism.types import Bytes, GiB, Quantization
@@ -27,15 +27,6 @@ from prism.worker.device import Device
 
 KINDS: tuple[Quantization, ...] = ("none", "fp8")
 TOKENS, ONE_BY_ONE = 700, 100
-
-
-def engine_benchmark() -> Any:
-    """../engine/run.py, whose name is this file's too."""
-    spec = util.spec_from_file_location("engine_run", Path(__file__).parents[1] / "engine" / "run.py")
-    assert spec is not None and spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def logits(device: Device, shape: str, folder: Path) -> dict[str, Any]:
@@ -65,7 +56,6 @@ def logits(device: Device, shape: str, folder: Path) -> dict[str, Any]:
 
 def steps(device: Device, shape: str, bandwidth: float, folder: Path) -> dict[str, Any]:
     """Decode steps and first tokens of both."""
-    engine = engine_benchmark()
     results: dict[str, Any] = {}
     models = {
         kind: LocalModel(device, shape, f"{shape}-{kind}-steps", folder, 16, 64, kind) for kind in KINDS
@@ -73,10 +63,10 @@ def steps(device: Device, shape: str, bandwidth: float, folder: Path) -> dict[st
     for kind, model in models.items():
         found: dict[str, Any] = {"weights_gb": round(model.profile.weights.total_bytes / 1e9, 3)}
         for batch in (1, 8, 64):
-            engine.decode(model, batch, bandwidth, 64)
-            found[f"decode_{batch}"] = engine.decode(model, batch, bandwidth)
+            decode(model, batch, bandwidth, 64)
+            found[f"decode_{batch}"] = decode(model, batch, bandwidth)
         for length in (512, 4000):
-            found[f"prompt_{length}"] = engine.first_token(model, length)
+            found[f"prompt_{length}"] = first_token(model, length)
         results[kind] = found
     for model in models.values():
         model.close()
@@ -91,7 +81,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     wanted = options.only.split(",")
-    bandwidth = engine_benchmark().copy_bandwidth()
+    bandwidth = copy_bandwidth()
     torch.cuda.empty_cache()
     results: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from local import ASIDE_SECONDS, LocalModel, open_device
-from run import prompt
+from local import ASIDE_SECONDS, LocalModel, open_device, prompt
 
 from prism.memory.slabs import KvOwner
 from prism.types import Bytes, GiB, RequestId

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from local import LocalModel, open_device
-from run import prompt
+from local import LocalModel, open_device, prompt
 
 from prism.config import ModelConfig
 from prism.engine.kv_blocks import KvSpace
 from prism.memory.slabs import KvOwner
 from prism.memory.tensors import tensor_at
 from prism.types import Bytes, GiB
+from prism.worker.cost_book import CostBook
+from prism.worker.holdings import Holdings
 from prism.worker.host_chunks import HostChunks
 from prism.worker.host_kv import HostKv
 from prism.worker.models import Model
@@ -56,9 +57,22 @@ class Bench:
         self.local: dict[str, LocalModel] = {}
         self.flights: deque[Any] = deque()
         self.times: dict[str, list[float]] = {}
-        self.reclaimer = Reclaimer(self.device, self.models, Requests(), lambda _: None, self.host)
+        self.reclaimer = Reclaimer(self.device, self.models, self._new_holdings(), lambda _: None, self.host)
         for shape, name in (("8b", "a"), ("1b", "c")):
             self._add_model(shape, name, folder)
+
+    def _new_holdings(self) -> Holdings:
+        """Nobody is asked for memory here."""
+        return Holdings(
+            self.device.pool,
+            self.models,
+            Requests(),
+            self.host,
+            CostBook(self.device.rates, {}),
+            min_residency=0.0,
+            max_wait=0.0,
+            idle_threshold=0.0,
+        )
 
     def _add_model(self, shape: str, name: str, folder: Path) -> None:
         local = self.local[name] = LocalModel(self.device, shape, name, folder, 2.0, 64)
@@ -89,9 +103,9 @@ class Bench:
                 if step is not None:
                     self.host.save_dropped(model, step.dropped)
                     self.host.fetch(model, step.fetches)
-                    flight = engine.run(step)
-                    flight.launch()
-                    self.device.lanes[0].queue(model.name, flight, flight)
+                    running = engine.run(step)
+                    running.launch()
+                    self.device.lanes[0].queue(model.name, running, running)
 
     def work_for(self, seconds: float) -> None:
         end = time.perf_counter() + seconds
@@ -132,7 +146,8 @@ class Bench:
 
 def turns(bench: Bench, tokens: int, runs: int) -> dict[str, Any]:
     """The turn after the eviction with and without the tier; the answers' first tokens are compared."""
-    tier = bench.models["a"].engine.scheduler.host  # type: ignore[union-attr]
+    scheduler = bench.local["a"].engine.scheduler
+    tier = scheduler.host
     result: dict[str, list[float]] = {"fetch": [], "compute": [], "evict": []}
     texts: dict[str, list[list[int]]] = {"fetch": [], "compute": []}
     for run in range(runs + 1):
@@ -141,7 +156,7 @@ def turns(bench: Bench, tokens: int, runs: int) -> dict[str, Any]:
         for way in ("fetch", "compute"):
             spent = bench.evict("a")
             bench.bring_back("a")
-            bench.models["a"].engine.scheduler.host = tier if way == "fetch" else None  # type: ignore[union-attr]
+            scheduler.host = tier if way == "fetch" else None
             text, seconds = bench.ask("a", f"{way}{run}", [*first, *answer, *prompt(99, 50)], 16)
             if run:
                 result[way].append(seconds)
@@ -166,7 +181,8 @@ def neighbour(bench: Bench, runs: int) -> dict[str, Any]:
     bench.times["c"] = []
     bench.work_for(1.0)
     alone = [1e3 * (b - a) for a, b in pairwise(bench.times["c"])]
-    worst, saved = [], []
+    worst: list[float] = []
+    saved: list[int] = []
     for _ in range(runs):
         kv = bench.models["a"].kv
         assert kv is not None
