@@ -1,10 +1,11 @@
 """Models under memory that cannot hold them all, in each mode: measured, and predicted by the simulator.
 
-Usage: scripts/bench sharing [--setup h200|cpu] [--rate 6] [--duration 60] [--output results.json]
+Usage: scripts/bench sharing [--setup h200|cpu] [--rate 0.4] [--speed 15] [--output results.json]
 Setups: `h200`, two 8B and six 1B shapes on 30 GiB; `cpu`, two models of 110 million and two of 30 million
-parameters on 448 MiB and one thread. Weights are random. `prism profile` measures the device. A made trace
-goes to a server in each mode through `prism bench`, whose objectives are each model's P95 alone times a
-scale, and through `prism simulate` with the same configuration.
+parameters on 448 MiB and one thread. Weights are random. `prism profile` measures the device. A made trace of
+ten minutes, with bursts and pauses of two, goes at 15 times its speed to a server in each mode through
+`prism bench`, whose objectives are each model's P95 alone times a scale, and through `prism simulate` with
+the same configuration.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ SETUPS = {
     "h200": Setup(
         (SMALL, BIG, SMALL, SMALL, BIG, SMALL, SMALL, SMALL),
         {"kind": "cuda", "memory": "30GiB"},
-        {"rate": 6.0, "alpha": 2.1, "cv": 2.0, "on": 8.0, "off": 8.0, "prompt": 300.0, "answer": 120.0},
+        {"rate": 0.4, "alpha": 2.1, "cv": 2.0, "on": 120.0, "off": 120.0, "prompt": 300.0, "answer": 120.0},
         8370,
     ),
     "cpu": Setup(
         ("cpu-30m", "cpu-110m", "cpu-110m", "cpu-30m"),
         {"kind": "cpu", "memory": "448MiB", "slab": "2MiB", "threads": 1},
-        {"rate": 0.8, "alpha": 3.0, "cv": 2.0, "on": 8.0, "off": 8.0, "prompt": 60.0, "answer": 20.0},
+        {"rate": 0.2, "alpha": 3.0, "cv": 2.0, "on": 120.0, "off": 120.0, "prompt": 60.0, "answer": 20.0},
         8380,
     ),
 }
@@ -149,12 +150,16 @@ def bench(folder: Path, port: int, *arguments: str, trace: str = "trace.csv") ->
 
 
 def make_trace(folder: Path, setup: Setup, options: argparse.Namespace) -> None:
-    """The requests of all modes, and who answers them."""
+    """The requests of all modes, in seconds as they are sent, and who answers them."""
     trace = setup.trace | ({} if options.rate is None else {"rate": options.rate})
     made = [f"--{name}={value}" for name, value in trace.items()]
     made += [f"--num-models={len(setup.shapes)}", f"--duration={options.duration}", f"--seed={options.seed}"]
-    saved = ["--save-trace", str(folder / "trace.csv"), "--output", str(folder / "made.json")]
+    saved = ["--save-trace", str(folder / "made.csv"), "--output", str(folder / "made.json")]
     prism("simulate", "--devices", "1", *made, *saved)
+    head, *rows = (folder / "made.csv").read_text().splitlines()
+    parts = [row.split(",", 1) for row in rows]
+    sent = [f"{float(arrival) / options.speed:.6f},{rest}" for arrival, rest in parts]
+    (folder / "trace.csv").write_text("\n".join((head, *sent)) + "\n")
     (folder / "models.json").write_text(json.dumps({name: {"model": name} for name in setup.models}))
 
 
@@ -305,8 +310,9 @@ def main() -> None:
     """Prints one line a mode and figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--setup", choices=SETUPS, default="h200")
-    parser.add_argument("--rate", type=float, help="requests a second")
-    parser.add_argument("--duration", type=float, default=60.0)
+    parser.add_argument("--rate", type=float, help="requests a second of the trace")
+    parser.add_argument("--duration", type=float, default=600.0, help="seconds of the trace")
+    parser.add_argument("--speed", type=float, default=15.0, help="times that the trace is sent faster")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--slo-scale", type=float, default=5.0)
     parser.add_argument("--modes", default="prism,elastic,static,timeshare")
