@@ -11,6 +11,8 @@ import os
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
+from prism.stalls import STALL_SECONDS
+
 _MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
 _TTFT = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 0.8, 2, 5)
@@ -26,6 +28,7 @@ class Metrics:
         self._declare_requests()
         self._declare_cluster()
         self._declare_tenants()
+        self._declare_loops()
 
     def _declare_engine(self) -> None:
         """Written by workers; gateways add what they hold for want of a worker to the waiting."""
@@ -91,6 +94,16 @@ class Metrics:
         self.tenant_device_seconds = self._used_by_tenant(
             "device_seconds", "Time of devices, by the cost model: what shares are about"
         )
+
+    def _declare_loops(self) -> None:
+        """Written by workers and gateways."""
+        self.loop_stalls = self._of_process(
+            "loop_stalls", f"Times that a process's loop stood still for more than {STALL_SECONDS} s"
+        )
+        self.loop_stall_seconds = self._of_process("loop_stall_seconds", "Time in which it did")
+
+    def _of_process(self, name: str, text: str) -> Counter:
+        return Counter(f"prism:{name}", text, ("process",), registry=self._registry)
 
     def _of_tenant(self, name: str, text: str) -> Gauge:
         return Gauge(

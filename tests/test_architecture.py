@@ -17,6 +17,7 @@ COMMON = {
     "configfile",
     "clock",
     "metrics",
+    "stalls",
     "transport",
     "logs",
     "modelspec",

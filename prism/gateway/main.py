@@ -21,6 +21,7 @@ from prism.config import Config
 from prism.gateway.app import create_app
 from prism.gateway.heads import HeadProtocol
 from prism.gateway.links import ProcessLinks
+from prism.gateway.loop_watch import watch_loop
 from prism.gateway.service import Gateway
 from prism.metrics import Metrics
 from prism.transport import socket_address
@@ -63,6 +64,7 @@ async def serve(run_dir: Path, name: str, incarnation: int, config: Config, list
         serving,
         asyncio.create_task(gateway.run_timers()),
         asyncio.create_task(links.run(gateway.begin_stop)),
+        asyncio.create_task(watch_loop(name, gateway.clock, gateway.metrics)),
     )
     try:
         ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -51,6 +51,12 @@ class Gauges:
             )
         for report in worker.accounts.report():
             self._tenant(report)
+        stalls = worker.watch.stalls
+        self._grow(
+            (self._metrics.loop_stalls, "stalls", stalls.num_stalls),
+            (self._metrics.loop_stall_seconds, "stall seconds", stalls.seconds),
+            labels=(self._worker_name,),
+        )
 
     def _tenant(self, report: TenantReport) -> None:
         metrics, name = self._metrics, report.tenant

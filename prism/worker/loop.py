@@ -56,6 +56,7 @@ from prism.worker.spare_room import SpareRoom
 from prism.worker.standstill import STANDSTILL_SECONDS, Standstill
 from prism.worker.stepper import Stepper
 from prism.worker.tenancy import Tenancy, settle_residents
+from prism.worker.turn_watch import TurnWatch
 from prism.worker.usage import is_hopeful
 from prism.worker.views import admission_snapshot, estimate, kv_capacity_tokens, waiting_request
 
@@ -97,6 +98,7 @@ class Worker:
         self.tenancy = Tenancy(config.scheduling.quantum, outside.clock)
         self.owed_to_late = 0.0
         """Seconds that late requests may take before others (worker/admission.py)."""
+        self.watch = TurnWatch(name, computes_steps=device.device.type == "cpu")
         self._outbox = outside.outbox
         self._clock = outside.clock
         self._needs_admission = False
@@ -251,10 +253,14 @@ class Worker:
         """Do what can be done now; whether there is more to do at once."""
         now = self._clock()
         self._stepper.collect()
+        self.watch.passed("commits")
         self.host.tend(self.models)
         self._arrivals.look(now)
+        self.watch.passed("models and KV that move")
         self._admit(now)
+        self.watch.passed("admission")
         has_more = self._stepper.step(now)
+        self.watch.steps_passed()
         if has_more or self.is_device_busy:
             self._standstill.ended(now)
         else:

@@ -149,6 +149,7 @@ class Process:
     def run(self) -> None:
         """Until told to stop."""
         has_work = True
+        self._worker.watch.begin()
         while not self._is_stopping:
             self._take_events(0.0 if has_work else self._idle_seconds())
             has_work = self._worker.advance()
@@ -158,6 +159,7 @@ class Process:
             if not has_work:
                 self._check()
             self._report()
+            self._worker.watch.end()
 
     def stop(self, *_: Any) -> None:
         """From a signal handler."""
@@ -172,12 +174,15 @@ class Process:
 
     def _take_events(self, seconds: float) -> None:
         self._poller.poll(math.ceil(seconds * 1000))
+        if seconds:
+            self._worker.watch.begin()
         for event in self._jobs.finished():
             self._worker.on_job(event)
         for envelope in transport.receive(self._sockets.agent):
             self._on_agent(envelope)
         for envelope in transport.receive(self._sockets.router):
             self._on_peer(envelope)
+        self._worker.watch.passed("messages")
 
     def _on_agent(self, envelope: Envelope) -> None:
         match envelope.message:
@@ -234,6 +239,7 @@ class Process:
         report = make_report(self._worker, now)
         self._sockets.report(report)
         self._gauges.update(self._worker)
+        self._worker.watch.tell()
 
 
 def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:

@@ -81,6 +81,8 @@ async def test_metrics_tell_what_goes_on(client: httpx.AsyncClient, server: Serv
 
     await eventually(running, "three run")
     assert 0 < of("kv_cache_usage_perc") <= 1
+    loops = {f'prism:loop_stalls_total{{process="{name}"}}' for name in ("gateway-0", "worker-0")}
+    assert loops <= set(samples)
     assert sum(value for name, value in samples.items() if name.startswith("prism:slabs{")) == 32
     slabs = {
         owner: sum(v for n, v in samples.items() if n.startswith("prism:slabs{") and f'owner="{owner}"' in n)
