@@ -73,6 +73,15 @@ class Homes:
         waits = ((h.since, 2.0 ** min(h.num_moves, MOST_DOUBLINGS)) for h in self._homes[model.model])
         return all(self._now - since >= wait * times for since, times in waits)
 
+    def may_grow(self, model: ModelNeed) -> bool:
+        """It is not being moved, and if it has several homes, each had some time to show what it is good for.
+
+        A home more takes nothing away: a model may have it at once where it was just put.
+        """
+        homes = self._homes[model.model]
+        wait = self.policy.horizon / 3 if len(homes) > 1 else 0.0
+        return model.model not in self._busy and all(self._now - home.since >= wait for home in homes)
+
     def is_busy(self, model: ModelNeed) -> bool:
         """It is being moved."""
         return model.model in self._busy

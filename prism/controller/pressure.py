@@ -224,6 +224,10 @@ class Fleet:
         pressure = pressure_of(kv, (self._compute + entry.compute) / self.speed)
         return np.asarray(pressure + late * self._per_request)
 
+    def busy_with(self, entry: Entry) -> Floats:
+        """Share of its time that each device would be asked for with the entry on it."""
+        return np.asarray((self._compute + entry.compute) / self.speed)
+
     def with_removed(self, entry: Entry, place: int) -> float:
         """Pressure that its device would have without it."""
         shared = max(self._slab[place], self.capacity[place] - self._weights[place] + entry.weights)

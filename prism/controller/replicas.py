@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from prism.controller.homes import Homes
 from prism.controller.pressure import entry_of, lowest
 from prism.controller.snapshot import ModelNeed
@@ -24,14 +26,15 @@ def fit_replicas(homes: Homes) -> None:
     stays half free: bursts need idle time, and where there is none one home more only takes memory.
     """
     for model in homes.models.values():
-        if model.tp > 1 or model.device is not None or not homes.may_move(model):
+        if model.tp > 1 or model.device is not None:
             continue
         count = len(homes.of(model.model))
         policy, before = homes.policy, _pressure(homes, model)
-        if homes.moves_left and _is_too_much(homes, model, count):
+        may_grow = homes.moves_left > 0 and homes.may_grow(model)
+        if may_grow and _is_too_much(homes, model, count):
             _replicate(homes, model, before - policy.gain)
-        elif homes.moves_left and _is_late(homes, model):
-            _replicate(homes, model, min(before, policy.merge_below))
+        elif may_grow and _is_late(homes, model):
+            _replicate(homes, model, before, policy.merge_below)
         elif _is_calm(homes, model, count) and homes.may_move(model, MERGE_PATIENCE):
             _merge(homes, model)
 
@@ -78,13 +81,15 @@ def _pressure(homes: Homes, model: ModelNeed) -> float:
     return float(homes.fleet.pressures()[places].max()) if places else 0.0
 
 
-def _replicate(homes: Homes, model: ModelNeed, most: float) -> None:
-    """Where the pressure is least after adding it, if that is less than `most`."""
+def _replicate(homes: Homes, model: ModelNeed, most: float, most_busy: float = math.inf) -> None:
+    """Where the pressure is least with one home more there, if that is less than `most`: of devices that are
+    asked for less than a share of their time then.
+    """
     entry = entry_of(model, len(homes.places(model.model)) + 1)
-    roomy = homes.roomy(model, entry)
-    if not roomy.any():
+    able = homes.roomy(model, entry) & (homes.fleet.busy_with(entry) < most_busy)
+    if not able.any():
         return
     added = homes.fleet.with_added(entry)
-    place = lowest(added, roomy)
+    place = lowest(added, able)
     if added[place] < most:
         homes.replicate(model, place)

@@ -303,11 +303,29 @@ def test_a_model_whose_first_tokens_are_late_gets_another_home_however_idle_its_
     assert plan.decisions == (Replicate(ModelId("a"), W1),)
     assert isinstance(plan.decisions[0], Replicate) and plan.decisions[0].compute == 0.2
     assert run([replace(bursty, late=0.009)], devices, {"a": at(W0)}).decisions == ()
-    assert run([bursty], devices, {"a": at(W0, since=NOW - 60)}).decisions == (), "it has just got one"
     busy = model("b", 10, W1, compute=0.3, token_rate=5.0, device=W1)
     assert run([bursty, busy], devices, {"a": at(W0), "b": at(W1)}).decisions == (), "no better there"
     both = [replace(bursty, compute=0.8), replace(busy, compute=0.2)]
     assert run(both, devices, {"a": at(W0), "b": at(W1)}).decisions == (), "not half free then"
+
+
+def test_who_is_late_gets_another_home_wherever_it_was_just_put() -> None:
+    """A 3B that had changed its home while nobody asked for it was to stay there alone for eight minutes, with
+    nine of ten first tokens late, beside seven idle devices."""
+    bursty = model("a", 10, W0, compute=0.2, token_rate=5.0, late=0.5)
+    devices = [device(0), device(1), device(2)]
+    home = Home(W0, NOW - 1, num_moves=2)
+    assert run([bursty], devices, {"a": (home,)}).decisions == (Replicate(ModelId("a"), W1),)
+    both = replace(bursty, resident=frozenset((W0, W1)))
+    assert run([both], devices, {"a": at(W0, W1, since=NOW - 19)}).decisions == (), "its second may do yet"
+    assert run([both], devices, {"a": at(W0, W1, since=NOW - 20)}).decisions == (Replicate(ModelId("a"), W2),)
+
+
+def test_tight_objectives_of_tokens_keep_nobody_from_another_home() -> None:
+    """They make much of the pressure of KV, which is no sign that a device has no time."""
+    tight = model("a", 10, W0, compute=0.4, token_rate=5.0, late=0.5, kv_bytes_per_token=1, tpot=0.01)
+    plan = run([tight], [device(0), device(1)], {"a": at(W0)})
+    assert plan.pressures[W0] > 1.5 and plan.decisions == (Replicate(ModelId("a"), W1),)
 
 
 def test_who_is_late_for_a_neighbours_steps_moves_instead() -> None:
