@@ -59,5 +59,6 @@ class TurnWatch:
         self._begin, self._longest = self._last, LEAST_SECONDS
 
     def tell(self) -> None:
-        """See `Stalls.tell`."""
+        """See `Stalls.tell`. It ends the turn: of one that is long the loop's thread is looked at behind it."""
+        self.end()
         self.stalls.tell(self._last)

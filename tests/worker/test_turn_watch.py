@@ -118,6 +118,20 @@ def test_a_long_turn_is_counted_and_its_longest_part_told(
     assert 'prism:loop_stall_seconds_total{process="worker-0"} 0.8125' in text
 
 
+def test_a_long_turn_in_which_a_report_is_due_is_told_with_its_own_core_time(
+    start: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nearly all are: reports come every half second. It was told how the loop fared in the last millisecond."""
+    turns = start()
+    turns.stalls._core_time = lambda: turns.time.now / 4
+    turns.process._report()
+    turns.takes("commits", 1.0)
+    turns.process._report_due = 0.0
+    with caplog.at_level(logging.WARNING):
+        turns.run(1)
+    assert "its loop had a core for 0.25 of the last 1.00 s" in caplog.text
+
+
 def test_many_short_turns_are_none(start: Any) -> None:
     turns = start()
     turns.takes("commits", 0.125)
