@@ -123,6 +123,7 @@ class Registrations:
         self._sizes: dict[ModelId, Bytes] = {}  # of models that the store is known to hold
         self._entries: dict[ModelId, _Entry] = {}
         self._lost = Bytes(0)  # registered for ever: the driver would not undo it
+        self._lost_loans: list[PackedWeights] = []  # of that: a loan is unmapped when nobody refers to it
         self._maps_writable = False
         self._lock = threading.Lock()  # never held over a call that takes time
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -290,6 +291,7 @@ class Registrations:
             self._pinner.unregister_host(Address(entry.loan.address + begin))
         except DriverError as error:
             # What is still registered must stay mapped: it is lost until this process ends.
+            self._lost_loans.append(entry.loan)
             with self._lock:
                 del self._entries[entry.model]
                 self._sizes.pop(entry.model, None)
