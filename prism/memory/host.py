@@ -10,7 +10,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 
 from prism.errors import DriverError
@@ -99,8 +99,9 @@ class HostDriver:
             for handle in handles:
                 end = Address(end + self._map_one(end, handle))
         except DriverError:
-            if end > address:
-                self.unmap(address, Bytes(end - address))
+            with suppress(DriverError):
+                if end > address:
+                    self.unmap(address, Bytes(end - address))
             raise
 
     def _map_one(self, address: Address, handle: Handle) -> Bytes:

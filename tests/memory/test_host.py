@@ -154,6 +154,31 @@ def test_a_failed_system_call_changes_nothing(
         undo.pop()()
 
 
+def test_mapping_that_fails_half_way_tells_why_even_if_it_cannot_be_undone(
+    driver: HostDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was told was that unmapping had failed, too."""
+    base = driver.reserve(Bytes(2 * SLAB))
+    first, second = driver.create(SLAB), driver.create(SLAB)
+    map_file = memfd.map_file
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no")
+
+    def map_first(address: Address, size: Bytes, fd: int, offset: int) -> None:
+        (map_file if address == base else fail)(address, size, fd, offset)
+
+    monkeypatch.setattr(memfd, "map_file", map_first)
+    monkeypatch.setattr(memfd, "unmap_file", fail)
+    with pytest.raises(DriverError, match="^map failed: ENOMEM"):
+        driver.map(base, first, second)
+    monkeypatch.undo()
+    driver.unmap(base, SLAB)
+    driver.release(first)
+    driver.release(second)
+    driver.unreserve(base, Bytes(2 * SLAB))
+
+
 def test_closing_with_memory_in_use_is_a_bug() -> None:
     driver = HostDriver(SLAB)
     handle = driver.create(SLAB)
