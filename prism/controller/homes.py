@@ -76,10 +76,13 @@ class Homes:
     def may_grow(self, model: ModelNeed) -> bool:
         """It is not being moved, and if it has several homes, each had some time to show what it is good for.
 
-        A home more takes nothing away: a model may have it at once where it was just put.
+        A home more takes nothing away: a model may have it at once where it was just put. But what has come to
+        nothing waits like a move, or it would be tried in each round, in the place of others.
         """
         homes = self._homes[model.model]
         wait = self.policy.horizon / 3 if len(homes) > 1 else 0.0
+        if any(home.has_failed for home in homes):
+            wait = self.policy.cooldown
         return model.model not in self._busy and all(self._now - home.since >= wait for home in homes)
 
     def is_busy(self, model: ModelNeed) -> bool:

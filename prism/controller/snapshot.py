@@ -77,6 +77,8 @@ class Home:
     """When it was last decided on; so long ago that a move may follow, if nobody did."""
     num_moves: int = 0
     """Migrations that soon followed one another; each doubles the wait for the next."""
+    has_failed: bool = False
+    """The last one of the model came to nothing."""
 
     def moved(self, worker: WorkerId, now: float, cooldown: float) -> Home:
         """The home after a migration."""

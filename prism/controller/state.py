@@ -145,11 +145,12 @@ class ControllerState:
         """One home instead of another, or more, or less; the others count as new, too."""
         homes = self.homes[model]
         moved = [home for home in homes if home.worker == old]
-        rest = [replace(home, since=now) for home in homes if home.worker not in (old, new)]
+        rest = [replace(home, since=now, has_failed=False) for home in homes if home.worker not in (old, new)]
         if new is not None:
             rest.append(moved[0].moved(new, now, cooldown) if moved else Home(new, now))
         self.homes[model] = tuple(rest) or homes
 
     def stay(self, model: ModelId, now: float, cooldown: float) -> None:
         """A migration has failed: as long as after one that has not, it is not tried again."""
-        self.homes[model] = tuple(home.moved(home.worker, now, cooldown) for home in self.homes[model])
+        stayed = (home.moved(home.worker, now, cooldown) for home in self.homes[model])
+        self.homes[model] = tuple(replace(home, has_failed=True) for home in stayed)

@@ -321,6 +321,16 @@ def test_who_is_late_gets_another_home_wherever_it_was_just_put() -> None:
     assert run([both], devices, {"a": at(W0, W1, since=NOW - 20)}).decisions == (Replicate(ModelId("a"), W2),)
 
 
+def test_who_is_late_does_not_try_in_each_round_what_has_just_failed() -> None:
+    """A device that could not load the model was asked to every ten seconds."""
+    late = model("a", 10, W0, compute=0.2, token_rate=5.0, late=0.5)
+    devices = [device(0), device(1)]
+    failed = Home(W0, NOW - 119, num_moves=1, has_failed=True)
+    assert run([late], devices, {"a": (failed,)}).decisions == ()
+    waited = replace(failed, since=NOW - 120)
+    assert run([late], devices, {"a": (waited,)}).decisions == (Replicate(ModelId("a"), W1),)
+
+
 def test_tight_objectives_of_tokens_keep_nobody_from_another_home() -> None:
     """They make much of the pressure of KV, which is no sign that a device has no time."""
     tight = model("a", 10, W0, compute=0.4, token_rate=5.0, late=0.5, kv_bytes_per_token=1, tpot=0.01)

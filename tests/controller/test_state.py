@@ -125,4 +125,6 @@ def test_homes_change_and_wait_before_they_change_again() -> None:
     state.switch(A, HOME, None, now=300.0, cooldown=60.0)
     assert state.homes[A] == (Home(HOME, 300.0),), "one home stays"
     state.stay(A, now=310.0, cooldown=60.0)
-    assert state.homes[A] == (Home(HOME, 310.0, 1),)
+    assert state.homes[A] == (Home(HOME, 310.0, 1, has_failed=True),)
+    state.switch(A, None, OTHER, now=400.0, cooldown=60.0)
+    assert state.homes[A] == (Home(HOME, 400.0, 1), Home(OTHER, 400.0))
