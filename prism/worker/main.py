@@ -175,7 +175,7 @@ class Process:
     def _take_events(self, seconds: float) -> None:
         self._poller.poll(math.ceil(seconds * 1000))
         if seconds:
-            self._worker.watch.begin()
+            self._worker.watch.waited(seconds)
         for event in self._jobs.finished():
             self._worker.on_job(event)
         for envelope in transport.receive(self._sockets.agent):

@@ -29,9 +29,16 @@ class TurnWatch:
         self.begin()
 
     def begin(self) -> None:
-        """A turn begins after a wait; without one it begins where the last one ends."""
+        """A turn begins, not where the last one has ended."""
         self._begin = self._last = self._clock()
         self._longest, self._part = LEAST_SECONDS, ""
+
+    def waited(self, at_most: float) -> None:
+        """A wait for messages is over, which was to take so many seconds at most; a turn begins."""
+        late = self._clock() - self._last - at_most
+        self.begin()
+        if late > STALL_SECONDS:
+            self.stalls.note(late, "it woke so late from a wait", self._last)
 
     def passed(self, part: str) -> None:
         """A part of the turn is over."""

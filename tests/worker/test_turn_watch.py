@@ -142,10 +142,22 @@ def test_many_short_turns_are_none(start: Any) -> None:
 
 def test_waiting_for_messages_is_none(start: Any) -> None:
     turns = start()
-    turns.idle_seconds = 4.0
+    turns.idle_seconds = 0.375
     turns.run(3, has_more=False)
-    assert turns.time.now == 108.0
+    assert turns.time.now == 100.75
     assert turns.stalls.num_stalls == 0
+
+
+def test_waking_late_is_one(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that was stopped, or got no core, for six seconds while it was idle said nothing."""
+    turns = start()
+    turns.idle_seconds = 6.5
+    turns.run(2, has_more=False)
+    assert turns.stalls.num_stalls == 1
+    assert turns.stalls.seconds == pytest.approx(6.0, abs=0.4)
+    with caplog.at_level(logging.WARNING):
+        turns.process._worker.watch.tell()
+    assert "it woke so late from a wait" in caplog.text
 
 
 def test_a_cpu_computes_in_its_loop(start: Any) -> None:
