@@ -76,8 +76,8 @@ class Homes:
     def may_grow(self, model: ModelNeed) -> bool:
         """It is not being moved, and if it has several homes, each had some time to show what it is good for.
 
-        A home more takes nothing away: a model may have it at once where it was just put. But what has come to
-        nothing waits like a move, or it would be tried in each round, in the place of others.
+        A home more takes nothing away: a model may have it at once where it was just put. But what has come
+        to nothing waits like a move, or it would be tried in each round, in the place of others.
         """
         homes = self._homes[model.model]
         wait = self.policy.horizon / 3 if len(homes) > 1 else 0.0

@@ -66,6 +66,6 @@ class TurnWatch:
         self._begin, self._longest = self._last, LEAST_SECONDS
 
     def tell(self) -> None:
-        """See `Stalls.tell`. It ends the turn: of one that is long the loop's thread is looked at behind it."""
+        """See `Stalls.tell`. It ends the turn, so that the thread's time is looked at behind a long one."""
         self.end()
         self.stalls.tell(self._last)

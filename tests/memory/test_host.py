@@ -170,7 +170,7 @@ def test_mapping_that_fails_half_way_tells_why_even_if_it_cannot_be_undone(
 
     monkeypatch.setattr(memfd, "map_file", map_first)
     monkeypatch.setattr(memfd, "unmap_file", fail)
-    with pytest.raises(DriverError, match="^map failed: ENOMEM"):
+    with pytest.raises(DriverError, match=r"^map failed: ENOMEM"):
         driver.map(base, first, second)
     monkeypatch.undo()
     driver.unmap(base, SLAB)

@@ -121,7 +121,7 @@ def test_a_long_turn_is_counted_and_its_longest_part_told(
 def test_a_long_turn_in_which_a_report_is_due_is_told_with_its_own_core_time(
     start: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nearly all are: reports come every half second. It was told how the loop fared in the last millisecond."""
+    """Nearly all are: reports come every half second. It was told how the loop had fared since."""
     turns = start()
     turns.stalls._core_time = lambda: turns.time.now / 4
     turns.process._report()
