@@ -50,7 +50,7 @@ def test_a_turn_sees_when_prompts_are_due_and_how_quick_streams_must_be(tmp_path
     stream = _runnable(local)
     (ticket,) = local.worker.requests
     assert (stream.num_decodes, stream.tpot) == (1, ticket.submit.slo.tpot)
-    assert stream.decode_share > 0 and stream.prompt_deadline == float("inf")
+    assert stream.streams is not None and stream.streams.share > 0 and stream.prompt_deadline == float("inf")
     local.submit("second", "llama", [1 + i % 50 for i in range(200)], max_tokens=20)
     local.run(until=lambda: all(ticket.is_running for ticket in local.worker.requests))
     both = _runnable(local)
