@@ -72,6 +72,8 @@ class Scheduler:
         self._by_request: defaultdict[RequestId, list[Sequence]] = defaultdict(list)
         self.host: HostTier | None = None
         """Where blocks wait that have lost their place on the device."""
+        self.num_changes = 0
+        """It grows whenever sequences have changed, and with each step that is made or has run."""
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         """Tokens looked up in the prefix cache, each sequence once."""
@@ -82,6 +84,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence."""
+        self.num_changes += 1
         insort(self.waiting, sequence, key=_rank)
         self._by_request[sequence.request_id].append(sequence)
 
@@ -90,6 +93,7 @@ class Scheduler:
 
         Queued steps may still read and write them: whoever gets them next is queued behind those.
         """
+        self.num_changes += 1
         sequence.is_ended = True
         self._publish(sequence)
         (self.waiting if sequence.slot is None else self.running).remove(sequence)
@@ -189,6 +193,7 @@ class Scheduler:
         4. One that has given way begins again with all that it had: with a part of it it would hold memory
            that others want, get no further, and give way once more.
         """
+        self.num_changes += 1
         draft = Draft(budget, self._slots.max_entries)
         decodes, positions = draft.decodes, draft.positions
         for sequence in self.running:  # 1; preemption shortens the list behind the present place only
@@ -347,6 +352,7 @@ class Scheduler:
 
     def computed(self, step: Step) -> None:
         """The step has run: publish the blocks that are full of known tokens now."""
+        self.num_changes += 1
         size = self.kv.layout.tokens_per_block
         for place in np.flatnonzero((step.positions + 1) % size == 0).tolist():
             self._publish(step.decodes[place])
@@ -362,6 +368,7 @@ class Scheduler:
         sequence.num_published = num_full
 
     def _preempt(self, sequence: Sequence) -> None:
+        self.num_changes += 1
         self._publish(sequence)  # of a step that is queued too: who takes these blocks runs behind it
         self.running.remove(sequence)
         self._release(sequence)

@@ -93,9 +93,12 @@ def streams_of(model: ModelId, number: int, seconds: float, tpot: float) -> Stre
     return Streams(share / number, model, share)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Runnable:
-    """A model that has sequences to step, or one of another lane that decodes."""
+    """A model that has sequences to step, or one of another lane that decodes.
+
+    A value like the others. Two are made at each step, though, and a frozen one takes twice as long to make.
+    """
 
     model: ModelId
     deadline: float
@@ -125,11 +128,10 @@ class Runnable:
 
     def __post_init__(self) -> None:
         """Each turn asks for both; a model that has not changed brings them along."""
-        streams = None
+        self.due = min(self.deadline, self.prompt_deadline)
+        self.streams = None
         if self.num_decodes:
-            streams = streams_of(self.model, self.num_decodes, self.decode_seconds, self.tpot)
-        object.__setattr__(self, "streams", streams)
-        object.__setattr__(self, "due", min(self.deadline, self.prompt_deadline))
+            self.streams = streams_of(self.model, self.num_decodes, self.decode_seconds, self.tpot)
 
 
 @dataclass(frozen=True, slots=True)

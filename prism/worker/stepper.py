@@ -18,7 +18,7 @@ from prism.errors import DriverError
 from prism.messages import ResumedChoice
 from prism.modes import Rules
 from prism.types import RequestId
-from prism.worker import turns
+from prism.worker.candidates import Candidates
 from prism.worker.cost_book import CostBook
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
@@ -29,7 +29,6 @@ from prism.worker.models import Model
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket, got_tokens
 from prism.worker.usage import DeviceTime
-from prism.worker.views import able_to_step, is_decoding_only, neighbours_decode, turn_snapshot
 
 MAX_QUEUED = 2
 """Steps on a lane: one that runs, and one that keeps the device busy meanwhile."""
@@ -97,12 +96,11 @@ class Stepper:
         self._reclaimer = reclaimer
         self._host = host
         self._costs = costs
-        self._rules = rules
         self._delivery = delivery
         self._listener = listener
         self._clock = clock
-        self._max_batch_tokens = max_batch_tokens
         self._patience = patience
+        self._candidates = Candidates(device.lanes, models, requests, costs, rules, max_batch_tokens)
         self._num_free = device.pool.num_free
         """Free slabs at the last look."""
         self._device_time = DeviceTime()
@@ -132,7 +130,7 @@ class Stepper:
         if not self._has_room(lane, now):
             return False
         start = self._clock()
-        turn = self._turn(lane, now)
+        turn = self._candidates.turn(lane, now)
         if turn is None:
             return False
         model = self._models[turn.model]
@@ -157,18 +155,6 @@ class Stepper:
         self._making[lane.lane_id] = max(making, FORGETTING * self._making[lane.lane_id])
         self._launch(lane)
         return True
-
-    def _turn(self, lane: Lane, now: float) -> turns.Turn | None:
-        """What the policy chooses; a model that only decodes, and is alone, is no choice."""
-        able = able_to_step(self._models, lane, now)
-        if not able:
-            return None
-        if len(able) == 1 and is_decoding_only(able[0]):
-            return turns.Turn(able[0].name, self._max_batch_tokens)
-        snapshot = turn_snapshot(
-            able, self._models, self._requests, self._costs, self._rules, self._max_batch_tokens
-        )
-        return turns.decide(snapshot, now)
 
     def _launch(self, lane: Lane, seconds: float | None = None) -> bool:
         """Launch a slice of the lane's last step, and the copies behind it; whether anything came of it.
@@ -204,7 +190,7 @@ class Stepper:
             return True
         if len(steps) >= MAX_QUEUED or now < lane.earliest_end(steps[0]) - self._lead:
             return False
-        return not (steps[0].has_prompts and neighbours_decode(self._models, lane))
+        return not (steps[0].has_prompts and self._candidates.neighbours_decode(lane))
 
     @property
     def _lead(self) -> float:
@@ -226,6 +212,10 @@ class Stepper:
                 model.usage.prompt_tokens += len(ticket.submit.prompt)
                 sequences = model.engine.scheduler.sequences_of(request_id)
                 self._delivery.started(ticket, sequences, self._clock())
+
+    def check(self) -> None:
+        """What is kept of models for the choice of their turns holds."""
+        self._candidates.check()
 
     # --- and back -------------------------------------------------------------------------------------
 

@@ -96,14 +96,18 @@ def beyond_share(streams: Sequence[Streams]) -> frozenset[ModelId]:
 
 def _patient(r: Runnable, deadline: float) -> float:
     """When streams are due that have been given up."""
-    return max(deadline, r.last_turn + PATIENCE * r.tpot)
+    due = r.last_turn + PATIENCE * r.tpot
+    return due if due > deadline else deadline
 
 
 def _earliest(runnable: Iterable[Runnable], lost: Set[ModelId], now: float) -> Runnable:
-    """By deadline, the last turn and name; a choice is made at every step, so there is no call for each."""
+    """By deadline, those that have passed alike; then by the last turn and name."""
     keys = []
     for r in runnable:
-        due = min(r.prompt_deadline, _patient(r, r.deadline)) if r.model in lost else r.due
+        due = r.due
+        if r.model in lost:
+            due = _patient(r, r.deadline)
+            due = due if due < r.prompt_deadline else r.prompt_deadline
         keys.append((due if due > now else now, r.last_turn, r.model, r))
     return min(keys)[-1]
 
