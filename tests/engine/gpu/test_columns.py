@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from random import Random
 
 import numpy as np
 import torch
@@ -89,6 +90,29 @@ def test_draws_are_those_of_their_sequences() -> None:
     for name, values in (("temperature", [0.5, 1.0]), ("top_p", [0.9, 1.0]), ("min_p", [0.0, 0.25])):
         assert torch.allclose(sent[getattr(drawn, name)].view(torch.float32), torch.tensor(values))
     assert sent[drawn.top_k].tolist() == [0, 5]
+
+
+def test_numbers_are_those_of_their_places_however_a_row_goes_on() -> None:
+    """They are made some draws ahead: rows sit out, begin again earlier, become others'."""
+    random, table = Random(0), DrawTable(9)
+    rows: dict[int, Sequence] = {}
+    lengths: dict[int, int] = {}
+    for number in range(400):
+        for slot in range(1, 9):
+            if slot not in rows or random.random() < 0.02:
+                rows[slot] = decode(slot, 5, [1], 1, seed=number, temperature=1.0).sequence
+                lengths[slot] = rows[slot].prompt_len + random.randrange(100)
+                table.enter([rows[slot]])
+        slots = [slot for slot in rows if random.random() < 0.8] or [1]
+        places = np.array([lengths[slot] for slot in slots], np.int32)
+        words = staging()
+        drawn = table.stage(words, np.array(slots, np.intp), places)
+        assert drawn is not None
+        streams = [rows[slot].random_stream for slot in slots]
+        expected = uniforms(streams, [lengths[slot] - rows[slot].prompt_len for slot in slots])
+        assert words.send()[drawn.uniforms].view(torch.float64).tolist() == expected.tolist()
+        for slot in slots:
+            lengths[slot] += 1
 
 
 def test_who_needs_the_host_is_known_by_slot() -> None:
