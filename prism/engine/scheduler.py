@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from itertools import chain, islice, takewhile
 from typing import NamedTuple
 
-import numpy as np
-
 from prism.engine.host_blocks import Fetch, HostTier
 from prism.engine.kv_blocks import KvSpace, Move
 from prism.engine.kv_slab import BlockKey
@@ -351,11 +349,13 @@ class Scheduler:
     # --- afterwards ----------------------------------------------------------------------------------
 
     def computed(self, step: Step) -> None:
-        """The step has run: publish the blocks that are full of known tokens now."""
+        """The step has run: publish the blocks that are full of known tokens now.
+
+        A decode's when it has begun the next one, which takes a closer look in any case.
+        """
         self.num_changes += 1
-        size = self.kv.layout.tokens_per_block
-        for place in np.flatnonzero((step.positions + 1) % size == 0).tolist():
-            self._publish(step.decodes[place])
+        for sequence in step.begun:
+            self._publish(sequence)
         for chunk in step.prompts:
             self._publish(chunk.sequence)
 
