@@ -141,6 +141,7 @@ class Device:
         )
         self.swap = Lane(LaneId(backend.num_lanes), Slots(0))
         """Not for steps: copies of KV that leaves the device, so that stamps can name them."""
+        self.all_lanes = (*self.lanes, self.swap)
 
     def bind(self) -> Lane:
         """The lane with the fewest models gets one more."""

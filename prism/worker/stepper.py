@@ -223,9 +223,10 @@ class Stepper:
         """Commit, in order, what has run on any lane, and tell when slabs have become free."""
         pool = self._device.pool
         self._host.settle()
-        for lane in (*self._device.lanes, self._device.swap):
-            for place, flight in enumerate(lane.finished()):
-                self._has_run(lane, flight, is_timed=place == 0)
+        for lane in self._device.all_lanes:
+            if lane.flights:
+                for place, flight in enumerate(lane.finished()):
+                    self._has_run(lane, flight, is_timed=place == 0)
             pool.completed(lane.lane_id, lane.num_completed)
         for lane in self._device.lanes:
             for flight in lane.flights:
