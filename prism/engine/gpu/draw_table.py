@@ -15,6 +15,8 @@ from prism.engine.sequence import Sequence
 AHEAD = 32
 """Uniform numbers that are made at a time for a row: for two rows that takes no longer than one of each."""
 UNKNOWN = -1 << 30
+MOST_BATCHES = 64
+"""That are kept: one for each model of a lane as long as nobody comes."""
 
 
 class StagedDraws(NamedTuple):
@@ -27,6 +29,16 @@ class StagedDraws(NamedTuple):
     top_p: slice
     min_p: slice
     top_k: slice
+
+
+class _Batch(NamedTuple):
+    """Rows that draw at random, of those that one step has."""
+
+    slots: NDArray[np.intp]
+    words: NDArray[np.int32]
+    """Their places among all rows of the step, and their settings."""
+    is_part: bool
+    """Others of the step do not."""
 
 
 class DrawTable:
@@ -43,10 +55,13 @@ class DrawTable:
         """Numbers of the next draws of each row."""
         self._begins = np.full(num_slots, UNKNOWN, np.int32)
         """Behind how many tokens the first of these is drawn."""
+        self._batches: dict[bytes, _Batch | None] = {}
+        """By rows, as long as no row becomes another's."""
 
     def enter(self, sequences: Iterable[Sequence]) -> None:
         """These are about to draw in their rows for the first time."""
         for sequence in sequences:
+            self._batches.clear()
             slot, params = sequence.slot, sequence.params
             assert slot is not None
             self._streams[slot] = sequence.random_stream
@@ -69,13 +84,27 @@ class DrawTable:
         self, staging: Staging, slots: NDArray[np.intp], lengths: NDArray[np.int32]
     ) -> StagedDraws | None:
         """Numbers for those of `slots` that draw at random, behind `lengths` tokens; None without any."""
-        (places,) = (self._temperature[slots] > 0).nonzero()
-        if not len(places):
+        batch = self._batch(slots)
+        if batch is None:
             return None
-        slots = slots[places]
-        numbers = self._numbers(slots, lengths[places])
-        settings = self._settings[:, slots]
-        return StagedDraws(staging.ints(places), staging.doubles(numbers), *staging.rows(settings))
+        numbers = self._numbers(batch.slots, lengths[batch.words[0]] if batch.is_part else lengths)
+        places, *settings = staging.rows(batch.words)
+        return StagedDraws(places, staging.doubles(numbers), *settings)
+
+    def _batch(self, slots: NDArray[np.intp]) -> _Batch | None:
+        """Those of these rows that draw at random; kept, since mostly the same rows are stepped again."""
+        key = slots.tobytes()
+        if key not in self._batches:
+            if len(self._batches) >= MOST_BATCHES:
+                self._batches.clear()
+            self._batches[key] = self._new_batch(slots)
+        return self._batches[key]
+
+    def _new_batch(self, slots: NDArray[np.intp]) -> _Batch | None:
+        places = np.flatnonzero(self._temperature[slots] > 0).astype(np.int32)
+        drawing = slots[places]
+        words = np.vstack([places, self._settings[:, drawing]])
+        return _Batch(drawing, words, len(places) < len(slots)) if len(places) else None
 
     def _numbers(self, slots: NDArray[np.intp], lengths: NDArray[np.int32]) -> NDArray[np.float64]:
         ahead = lengths - self._begins[slots]

@@ -92,25 +92,33 @@ def test_draws_are_those_of_their_sequences() -> None:
     assert sent[drawn.top_k].tolist() == [0, 5]
 
 
-def test_numbers_are_those_of_their_places_however_a_row_goes_on() -> None:
-    """They are made some draws ahead: rows sit out, begin again earlier, become others'."""
+def test_draws_are_right_however_rows_go_on() -> None:
+    """What is kept of them: rows sit out, begin again earlier, become others'."""
     random, table = Random(0), DrawTable(9)
     rows: dict[int, Sequence] = {}
     lengths: dict[int, int] = {}
-    for number in range(400):
+    for number in range(600):
         for slot in range(1, 9):
             if slot not in rows or random.random() < 0.02:
-                rows[slot] = decode(slot, 5, [1], 1, seed=number, temperature=1.0).sequence
+                heat = random.choice([0.0, 0.5, 1.0])
+                rows[slot] = decode(slot, 5, [1], 1, seed=number, temperature=heat).sequence
                 lengths[slot] = rows[slot].prompt_len + random.randrange(100)
                 table.enter([rows[slot]])
-        slots = [slot for slot in rows if random.random() < 0.8] or [1]
-        places = np.array([lengths[slot] for slot in slots], np.int32)
-        words = staging()
+        slots = [slot for slot in rows if random.random() < 0.9] or [1]
+        words, places = staging(), np.array([lengths[slot] for slot in slots], np.int32)
         drawn = table.stage(words, np.array(slots, np.intp), places)
-        assert drawn is not None
-        streams = [rows[slot].random_stream for slot in slots]
-        expected = uniforms(streams, [lengths[slot] - rows[slot].prompt_len for slot in slots])
-        assert words.send()[drawn.uniforms].view(torch.float64).tolist() == expected.tolist()
+        hot = [place for place, slot in enumerate(slots) if rows[slot].params.temperature]
+        assert (drawn is None) == (not hot)
+        if drawn is not None:
+            sequences, sent = [rows[slots[place]] for place in hot], words.send()
+            positions = [
+                places[place] - sequence.prompt_len for place, sequence in zip(hot, sequences, strict=True)
+            ]
+            numbers = uniforms([sequence.random_stream for sequence in sequences], positions)
+            assert sent[drawn.places].tolist() == hot
+            assert sent[drawn.uniforms].view(torch.float64).tolist() == numbers.tolist()
+            heats = [sequence.params.temperature for sequence in sequences]
+            assert sent[drawn.temperature].view(torch.float32).tolist() == heats
         for slot in slots:
             lengths[slot] += 1
 
