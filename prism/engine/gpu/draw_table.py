@@ -13,7 +13,9 @@ from prism.engine.randomness import uniforms
 from prism.engine.sequence import Sequence
 
 AHEAD = 32
-"""Uniform numbers that are made at a time for a row: for two rows that takes no longer than one of each."""
+"""Uniform numbers that are made at a time for a row: for few rows that takes no longer than one of each."""
+MOST_AHEAD = 128
+"""Rows for which that pays."""
 UNKNOWN = -1 << 30
 MOST_BATCHES = 64
 """That are kept: one for each model of a lane as long as nobody comes."""
@@ -101,19 +103,24 @@ class DrawTable:
         return self._batches[key]
 
     def _new_batch(self, slots: NDArray[np.intp]) -> _Batch | None:
-        places = np.flatnonzero(self._temperature[slots] > 0).astype(np.int32)
+        places = np.flatnonzero(self._temperature[slots] > 0)
         drawing = slots[places]
-        words = np.vstack([places, self._settings[:, drawing]])
+        words = np.empty((5, len(places)), np.int32)
+        words[0], words[1:] = places, self._settings[:, drawing]
         return _Batch(drawing, words, len(places) < len(slots)) if len(places) else None
 
     def _numbers(self, slots: NDArray[np.intp], lengths: NDArray[np.int32]) -> NDArray[np.float64]:
-        ahead = lengths - self._begins[slots]
-        (missing,) = (ahead // AHEAD).nonzero()
-        if len(missing):
-            rows, begins = slots[missing], lengths[missing]
+        """When a row has none left, those get new ones, too, that have used half of theirs: where rows began
+        at different steps, some would be made at each."""
+        if len(slots) > MOST_AHEAD:
+            return uniforms(self._streams[slots], lengths - self._prompt_lens[slots])
+        used = lengths - self._begins[slots]
+        if (used // AHEAD).any():
+            (due,) = (used // (AHEAD // 2)).nonzero()
+            rows, begins = slots[due], lengths[due]
             positions = (begins - self._prompt_lens[rows])[:, None] + np.arange(AHEAD)
             self._uniforms[rows] = uniforms(self._streams[rows][:, None], positions)
             self._begins[rows] = begins
-            ahead[missing] = 0
-        numbers: NDArray[np.float64] = self._uniforms[slots, ahead]
+            used[due] = 0
+        numbers: NDArray[np.float64] = self._uniforms[slots, used]
         return numbers

@@ -6,8 +6,10 @@ from collections.abc import Sequence as Seq
 from random import Random
 
 import numpy as np
+import pytest
 import torch
 
+from prism.engine.gpu import draw_table
 from prism.engine.gpu.columns import TableNotes, slots_of, stage_columns
 from prism.engine.gpu.draw_table import DrawTable
 from prism.engine.gpu.staging import Staging
@@ -92,8 +94,10 @@ def test_draws_are_those_of_their_sequences() -> None:
     assert sent[drawn.top_k].tolist() == [0, 5]
 
 
-def test_draws_are_right_however_rows_go_on() -> None:
+@pytest.mark.parametrize("most", [0, draw_table.MOST_AHEAD])
+def test_draws_are_right_however_rows_go_on(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """What is kept of them: rows sit out, begin again earlier, become others'."""
+    monkeypatch.setattr(draw_table, "MOST_AHEAD", most)
     random, table = Random(0), DrawTable(9)
     rows: dict[int, Sequence] = {}
     lengths: dict[int, int] = {}
