@@ -284,7 +284,10 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """A step could be made now, memory permitting."""
-        return any(s.can_step for s in self.running) or any(not s.num_pending for s in self.waiting)
+        for sequence in self.running:  # mostly the first one can: quicker than any()
+            if sequence.can_step:
+                return True
+        return any(not s.num_pending for s in self.waiting)
 
     def _must_follow(self, sequence: Sequence) -> bool:
         """A request's later choices wait until the first one has computed the prompt that they share."""

@@ -9,7 +9,6 @@ and the model's costs move when a step has run, and the time of the last turn wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from prism.engine.sequence import Sequence as Choice
 from prism.modes import Rules
@@ -71,14 +70,17 @@ class Candidate:
     def _make(self) -> Runnable:
         engine, costs, begun = self.model.engine, self._book.of(self._name), self._begun
         assert engine is not None
-        scheduler = engine.scheduler
-        num_decodes = len(scheduler.running) - len(begun)
-        context = sum([s.num_computed for s in scheduler.running]) - sum([s.num_computed for s in begun])
-        prompts = tuple([s.num_missing for s in (*begun, *scheduler.waiting)])
+        running, waiting = engine.scheduler.running, engine.scheduler.waiting
+        num_decodes, context = len(running), sum([s.num_computed for s in running])
+        prompts: tuple[int, ...] = ()
+        if self.has_prompts:
+            num_decodes, context = num_decodes - len(begun), context - sum([s.num_computed for s in begun])
+            prompts = tuple([s.num_missing for s in (*begun, *waiting)])
         decode_due, prompt_due, tpot = _dues(self._requests.running_of(self._name), engine.num_queued)
         due = min(decode_due, prompt_due)
         if prompts and prompt_due == FOR_EVER:
             prompt_due = due  # of streams that have lost their place
+        seconds = 0.0 if costs is None or not num_decodes else costs.steps.decode(num_decodes, context)
         by_deadline = self._by_deadline
         return Runnable(
             model=self._name,
@@ -86,9 +88,7 @@ class Candidate:
             last_turn=self.model.last_turn,
             num_decodes=num_decodes,
             decode_deadline=decode_due if by_deadline else FOR_EVER,
-            decode_seconds=0.0
-            if costs is None or not num_decodes
-            else costs.steps.decode(num_decodes, context),
+            decode_seconds=seconds,
             prompt_tokens=sum(prompts),
             prompts=prompts if by_deadline else (),
             prompt_start=begun[0].num_computed if begun else 0,
@@ -108,19 +108,12 @@ class Candidate:
         assert (self._has_work, self._begun) == (fresh._has_work, fresh._begun), self._name
 
 
-class _Dues(NamedTuple):
-    """Of running requests of one model; infinite where there are none."""
+def _dues(tickets: Iterable[Ticket], num_queued: int) -> tuple[float, float, float]:
+    """Of running requests, infinite where there are none; a queued step counts as one token more for all.
 
-    decode: float
-    """The earliest next token of those that have had one."""
-    prompt: float
-    """The earliest first one of the others."""
-    tpot: float
-    """The least objective of the former."""
-
-
-def _dues(tickets: Iterable[Ticket], num_queued: int) -> _Dues:
-    """A queued step counts as one token more for all."""
+    When the next token of those that have had one is due, when the first one of the others is, and the least
+    objective of the former.
+    """
     decode_due = prompt_due = least = FOR_EVER
     for ticket in tickets:
         tpot = ticket.tpot
@@ -132,7 +125,7 @@ def _dues(tickets: Iterable[Ticket], num_queued: int) -> _Dues:
             decode_due = due
         if tpot < least:
             least = tpot
-    return _Dues(decode_due, prompt_due, least)
+    return decode_due, prompt_due, least
 
 
 class Candidates:

@@ -143,7 +143,8 @@ class Stepper:
             model.stalled_until = now + self._patience
             return True
         self.announce(model, step)
-        self._host.save_dropped(model, step.dropped)
+        if step.dropped:
+            self._host.save_dropped(model, step.dropped)
         self._host.fetch(model, step.fetches)
         after = self._device.neighbours(lane, step)
         begin = self._clock()
@@ -202,7 +203,7 @@ class Stepper:
         """Tell gateways what starts, before it could kill this process."""
         assert model.engine is not None
         self._listener.step_made(model, step)
-        new = [sequence for sequence in step.decodes if not sequence.is_started]
+        new = [sequence for sequence in step.begun if not sequence.is_started]
         new += [chunk.sequence for chunk in step.prompts]
         for request_id in {sequence.request_id for sequence in new}:
             ticket = self._requests.get(request_id)
@@ -298,7 +299,7 @@ class Stepper:
         model.usage.decoded_tokens += len(drawn)
         tickets = self._requests.of_sequences(drawn.sequences)
         first = {ticket for ticket in tickets if ticket.last_token is None}  # of several choices, perhaps
-        model.usage.num_late += sum(ticket.is_late(now) for ticket in first)
+        model.usage.num_late += sum([ticket.is_late(now) for ticket in first])
         got_tokens(tickets, now)
         for place in drawn.ends:
             self._choice_ended(model, tickets[place], drawn.sequences[place])
