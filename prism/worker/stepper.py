@@ -103,6 +103,8 @@ class Stepper:
         self._candidates = Candidates(device.lanes, models, requests, costs, rules, max_batch_tokens)
         self._num_free = device.pool.num_free
         """Free slabs at the last look."""
+        self._completed = [0] * len(device.all_lanes)
+        """Work of each lane that has run, as far as the pool has been told."""
         self._device_time = DeviceTime()
         self._making = [0.0] * len(device.lanes)
         """Seconds that a step of each lane takes to make, the longest of late."""
@@ -228,14 +230,17 @@ class Stepper:
             if lane.flights:
                 for place, flight in enumerate(lane.finished()):
                     self._has_run(lane, flight, is_timed=place == 0)
-            pool.completed(lane.lane_id, lane.num_completed)
+            if lane.num_completed != self._completed[lane.lane_id]:
+                self._completed[lane.lane_id] = lane.num_completed
+                pool.completed(lane.lane_id, lane.num_completed)
         for lane in self._device.lanes:
             for flight in lane.flights:
                 if flight.after:
                     flight.look(self._clock())
-        if pool.num_free > self._num_free:  # whoever gave them back, a compaction between two rounds too
+        num_free = pool.num_free
+        if num_free > self._num_free:  # whoever gave them back, a compaction between two rounds too
             self._listener.memory_changed()
-        self._num_free = pool.num_free
+        self._num_free = num_free
 
     def drain(self, model: Model) -> None:
         """Wait for a model's queued steps and commit them. Raises `DriverError` if they never end."""
