@@ -118,6 +118,7 @@ class Engine:
     def limit_context(self, max_len: int) -> None:
         """Sequences, present and future ones, end when they reach `max_len` tokens."""
         self.max_len = max_len
+        self.scheduler.num_changes += 1
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             sequence.limit(max_len)
 

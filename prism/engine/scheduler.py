@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from itertools import chain, islice, takewhile
 from typing import NamedTuple
 
-import numpy as np
-
 from prism.engine.host_blocks import Fetch, HostTier
 from prism.engine.kv_blocks import KvSpace, Move
 from prism.engine.kv_slab import BlockKey
@@ -72,6 +70,8 @@ class Scheduler:
         self._by_request: defaultdict[RequestId, list[Sequence]] = defaultdict(list)
         self.host: HostTier | None = None
         """Where blocks wait that have lost their place on the device."""
+        self.num_changes = 0
+        """It grows whenever sequences have changed, and with each step that is made or has run."""
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         """Tokens looked up in the prefix cache, each sequence once."""
@@ -82,6 +82,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence."""
+        self.num_changes += 1
         insort(self.waiting, sequence, key=_rank)
         self._by_request[sequence.request_id].append(sequence)
 
@@ -90,6 +91,7 @@ class Scheduler:
 
         Queued steps may still read and write them: whoever gets them next is queued behind those.
         """
+        self.num_changes += 1
         sequence.is_ended = True
         self._publish(sequence)
         (self.waiting if sequence.slot is None else self.running).remove(sequence)
@@ -189,6 +191,7 @@ class Scheduler:
         4. One that has given way begins again with all that it had: with a part of it it would hold memory
            that others want, get no further, and give way once more.
         """
+        self.num_changes += 1
         draft = Draft(budget, self._slots.max_entries)
         decodes, positions = draft.decodes, draft.positions
         for sequence in self.running:  # 1; preemption shortens the list behind the present place only
@@ -281,7 +284,10 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """A step could be made now, memory permitting."""
-        return any(s.can_step for s in self.running) or any(not s.num_pending for s in self.waiting)
+        for sequence in self.running:  # mostly the first one can: quicker than any()
+            if sequence.can_step:
+                return True
+        return any(not s.num_pending for s in self.waiting)
 
     def _must_follow(self, sequence: Sequence) -> bool:
         """A request's later choices wait until the first one has computed the prompt that they share."""
@@ -346,10 +352,13 @@ class Scheduler:
     # --- afterwards ----------------------------------------------------------------------------------
 
     def computed(self, step: Step) -> None:
-        """The step has run: publish the blocks that are full of known tokens now."""
-        size = self.kv.layout.tokens_per_block
-        for place in np.flatnonzero((step.positions + 1) % size == 0).tolist():
-            self._publish(step.decodes[place])
+        """The step has run: publish the blocks that are full of known tokens now.
+
+        A decode's when it has begun the next one, which takes a closer look in any case.
+        """
+        self.num_changes += 1
+        for sequence in step.begun:
+            self._publish(sequence)
         for chunk in step.prompts:
             self._publish(chunk.sequence)
 
@@ -362,6 +371,7 @@ class Scheduler:
         sequence.num_published = num_full
 
     def _preempt(self, sequence: Sequence) -> None:
+        self.num_changes += 1
         self._publish(sequence)  # of a step that is queued too: who takes these blocks runs behind it
         self.running.remove(sequence)
         self._release(sequence)

@@ -31,8 +31,12 @@ class Step:
     """Each computes its newest token and draws the next."""
     positions: NDArray[np.int32]
     """Of those newest tokens."""
+    context: int
+    """Tokens whose KV the decodes read, all together."""
     prompts: tuple[Chunk, ...]
     """All others: they compute several tokens, or one without drawing."""
+    begun: tuple[Sequence, ...] = ()
+    """Decodes that begin a block, among others: when the step has run, that before it is full and known."""
     new_blocks: tuple[BlockId, ...] = ()
     """Blocks that get their first tokens in this step."""
     dropped: tuple[Dropped, ...] = ()
@@ -78,6 +82,7 @@ class Draft:
     decodes: list[Sequence] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     prompts: list[Chunk] = field(default_factory=list)
+    begun: list[Sequence] = field(default_factory=list)
     new_blocks: list[BlockId] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     fetches: list[Fetch] = field(default_factory=list)
@@ -98,6 +103,7 @@ class Draft:
         if samples and length == 1:
             self.decodes.append(sequence)
             self.positions.append(start)
+            self.begun.append(sequence)
         else:
             self.prompts.append(Chunk(sequence, start, length, samples))
         self.budget -= length
@@ -108,7 +114,9 @@ class Draft:
         return Step(
             tuple(self.decodes),
             np.array(self.positions, np.int32),
+            sum(self.positions) + len(self.positions),
             tuple(self.prompts),
+            tuple(self.begun),
             tuple(self.new_blocks),
             tuple(self.dropped),
             tuple(self.fetches),

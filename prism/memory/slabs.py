@@ -127,6 +127,8 @@ class SlabAccounts:
 
     def completed(self, lane: LaneId, step: int) -> int:
         """A lane's steps up to `step` have completed; returns how many slabs became free by it."""
+        if step == self._completed.get(lane):
+            return 0
         self._completed[lane] = max(step, self._completed.get(lane, 0))
         waiting, count = self._retiring.get(lane, []), 0
         while waiting and waiting[0][0] <= step:

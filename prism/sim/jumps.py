@@ -25,7 +25,7 @@ from prism.sim.rounds import Part, Rounds
 from prism.sim.runs import due_after, steps_alone, steps_until_change
 from prism.worker import turns
 from prism.worker.foresight import BANKED
-from prism.worker.snapshot import decode_share
+from prism.worker.snapshot import Streams, streams_of
 
 MOST_STEPS = 256
 """That are looked at one by one: more of them would be too many when the run is cut soon."""
@@ -122,9 +122,9 @@ def gives_up(members: Sequence[SimModel], rules: Rules, longer: Longer, more: in
     )
 
 
-def _streams(model: SimModel, longer: Longer, more: int) -> turns.Streams:
-    share = decode_share(longer(model) * model.decode_seconds(more), model.served.slo.tpot)
-    return turns.Streams(share, model.decodes.size, model.name)
+def _streams(model: SimModel, longer: Longer, more: int) -> Streams:
+    seconds = longer(model) * model.decode_seconds(more)
+    return streams_of(model.name, model.decodes.size, seconds, model.served.slo.tpot)
 
 
 def steps_with_time(

@@ -1,4 +1,4 @@
-"""Takes the snapshots that the shipped policies decide on; mirrors `worker/views.py`."""
+"""Takes the snapshots that the shipped policies decide on; mirrors `worker/views.py` and `candidates.py`."""
 
 from __future__ import annotations
 

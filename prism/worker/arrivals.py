@@ -94,15 +94,16 @@ class Arrivals:
         """Bring in what is wanted, those with the oldest requests first; then what may come ahead."""
         worker = self._worker
         worker.residency.unmap_arenas()
-        wanted = [m for m in worker.models.values() if worker.holdings.is_asked_for(m)]
-        if worker.rules.is_exclusive:
-            wanted = worker.tenancy.wanted(worker, now)
+        tenants = worker.tenancy.wanted(worker, now) if worker.rules.is_exclusive else None
+        active = ModelState.ACTIVE  # of those, nothing is looked at: this is asked each round
+        others = [m for m in worker.models.values() if m.state is not active or m.is_ahead or m.is_sent_away]
+        wanted = [m for m in others if worker.holdings.is_asked_for(m)] if tenants is None else tenants
         for model in wanted:
             model.is_ahead = model.is_sent_away = False
         absent = [model for model in wanted if not model.is_active]
         for model in sorted(absent, key=lambda m: (worker.reclaimer.rank(m), m.name)):
             self._bring(model, now)
-        for model in worker.models.values():
+        for model in others:
             if model.load is not None:
                 tickets = worker.requests.of_model(model.name)
                 model.load.deadline = min((t.due for t in tickets), default=NEVER)

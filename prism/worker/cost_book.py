@@ -150,9 +150,10 @@ class Work(NamedTuple):
 def work_of(step: Step) -> Work:
     """Of any step."""
     num_decodes = len(step.decodes)
+    if not step.prompts:
+        return Work(num_decodes, 0.0, step.context)
     pairs = sum(length * (start + length / 2) for _, start, length, _ in step.prompts)
-    context = int(step.positions.sum()) + num_decodes
-    return Work(num_decodes + step.num_prompt_tokens, pairs, context)
+    return Work(num_decodes + step.num_prompt_tokens, pairs, step.context)
 
 
 def step_seconds(costs: Costs, step: Step) -> float:

@@ -141,6 +141,7 @@ class Device:
         )
         self.swap = Lane(LaneId(backend.num_lanes), Slots(0))
         """Not for steps: copies of KV that leaves the device, so that stamps can name them."""
+        self.all_lanes = (*self.lanes, self.swap)
 
     def bind(self) -> Lane:
         """The lane with the fewest models gets one more."""
@@ -162,7 +163,7 @@ class Device:
         would wait until the large ones leave room.
         """
         others = [flight for other in self.lanes if other is not lane for flight in other.flights]
-        return tuple(flight for flight in others if step.has_prompts or flight.has_prompts)
+        return tuple(others if step.has_prompts else [flight for flight in others if flight.has_prompts])
 
     def take_turns(self, lane: Lane, flight: Flight) -> None:
         """Let a flight that may be launched, and all behind it on the lane, run behind what it has to."""

@@ -66,7 +66,9 @@ class EarlySteps:
 
     def step(self, now: float) -> bool:
         """Go on with all of them; whether anything came of it."""
-        moving = [m for m in self._models.values() if m.early is not None or m.is_arriving]
+        moving = [
+            m for m in self._models.values() if m.early is not None or (m.load is not None and m.is_arriving)
+        ]
         progress = [self._begin(m, now) if m.early is None else self.go_on(m, m.early) for m in moving]
         return any(progress)
 

@@ -138,7 +138,10 @@ class Lane:
     @property
     def launching(self) -> Flight | None:
         """The oldest work that is not on the device in full. All behind it waits, since order matters."""
-        return next((flight for flight in self.flights if not flight.is_launched), None)
+        for flight in self.flights:
+            if not flight.is_launched:
+                return flight
+        return None
 
     def finished(self) -> Iterator[Flight]:
         """Takes out, in order, what has run."""

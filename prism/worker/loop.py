@@ -270,7 +270,7 @@ class Worker:
     @property
     def is_device_busy(self) -> bool:
         """Work is queued whose end will not be told: it has to be looked for."""
-        return any(lane.flights for lane in (*self.device.lanes, self.device.swap))
+        return any([lane.flights for lane in self.device.all_lanes])  # noqa: C419  (quicker for so few)
 
     def next_timer(self) -> float | None:
         """The time at which `advance` must be called even if nothing comes in."""
@@ -384,6 +384,7 @@ class Worker:
         self.device.pool.check()
         self.requests.check()
         self.host.check()
+        self._stepper.check()
         for model in self.models.values():
             assert model.weight_slabs in ((), model.arena_slabs), f"{model.name}: slabs that no arena shows"
             if model.kv is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from prism.costs import StepCosts
 from prism.types import ModelId, ModelState, Rank, RequestId
@@ -77,9 +78,27 @@ class AdmissionSnapshot:
     """Tenants that have had more than their share (worker/shares.py)."""
 
 
-@dataclass(frozen=True, slots=True)
+class Streams(NamedTuple):
+    """Those of a model, on its lane. In order those come first that need the least time each."""
+
+    share_each: float
+    model: ModelId
+    share: float
+    """Of the lane's time, that all of them need."""
+
+
+def streams_of(model: ModelId, number: int, seconds: float, tpot: float) -> Streams:
+    """So many streams whose steps take so long, each at the objective `tpot`."""
+    share = seconds / max(tpot, 1e-3)
+    return Streams(share / number, model, share)
+
+
+@dataclass(slots=True)
 class Runnable:
-    """A model that has sequences to step, or one of another lane that decodes."""
+    """A model that has sequences to step, or one of another lane that decodes.
+
+    A value like the others. Two are made at each step, though, and a frozen one takes twice as long to make.
+    """
 
     model: ModelId
     deadline: float
@@ -102,16 +121,17 @@ class Runnable:
     """The earliest deadline among those whose prompts are not computed."""
     tpot: float = float("inf")
     """The objective of its streams, the least of them."""
+    due: float = field(init=False)
+    """The earliest deadline of all."""
+    streams: Streams | None = field(init=False)
+    """What those that decode need of a lane."""
 
-    @property
-    def decode_share(self) -> float:
-        """Share of a lane's time that its streams need, each at its objective."""
-        return decode_share(self.decode_seconds, self.tpot)
-
-
-def decode_share(seconds: float, tpot: float) -> float:
-    """Of a lane's time, what streams need whose steps take so long, each at the objective `tpot`."""
-    return seconds / max(tpot, 1e-3)
+    def __post_init__(self) -> None:
+        """Each turn asks for both; a model that has not changed brings them along."""
+        self.due = min(self.deadline, self.prompt_deadline)
+        self.streams = None
+        if self.num_decodes:
+            self.streams = streams_of(self.model, self.num_decodes, self.decode_seconds, self.tpot)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from prism.errors import DriverError
 from prism.messages import ResumedChoice
 from prism.modes import Rules
 from prism.types import RequestId
-from prism.worker import turns
+from prism.worker.candidates import Candidates
 from prism.worker.cost_book import CostBook
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
@@ -29,7 +29,6 @@ from prism.worker.models import Model
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket, got_tokens
 from prism.worker.usage import DeviceTime
-from prism.worker.views import able_to_step, is_decoding_only, neighbours_decode, turn_snapshot
 
 MAX_QUEUED = 2
 """Steps on a lane: one that runs, and one that keeps the device busy meanwhile."""
@@ -97,14 +96,15 @@ class Stepper:
         self._reclaimer = reclaimer
         self._host = host
         self._costs = costs
-        self._rules = rules
         self._delivery = delivery
         self._listener = listener
         self._clock = clock
-        self._max_batch_tokens = max_batch_tokens
         self._patience = patience
+        self._candidates = Candidates(device.lanes, models, requests, costs, rules, max_batch_tokens)
         self._num_free = device.pool.num_free
         """Free slabs at the last look."""
+        self._completed = [0] * len(device.all_lanes)
+        """Work of each lane that has run, as far as the pool has been told."""
         self._device_time = DeviceTime()
         self._making = [0.0] * len(device.lanes)
         """Seconds that a step of each lane takes to make, the longest of late."""
@@ -132,7 +132,7 @@ class Stepper:
         if not self._has_room(lane, now):
             return False
         start = self._clock()
-        turn = self._turn(lane, now)
+        turn = self._candidates.turn(lane, now)
         if turn is None:
             return False
         model = self._models[turn.model]
@@ -145,7 +145,8 @@ class Stepper:
             model.stalled_until = now + self._patience
             return True
         self.announce(model, step)
-        self._host.save_dropped(model, step.dropped)
+        if step.dropped:
+            self._host.save_dropped(model, step.dropped)
         self._host.fetch(model, step.fetches)
         after = self._device.neighbours(lane, step)
         begin = self._clock()
@@ -157,18 +158,6 @@ class Stepper:
         self._making[lane.lane_id] = max(making, FORGETTING * self._making[lane.lane_id])
         self._launch(lane)
         return True
-
-    def _turn(self, lane: Lane, now: float) -> turns.Turn | None:
-        """What the policy chooses; a model that only decodes, and is alone, is no choice."""
-        able = able_to_step(self._models, lane, now)
-        if not able:
-            return None
-        if len(able) == 1 and is_decoding_only(able[0]):
-            return turns.Turn(able[0].name, self._max_batch_tokens)
-        snapshot = turn_snapshot(
-            able, self._models, self._requests, self._costs, self._rules, self._max_batch_tokens
-        )
-        return turns.decide(snapshot, now)
 
     def _launch(self, lane: Lane, seconds: float | None = None) -> bool:
         """Launch a slice of the lane's last step, and the copies behind it; whether anything came of it.
@@ -204,7 +193,7 @@ class Stepper:
             return True
         if len(steps) >= MAX_QUEUED or now < lane.earliest_end(steps[0]) - self._lead:
             return False
-        return not (steps[0].has_prompts and neighbours_decode(self._models, lane))
+        return not (steps[0].has_prompts and self._candidates.neighbours_decode(lane))
 
     @property
     def _lead(self) -> float:
@@ -216,7 +205,7 @@ class Stepper:
         """Tell gateways what starts, before it could kill this process."""
         assert model.engine is not None
         self._listener.step_made(model, step)
-        new = [sequence for sequence in step.decodes if not sequence.is_started]
+        new = [sequence for sequence in step.begun if not sequence.is_started]
         new += [chunk.sequence for chunk in step.prompts]
         for request_id in {sequence.request_id for sequence in new}:
             ticket = self._requests.get(request_id)
@@ -227,23 +216,31 @@ class Stepper:
                 sequences = model.engine.scheduler.sequences_of(request_id)
                 self._delivery.started(ticket, sequences, self._clock())
 
+    def check(self) -> None:
+        """What is kept of models for the choice of their turns holds."""
+        self._candidates.check()
+
     # --- and back -------------------------------------------------------------------------------------
 
     def collect(self) -> None:
         """Commit, in order, what has run on any lane, and tell when slabs have become free."""
         pool = self._device.pool
         self._host.settle()
-        for lane in (*self._device.lanes, self._device.swap):
-            for place, flight in enumerate(lane.finished()):
-                self._has_run(lane, flight, is_timed=place == 0)
-            pool.completed(lane.lane_id, lane.num_completed)
+        for lane in self._device.all_lanes:
+            if lane.flights:
+                for place, flight in enumerate(lane.finished()):
+                    self._has_run(lane, flight, is_timed=place == 0)
+            if lane.num_completed != self._completed[lane.lane_id]:
+                self._completed[lane.lane_id] = lane.num_completed
+                pool.completed(lane.lane_id, lane.num_completed)
         for lane in self._device.lanes:
             for flight in lane.flights:
                 if flight.after:
                     flight.look(self._clock())
-        if pool.num_free > self._num_free:  # whoever gave them back, a compaction between two rounds too
+        num_free = pool.num_free
+        if num_free > self._num_free:  # whoever gave them back, a compaction between two rounds too
             self._listener.memory_changed()
-        self._num_free = pool.num_free
+        self._num_free = num_free
 
     def drain(self, model: Model) -> None:
         """Wait for a model's queued steps and commit them. Raises `DriverError` if they never end."""
@@ -307,7 +304,7 @@ class Stepper:
         model.usage.decoded_tokens += len(drawn)
         tickets = self._requests.of_sequences(drawn.sequences)
         first = {ticket for ticket in tickets if ticket.last_token is None}  # of several choices, perhaps
-        model.usage.num_late += sum(ticket.is_late(now) for ticket in first)
+        model.usage.num_late += sum([ticket.is_late(now) for ticket in first])
         got_tokens(tickets, now)
         for place in drawn.ends:
             self._choice_ended(model, tickets[place], drawn.sequences[place])

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import itemgetter
-from typing import NamedTuple
 
 from prism.costs import MOST_TOKENS, StepCosts
 from prism.types import ModelId
-from prism.worker.snapshot import Arrival, Runnable, TurnSnapshot
+from prism.worker.snapshot import Arrival, Runnable, Streams, TurnSnapshot
 
 SHARED_CHUNK = 512
 """Prompt tokens of a step that is launched as weights arrive, beside others that decode."""
@@ -26,6 +24,7 @@ PATIENCE = 8
 """TPOT objectives within which streams have a step all the same, given up or late behind prompts."""
 WORTH_SHARING = 0.25
 """Of the time that a prompt takes alone, what it must save to join others in their step: they wait for it."""
+NOBODY: frozenset[ModelId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +57,9 @@ def decide(snapshot: TurnSnapshot, now: float) -> Turn | None:
         return None
     runnable, budget = snapshot.runnable, snapshot.max_batch_tokens
     lost = given_up(runnable)  # 1
-    decoding = [r for r in (*runnable, *snapshot.neighbours) if r.num_decodes]
-    if decoding and (prompting := [r for r in runnable if r.prompt_tokens]):  # 3
+    prompting = [r for r in runnable if r.prompt_tokens]
+    decoding = [r for r in (*runnable, *snapshot.neighbours) if r.num_decodes] if prompting else []
+    if decoding:  # 3
         prompt = _earliest(prompting, lost, now)
         least = _least_chunk(prompt.costs)
         chunk = _chunk(prompt, least, decoding, lost, now)
@@ -78,41 +78,38 @@ def given_up(runnable: Iterable[Runnable]) -> frozenset[ModelId]:
     Those are kept whose streams need the least of the lane's time each, as long as `DECODE_SHARE` suffices:
     that makes the most streams. Were all served by deadline, all would be late by what is lacking.
     """
-    return beyond_share([Streams(r.decode_share, r.num_decodes, r.model) for r in runnable if r.num_decodes])
-
-
-class Streams(NamedTuple):
-    """Those of a model, on its lane."""
-
-    share: float
-    """Of the lane's time, that they need."""
-    number: int
-    model: ModelId
+    return beyond_share([r.streams for r in runnable if r.streams is not None])
 
 
 def beyond_share(streams: Sequence[Streams]) -> frozenset[ModelId]:
     """See `given_up`."""
     if sum([each.share for each in streams]) <= DECODE_SHARE:
-        return frozenset()
+        return NOBODY
     left, lost = DECODE_SHARE, []
-    for each in sorted(streams, key=lambda each: (each.share / each.number, each.model)):
-        if each.share <= left or left == DECODE_SHARE:  # one is kept whatever it needs
-            left -= each.share
+    for _, model, share in sorted(streams):
+        if share <= left or left == DECODE_SHARE:  # one is kept whatever it needs
+            left -= share
         else:
-            lost.append(each.model)
+            lost.append(model)
     return frozenset(lost)
 
 
-def _decodes_due(r: Runnable, lost: Set[ModelId], deadline: float) -> float:
-    return max(deadline, r.last_turn + PATIENCE * r.tpot) if r.model in lost else deadline
+def _patient(r: Runnable, deadline: float) -> float:
+    """When streams are due that have been given up."""
+    due = r.last_turn + PATIENCE * r.tpot
+    return due if due > deadline else deadline
 
 
-def _earliest(runnable: Sequence[Runnable], lost: Set[ModelId], now: float) -> Runnable:
-    def key(r: Runnable) -> tuple[float, float, ModelId]:
-        due = min(r.prompt_deadline, _decodes_due(r, lost, r.deadline))
-        return max(due, now), r.last_turn, r.model
-
-    return min(runnable, key=key)
+def _earliest(runnable: Iterable[Runnable], lost: Set[ModelId], now: float) -> Runnable:
+    """By deadline, those that have passed alike; then by the last turn and name."""
+    keys = []
+    for r in runnable:
+        due = r.due
+        if r.model in lost:
+            due = _patient(r, r.deadline)
+            due = due if due < r.prompt_deadline else r.prompt_deadline
+        keys.append((due if due > now else now, r.last_turn, r.model, r))
+    return min(keys)[-1]
 
 
 @lru_cache(maxsize=256)
@@ -153,8 +150,11 @@ def _chunk(first: Runnable, least: int, decoding: Iterable[Runnable], lost: Set[
     slack, most = float("inf"), MOST_TOKENS
     before = 0.0
     is_in_time = first.prompt_deadline > now
-    dues = [(_decodes_due(r, lost, r.decode_deadline), r.model, r) for r in decoding]
-    for due, model, r in sorted(dues, key=itemgetter(0, 1)):
+    dues = [
+        (_patient(r, r.decode_deadline) if r.model in lost else r.decode_deadline, r.model, r)
+        for r in decoding
+    ]
+    for due, model, r in sorted(dues):
         if model != first.model:
             before += r.decode_seconds
         left = due - now - before

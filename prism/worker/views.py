@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from prism.engine.kv_layout import KvLayout
-from prism.modes import Rules
 from prism.types import ModelId, ModelState, Rank
-from prism.worker.cost_book import CostBook
+from prism.worker.candidates import decodes
 from prism.worker.foresight import GROWTH
-from prism.worker.lanes import Lane
 from prism.worker.models import Model
-from prism.worker.requests import Requests, Ticket
+from prism.worker.requests import Ticket
 from prism.worker.snapshot import (
     FAR,
     MOST_DECODES,
     AdmissionSnapshot,
     Arrival,
     ModelLoad,
-    Runnable,
-    TurnSnapshot,
     WaitingRequest,
 )
 
@@ -236,113 +232,6 @@ def obtainable_slabs(worker: Worker, model: Model) -> int:
     return slabs
 
 
-def able_to_step(models: Mapping[str, Model], lane: Lane, now: float) -> list[Model]:
-    """Models that could run the lane's next step."""
-    return [
-        model
-        for model in models.values()
-        if model.lane is lane
-        and model.engine is not None
-        and model.is_active
-        and model.early is None
-        and now >= model.stalled_until
-        and model.engine.scheduler.has_work
-    ]
-
-
-def is_decoding_only(model: Model) -> bool:
-    """It has no prompts to compute."""
-    assert model.engine is not None
-    return not model.engine.scheduler.waiting and not model.engine.scheduler.prompts
-
-
-def turn_snapshot(
-    able: Sequence[Model],
-    models: Mapping[str, Model],
-    requests: Requests,
-    costs: CostBook,
-    rules: Rules,
-    max_batch_tokens: int,
-) -> TurnSnapshot:
-    """Models that could run a lane's next step, and those of other lanes that its prompts would hold up."""
-    runnable = [_runnable(model, requests, costs, rules) for model in able]
-    neighbours: list[Runnable] = []
-    if sum([each.prompt_tokens for each in runnable]):
-        others = [
-            m for m in models.values() if m.lane is not able[0].lane and m.early is None and _decodes(m)
-        ]
-        neighbours = [_runnable(model, requests, costs, rules) for model in others]
-    return TurnSnapshot(tuple(runnable), max_batch_tokens, tuple(neighbours))
-
-
-def _runnable(model: Model, requests: Requests, book: CostBook, rules: Rules) -> Runnable:
-    costs, engine = book.of(model.name), model.engine
-    assert engine is not None
-    scheduler = engine.scheduler
-    begun = scheduler.prompts
-    num_decodes = len(scheduler.running) - len(begun)
-    context = sum([s.num_computed for s in scheduler.running]) - sum(s.num_computed for s in begun)
-    prompt_start = begun[0].num_computed if begun else 0
-    prompts = [s.num_missing for s in (*begun, *scheduler.waiting)]
-    decode_due, prompt_due, tpot = _dues(requests.running_of(model.name), engine.num_queued)
-    due = min(decode_due, prompt_due)
-    if prompts and prompt_due == float("inf"):
-        prompt_due = due  # of streams that have lost their place
-    seconds = 0.0 if costs is None or not num_decodes else costs.steps.decode(num_decodes, context)
-    return Runnable(
-        model=model.name,
-        deadline=due if rules.by_deadline else 0.0,  # else all are due, and take turns
-        last_turn=model.last_turn,
-        num_decodes=num_decodes,
-        decode_deadline=decode_due if rules.by_deadline else float("inf"),
-        decode_seconds=seconds,
-        prompt_tokens=sum(prompts),
-        prompts=tuple(prompts) if rules.by_deadline else (),
-        prompt_start=prompt_start,
-        costs=None if costs is None else costs.steps,
-        prompt_deadline=prompt_due,
-        tpot=tpot if rules.by_deadline else float("inf"),
-    )
-
-
-class _Dues(NamedTuple):
-    """Of running requests of one model; infinite where there are none."""
-
-    decode: float
-    """The earliest next token of those that have had one."""
-    prompt: float
-    """The earliest first one of the others."""
-    tpot: float
-    """The least objective of the former."""
-
-
-def _dues(tickets: Iterable[Ticket], num_queued: int) -> _Dues:
-    """A queued step counts as one token more for all."""
-    decode_due = prompt_due = least = float("inf")
-    for ticket in tickets:
-        tpot = ticket.tpot
-        due = ticket.due + num_queued * tpot
-        if ticket.last_token is None:
-            prompt_due = min(prompt_due, due)
-            continue
-        if due < decode_due:
-            decode_due = due
-        if tpot < least:
-            least = tpot
-    return _Dues(decode_due, prompt_due, least)
-
-
-def neighbours_decode(models: Mapping[str, Model], lane: Lane) -> bool:
-    """Whether any model of another lane has sequences that draw tokens."""
-    return any(_decodes(m) for m in models.values() if m.lane is not None and m.lane is not lane)
-
-
-def _decodes(model: Model) -> bool:
-    if not model.is_active or model.engine is None:
-        return False
-    return any(sequence.is_prompt_computed for sequence in model.engine.scheduler.running)
-
-
 def arrival_of(model: Model, models: Mapping[str, Model], max_batch_tokens: int) -> Arrival:
     """What the choice of a loading model's first step depends on."""
     lane, load, engine = model.lane, model.load, model.engine
@@ -358,7 +247,7 @@ def arrival_of(model: Model, models: Mapping[str, Model], max_batch_tokens: int)
             or not lane.is_apart_free
             or any(other.early is not None and other.lane is lane for other in others)
         ),
-        others_decode=any(map(_decodes, others)),
+        others_decode=any(map(decodes, others)),
         max_batch_tokens=max_batch_tokens,
     )
 

@@ -310,7 +310,7 @@ def test_a_model_whose_first_tokens_are_late_gets_another_home_however_idle_its_
 
 
 def test_who_is_late_gets_another_home_wherever_it_was_just_put() -> None:
-    """A 3B that had changed its home while nobody asked for it was to stay there alone for eight minutes,
+    """A 3B that had changed its home while nobody asked for it had to stay there alone for eight minutes,
     with nine of ten first tokens late, beside seven idle devices."""
     bursty = model("a", 10, W0, compute=0.2, token_rate=5.0, late=0.5)
     devices = [device(0), device(1), device(2)]

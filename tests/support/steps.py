@@ -14,5 +14,7 @@ def step_of(chunks: Iterable[Chunk]) -> Step:
     decodes, prompts = [], []
     for chunk in chunks:
         (decodes if chunk.length == 1 and chunk.samples else prompts).append(chunk)
-    positions = np.array([chunk.start for chunk in decodes], np.int32)
-    return Step(tuple(chunk.sequence for chunk in decodes), positions, tuple(prompts))
+    positions = [chunk.start for chunk in decodes]
+    context = sum(positions) + len(positions)
+    sequences = tuple(chunk.sequence for chunk in decodes)
+    return Step(sequences, np.array(positions, np.int32), context, tuple(prompts))

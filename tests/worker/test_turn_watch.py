@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 
 from prism.metrics import Metrics
 from prism.worker.gauges import Gauges
@@ -49,7 +50,9 @@ class Turns:
         self.process = Process(self.worker, self.sockets, self.jobs, Gauges(self.metrics, "worker-0"))
         self.idle_seconds = 0.0
         poller = SimpleNamespace(
-            poll=lambda milliseconds: self.time.passes(self.idle_seconds if milliseconds else 0.0)()
+            poll=lambda milliseconds: self.time.passes(
+                self.idle_seconds if milliseconds else 0.0, lambda: [(self.jobs.wake, zmq.POLLIN)]
+            )()
         )
         self.replace(self.process, "_poller", lambda _: poller)
         self.replace(self.worker._stepper, "step", lambda _: self._step)

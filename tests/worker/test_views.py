@@ -7,8 +7,7 @@ import pytest
 from prism.types import ModelId
 from prism.worker import views
 from prism.worker.reports import make_report
-from prism.worker.snapshot import Runnable
-from prism.worker.views import able_to_step, admission_snapshot, estimate, turn_snapshot
+from prism.worker.views import admission_snapshot, estimate
 from tests.support.checkpoints import make_model, save
 from tests.support.local_worker import LocalWorker
 
@@ -30,46 +29,6 @@ def test_choices_share_their_prompt_before_they_start_too(tmp_path: Path) -> Non
     )
     local.run()
     local.close()
-
-
-def _runnable(local: LocalWorker) -> Runnable:
-    worker = local.worker
-    (lane,) = worker.device.lanes
-    able = able_to_step(worker.models, lane, local.now)
-    snapshot = turn_snapshot(able, worker.models, worker.requests, worker.costs, worker.rules, 64)
-    (model,) = snapshot.runnable
-    return model
-
-
-def test_a_turn_sees_when_prompts_are_due_and_how_quick_streams_must_be(tmp_path: Path) -> None:
-    """Where a lane has too many streams they are put off, and not the prompts beside them."""
-    path = save(make_model("llama", seed=0), tmp_path / "llama")
-    local = LocalWorker({"llama": path}, num_slabs=6, host_kv=0, max_batch_tokens=64)
-    local.submit("first", "llama", [1, 2, 3], max_tokens=20)
-    local.run(until=lambda: len(local.outbox.tokens.get(("first", 0), ())) > 2)
-    stream = _runnable(local)
-    (ticket,) = local.worker.requests
-    assert (stream.num_decodes, stream.tpot) == (1, ticket.submit.slo.tpot)
-    assert stream.decode_share > 0 and stream.prompt_deadline == float("inf")
-    local.submit("second", "llama", [1 + i % 50 for i in range(200)], max_tokens=20)
-    local.run(until=lambda: all(ticket.is_running for ticket in local.worker.requests))
-    both = _runnable(local)
-    assert both.prompt_tokens and both.prompt_deadline == list(local.worker.requests)[1].due
-    assert both.decode_deadline != both.prompt_deadline
-    local.run()
-    local.close()
-
-
-def test_a_turn_looks_at_no_request_that_waits(tmp_path: Path) -> None:
-    """Every step asks for one: it took 1 ms where 10,000 requests waited."""
-    path = save(make_model("llama", seed=0), tmp_path / "llama")
-    local = LocalWorker({"llama": path}, num_slabs=6, host_kv=0, max_batch_size=2)
-    for number in range(20):
-        local.submit(f"r{number}", "llama", [1, 2, 3], max_tokens=20)
-    local.run(until=lambda: len(local.outbox.started) == 2)
-    for ticket in local.worker.requests.waiting:
-        ticket.due = None  # type: ignore[assignment]  # whoever looks at it fails
-    assert local.worker.requests.num_waiting == 18 and _runnable(local).num_decodes == 2
 
 
 def test_a_report_counts_the_queue_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

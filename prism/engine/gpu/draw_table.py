@@ -12,6 +12,14 @@ from prism.engine.gpu.staging import Staging
 from prism.engine.randomness import uniforms
 from prism.engine.sequence import Sequence
 
+AHEAD = 32
+"""Uniform numbers that are made at a time for a row: for few rows that takes no longer than one of each."""
+MOST_AHEAD = 128
+"""Rows for which that pays."""
+UNKNOWN = -1 << 30
+MOST_BATCHES = 64
+"""That are kept: one for each model of a lane as long as nobody comes."""
+
 
 class StagedDraws(NamedTuple):
     """Where the numbers of a step's random draws lie among its words."""
@@ -25,6 +33,16 @@ class StagedDraws(NamedTuple):
     top_k: slice
 
 
+class _Batch(NamedTuple):
+    """Rows that draw at random, of those that one step has."""
+
+    slots: NDArray[np.intp]
+    words: NDArray[np.int32]
+    """Their places among all rows of the step, and their settings."""
+    is_part: bool
+    """Others of the step do not."""
+
+
 class DrawTable:
     """That of one lane: an array for each of what the draws of a row depend on."""
 
@@ -34,11 +52,18 @@ class DrawTable:
         self._settings = np.zeros((4, num_slots), np.int32)
         self._temperature, self._top_p, self._min_p = self._settings[:3].view(np.float32)
         self._top_k = self._settings[3]
-        self._needs_history = np.zeros(num_slots, np.bool_)
+        self._with_history: set[int] = set()
+        self._uniforms = np.zeros((num_slots, AHEAD))
+        """Numbers of the next draws of each row."""
+        self._begins = np.full(num_slots, UNKNOWN, np.int32)
+        """Behind how many tokens the first of these is drawn."""
+        self._batches: dict[bytes, _Batch | None] = {}
+        """By rows, as long as no row becomes another's."""
 
     def enter(self, sequences: Iterable[Sequence]) -> None:
         """These are about to draw in their rows for the first time."""
         for sequence in sequences:
+            self._batches.clear()
             slot, params = sequence.slot, sequence.params
             assert slot is not None
             self._streams[slot] = sequence.random_stream
@@ -47,20 +72,55 @@ class DrawTable:
             self._top_p[slot] = params.top_p
             self._min_p[slot] = params.min_p
             self._top_k[slot] = params.top_k
-            self._needs_history[slot] = sequence.needs_history
+            self._begins[slot] = UNKNOWN
+            if sequence.needs_history:
+                self._with_history.add(slot)
+            else:
+                self._with_history.discard(slot)
 
     def needs_host(self, slots: NDArray[np.intp]) -> bool:
         """Draws of one of these depend on earlier tokens, or report more than a token."""
-        return bool(self._needs_history[slots].any())
+        return bool(self._with_history) and not self._with_history.isdisjoint(slots.tolist())
 
     def stage(
         self, staging: Staging, slots: NDArray[np.intp], lengths: NDArray[np.int32]
     ) -> StagedDraws | None:
         """Numbers for those of `slots` that draw at random, behind `lengths` tokens; None without any."""
-        places = np.flatnonzero(self._temperature[slots] > 0)
-        if not len(places):
+        batch = self._batch(slots)
+        if batch is None:
             return None
-        slots = slots[places]
-        numbers = uniforms(self._streams[slots], lengths[places] - self._prompt_lens[slots])
-        settings = self._settings[:, slots]
-        return StagedDraws(staging.ints(places), staging.doubles(numbers), *staging.rows(settings))
+        numbers = self._numbers(batch.slots, lengths[batch.words[0]] if batch.is_part else lengths)
+        places, *settings = staging.rows(batch.words)
+        return StagedDraws(places, staging.doubles(numbers), *settings)
+
+    def _batch(self, slots: NDArray[np.intp]) -> _Batch | None:
+        """Those of these rows that draw at random; kept, since mostly the same rows are stepped again."""
+        key = slots.tobytes()
+        if key not in self._batches:
+            if len(self._batches) >= MOST_BATCHES:
+                self._batches.clear()
+            self._batches[key] = self._new_batch(slots)
+        return self._batches[key]
+
+    def _new_batch(self, slots: NDArray[np.intp]) -> _Batch | None:
+        places = np.flatnonzero(self._temperature[slots] > 0)
+        drawing = slots[places]
+        words = np.empty((5, len(places)), np.int32)
+        words[0], words[1:] = places, self._settings[:, drawing]
+        return _Batch(drawing, words, len(places) < len(slots)) if len(places) else None
+
+    def _numbers(self, slots: NDArray[np.intp], lengths: NDArray[np.int32]) -> NDArray[np.float64]:
+        """When a row has none left, those get new ones, too, that have used half of theirs: where rows began
+        at different steps, some would be made at each."""
+        if len(slots) > MOST_AHEAD:
+            return uniforms(self._streams[slots], lengths - self._prompt_lens[slots])
+        used = lengths - self._begins[slots]
+        if (used // AHEAD).any():
+            (due,) = (used // (AHEAD // 2)).nonzero()
+            rows, begins = slots[due], lengths[due]
+            positions = (begins - self._prompt_lens[rows])[:, None] + np.arange(AHEAD)
+            self._uniforms[rows] = uniforms(self._streams[rows][:, None], positions)
+            self._begins[rows] = begins
+            used[due] = 0
+        numbers: NDArray[np.float64] = self._uniforms[slots, used]
+        return numbers

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from random import Random
 
 import numpy as np
+import pytest
 import torch
 
+from prism.engine.gpu import draw_table
 from prism.engine.gpu.columns import TableNotes, slots_of, stage_columns
 from prism.engine.gpu.draw_table import DrawTable
 from prism.engine.gpu.staging import Staging
@@ -89,6 +92,39 @@ def test_draws_are_those_of_their_sequences() -> None:
     for name, values in (("temperature", [0.5, 1.0]), ("top_p", [0.9, 1.0]), ("min_p", [0.0, 0.25])):
         assert torch.allclose(sent[getattr(drawn, name)].view(torch.float32), torch.tensor(values))
     assert sent[drawn.top_k].tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("most", [0, draw_table.MOST_AHEAD])
+def test_draws_are_right_however_rows_go_on(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """What is kept of them: rows sit out, begin again earlier, become others'."""
+    monkeypatch.setattr(draw_table, "MOST_AHEAD", most)
+    random, table = Random(0), DrawTable(9)
+    rows: dict[int, Sequence] = {}
+    lengths: dict[int, int] = {}
+    for number in range(600):
+        for slot in range(1, 9):
+            if slot not in rows or random.random() < 0.02:
+                heat = random.choice([0.0, 0.5, 1.0])
+                rows[slot] = decode(slot, 5, [1], 1, seed=number, temperature=heat).sequence
+                lengths[slot] = rows[slot].prompt_len + random.randrange(100)
+                table.enter([rows[slot]])
+        slots = [slot for slot in rows if random.random() < 0.9] or [1]
+        words, places = staging(), np.array([lengths[slot] for slot in slots], np.int32)
+        drawn = table.stage(words, np.array(slots, np.intp), places)
+        hot = [place for place, slot in enumerate(slots) if rows[slot].params.temperature]
+        assert (drawn is None) == (not hot)
+        if drawn is not None:
+            sequences, sent = [rows[slots[place]] for place in hot], words.send()
+            positions = [
+                places[place] - sequence.prompt_len for place, sequence in zip(hot, sequences, strict=True)
+            ]
+            numbers = uniforms([sequence.random_stream for sequence in sequences], positions)
+            assert sent[drawn.places].tolist() == hot
+            assert sent[drawn.uniforms].view(torch.float64).tolist() == numbers.tolist()
+            heats = [sequence.params.temperature for sequence in sequences]
+            assert sent[drawn.temperature].view(torch.float32).tolist() == heats
+        for slot in slots:
+            lengths[slot] += 1
 
 
 def test_who_needs_the_host_is_known_by_slot() -> None:
