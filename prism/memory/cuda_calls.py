@@ -76,4 +76,6 @@ class Mark:
 
 def _check(call: str, code: int) -> None:
     if code:
-        raise DriverError(call, f"error {code} of the driver")
+        name = ctypes.c_char_p()
+        ctypes.CDLL("libcuda.so.1").cuGetErrorName(code, ctypes.byref(name))
+        raise DriverError(call, (name.value or b"%d" % code).decode())

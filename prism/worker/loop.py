@@ -384,7 +384,6 @@ class Worker:
         self.device.pool.check()
         self.requests.check()
         self.host.check()
-        self._stepper.check()
         for model in self.models.values():
             assert model.weight_slabs in ((), model.arena_slabs), f"{model.name}: slabs that no arena shows"
             if model.kv is not None:

@@ -106,6 +106,7 @@ class WorkerThread:
             self._evict_all()  # a load may just have ended well
         self._link.close()
         self._worker.check()
+        self._worker._stepper.check()
         for model in self._worker.models.values():
             if model.arena is not None:
                 model.arena.close()

@@ -252,8 +252,9 @@ class LocalWorker:
         raise AssertionError("the worker does not come to rest")
 
     def check(self) -> None:
-        """Conservation, everywhere."""
+        """Conservation, everywhere; and what is kept for the choice of turns is what a fresh look tells."""
         self.worker.check()
+        self.worker._stepper.check()
 
     def close(self) -> None:
         """Give everything back; fails if the worker holds memory that nobody knows of."""
