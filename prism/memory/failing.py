@@ -81,8 +81,9 @@ class FailingDriver:
         self.inner.release(handle)
 
     def map(self, address: Address, *handles: Handle) -> None:
-        """See `Driver.map`."""
-        self.faults.count("map")
+        """See `Driver.map`. Each handle counts: any of them may be the one that is refused."""
+        for _ in handles:
+            self.faults.count("map")
         self.inner.map(address, *handles)
 
     def unmap(self, address: Address, size: Bytes) -> None:

@@ -91,8 +91,9 @@ class FakeDriver:
         self._space.remove_handle(handle)
 
     def map(self, address: Address, *handles: Handle) -> None:
-        """See `Driver.map`."""
-        self.faults.count("map")
+        """See `Driver.map`; each handle counts as a call."""
+        for _ in handles:
+            self.faults.count("map")
         for handle in handles:
             address = Address(address + self._space.add_map(address, handle))
 

@@ -40,10 +40,10 @@ def test_the_base_never_changes(driver: FakeDriver, pool: SlabPool) -> None:
 
 
 def test_a_failed_map_leaves_nothing_mapped(driver: FakeDriver, pool: SlabPool) -> None:
-    """The third call of three, each for eight slabs."""
+    """The last slab is refused, in the third call of three, when sixteen are mapped."""
     arena = Arena(driver, Bytes(17 * SLAB), SLAB)
     handles = [pool.handle(slab) for slab in pool.take(OWNER, 17)]
-    driver.faults.fail_next(3)
+    driver.faults.fail_next(17)
     with pytest.raises(DriverError, match="map"):
         arena.map(handles)
     assert arena.is_empty
@@ -52,7 +52,7 @@ def test_a_failed_map_leaves_nothing_mapped(driver: FakeDriver, pool: SlabPool) 
 
 def test_when_even_the_rollback_fails_unmap_is_tried_again(driver: FakeDriver, pool: SlabPool) -> None:
     arena = Arena(driver, Bytes(17 * SLAB), SLAB)
-    driver.faults.set({driver.faults.num_calls + 3, driver.faults.num_calls + 4})
+    driver.faults.set({driver.faults.num_calls + 17, driver.faults.num_calls + 18})
     with pytest.raises(DriverError, match="map failed"):
         arena.map([pool.handle(slab) for slab in pool.take(OWNER, 17)])
     assert not arena.is_empty and not arena.is_mapped
