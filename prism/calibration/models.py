@@ -143,9 +143,12 @@ class LoadedModel:
         self.kv = KvSpace(profile.kv)
         for slab in device.pool.take(KvOwner(self.name), min(kv_slabs, device.pool.num_free)):
             self.kv.add_slab(slab)
-        self._rotary = device.rotary_tensor(profile, self._arena)
         self.lane = device.bind()
-        decoder = Decoder(spec, device.weight_tensors(profile, self._arena), self._rotary)
+        weights, rotary = (
+            device.weight_tensors(profile, self._arena),
+            device.rotary_tensor(profile, self._arena),
+        )
+        decoder = Decoder(spec, weights, rotary)
         runner = device.backend.runner(decoder, device.kv_view(spec, profile.kv), self.lane.lane_id)
         self.engine = Engine(
             self.kv, runner, self.lane.slots, max_len=spec.max_position, max_batch_size=max_batch_size

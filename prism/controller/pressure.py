@@ -221,7 +221,7 @@ class Fleet:
         """Pressure that each device would have with the entry on it."""
         kv = (self._kv + entry.kv) / self._shared(entry.weights)
         late = self._late + self._blocked @ entry.asked + self._asked @ entry.blocked
-        pressure = pressure_of(kv, (self._compute + entry.compute) / self.speed)
+        pressure = pressure_of(kv, self.busy_with(entry))
         return np.asarray(pressure + late * self._per_request)
 
     def busy_with(self, entry: Entry) -> Floats:

@@ -76,6 +76,11 @@ class _Entry:
     is_recalled: bool = False
     has_failed: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """All of it is registered."""
+        return self.registered == self.total
+
 
 @dataclass(frozen=True, slots=True)
 class _BorrowIt:
@@ -154,7 +159,7 @@ class Registrations:
         """Whether all of a model's weights are registered."""
         with self._lock:
             entry = self._entries.get(model)
-            return entry is not None and entry.registered == entry.total
+            return entry is not None and entry.is_whole
 
     @property
     def total_bytes(self) -> Bytes:
@@ -169,7 +174,7 @@ class Registrations:
             entry = self._entries.get(model)
             if entry is not None and entry.registered:
                 entry.num_users += 1
-                packed = entry.loan if entry.registered == entry.total else None
+                packed = entry.loan if entry.is_whole else None
                 registered = Registered(entry.loan.address, entry.registered, packed)
             else:
                 entry, registered = None, NOTHING

@@ -435,14 +435,21 @@ def registrations(pinner: Pinner, paths: dict[str, Path]) -> Iterator[Registrati
     assert not pinner.registered
 
 
-def test_a_load_copies_from_what_is_registered(
-    start: Any, registrations: Registrations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    local = start(num_slabs=4, registrations=registrations)
+@pytest.fixture
+def registered(start: Any, registrations: Registrations) -> LocalWorker:
+    """All of the first model is registered."""
+    local: LocalWorker = start(num_slabs=4, registrations=registrations)
     with local.fetch(ModelId(A)) as packed:
         local.worker.on_held(A, packed.total_bytes)
     while registrations.step():
         pass
+    return local
+
+
+def test_a_load_copies_from_what_is_registered(
+    registered: LocalWorker, registrations: Registrations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = registered
     seen, take = [], Transfer.take_piece
 
     def watch(transfer: Transfer, chunk_bytes: Bytes) -> Piece:
@@ -461,14 +468,10 @@ def test_a_load_copies_from_what_is_registered(
 
 
 def test_a_load_of_what_is_registered_asks_nobody(
-    start: Any, registrations: Registrations, monkeypatch: pytest.MonkeyPatch
+    registered: LocalWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waited for the agent, and then for the store, for 5 to 14 ms."""
-    local = start(num_slabs=4, registrations=registrations)
-    with local.fetch(ModelId(A)) as packed:
-        local.worker.on_held(A, packed.total_bytes)
-    while registrations.step():
-        pass
+    local = registered
     monkeypatch.setattr(local, "fetch", lambda model: pytest.fail(f"{model} is asked for"))
     local.submit(A, A, PROMPT, max_tokens=8)
     local.worker.advance()
