@@ -44,14 +44,14 @@ def test_the_published_mix_is_kept() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_profiles_can_be_read(name: str) -> None:
-    """8B at batch 64 and 1,088 tokens each, from memory that is 1.42 times as fast."""
+    """8B at batch 64 and 1,088 tokens each, and a prompt of 4,000, as engines were measured (benchmarks/engine)."""
     profile = open_profile(name)
     for shape in ARCHITECTURES.values():
         assert profile.costs(shape.name, shape.shape).steps.decode(1, 1000) > 0
     costs = profile.costs("llama-3-8b")
     seconds = costs.steps.decode(64, 64 * 1088)
-    assert seconds == pytest.approx(6.96e-3 * (1 if name == "h200" else 4.2 / 2.95), rel=0.03)
-    assert costs.steps.prefill(4000) == pytest.approx(97.7e-3, rel=0.03)
+    assert seconds == pytest.approx({"h200": 7.08e-3, "h100": 9.55e-3}[name], rel=0.04)
+    assert costs.steps.prefill(4000) == pytest.approx(100e-3, rel=0.1)
 
 
 def test_trace_written_and_read(tmp_path: Path) -> None:
