@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from math import sqrt
 
 from prism.types import Bytes, Seconds
@@ -150,6 +151,11 @@ class Costs:
         """Seconds from the decision to the model's readiness, with the link to itself."""
         return self.loads.load(self.shape.weight_bytes)
 
+    @property
+    def digest(self) -> str:
+        """Tells these costs from others."""
+        return blake2b(repr(self).encode(), digest_size=6).hexdigest()
+
 
 def from_shape(shape: Shape, rates: DeviceRates) -> Costs:
     """The start without a profile: a roofline."""
@@ -197,10 +203,10 @@ class Corrections:
     WEIGHT = 0.05
     CLIP = 2.0
 
-    def __init__(self) -> None:
-        self.decode = 1.0
-        self.prompt = 1.0
-        self.load = 1.0
+    def __init__(self, decode: float = 1.0, prompt: float = 1.0, load: float = 1.0) -> None:
+        self.decode = decode
+        self.prompt = prompt
+        self.load = load
 
     def saw_decode(self, predicted: float, seconds: float) -> None:
         """A step of decodes alone has taken `seconds` where `predicted`, uncorrected, was expected."""

@@ -46,6 +46,17 @@ class Metrics:
         self.step_predicted_seconds = self._counter(
             "step_predicted_seconds", "Time that the profile, or shape and rates, had them take", "kind"
         )
+        self.work_alone = self._counter(
+            "work_alone",
+            "Steps that had the device to themselves, and loads that had the link, of models in the profile; "
+            "costs is a digest of what it says of them",
+            "kind",
+            "costs",
+        )
+        self.work_alone_seconds = self._counter("work_alone_seconds", "Time that these took", "kind", "costs")
+        self.work_alone_predicted_seconds = self._counter(
+            "work_alone_predicted_seconds", "Time that the profile had these take", "kind", "costs"
+        )
         self.kv_host_bytes = self._gauge("kv_host_bytes", "KV that waits in host memory", "livesum")
         self.kv_blocks_saved = self._counter("kv_blocks_saved", "KV blocks copied to host memory")
         self.kv_blocks_fetched = self._counter("kv_blocks_fetched", "KV blocks copied back to the device")

@@ -5,7 +5,7 @@ The states themselves change in residency.py; what is loaded before anybody asks
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, assert_never
 
 from prism.errors import Unavailable
@@ -36,12 +36,16 @@ class Arrivals:
         endings: Endings,
         spare_room: SpareRoom,
         registrations: Registrations | None,
+        clock: Callable[[], float],
     ) -> None:
         self._worker = worker
         self._stepper = stepper
         self._endings = endings
         self._spare_room = spare_room
         self._registrations = registrations
+        self._clock = clock
+        self._last_load = 0.0
+        """When the latest one ended, well or not."""
 
     # --- what is told ---------------------------------------------------------------------------------
 
@@ -79,14 +83,22 @@ class Arrivals:
         if load_error(model, event) is not None:
             self._stepper.drop_early(model)
         worker.residency.loaded(model, event)
-        if model.is_active:
-            worker.costs.loaded(model.name, event.seconds)
+        had_link_alone = self._had_link_alone(event)
+        if model.is_active:  # the first time, kernels are compiled and pages come in
+            is_alone = had_link_alone and model.num_activations > 1
+            worker.costs.loaded(model.name, event.seconds, is_alone=is_alone)
         self._first_weights_arrived(model)
         if self._registrations is not None:
             self._registrations.prefer(likely_order(worker.models.values()))
         if model.state is ModelState.FAILED:
             self._endings.model_failed(model)
         worker.capacities_changed()
+
+    def _had_link_alone(self, event: Loaded) -> bool:
+        """Whether no other load was under way at any moment of one that has just ended."""
+        before, self._last_load = self._last_load, self._clock()
+        others = [model for model in self._worker.models.values() if model.load is not None]
+        return not others and before <= self._last_load - event.seconds
 
     # --- work -----------------------------------------------------------------------------------------
 

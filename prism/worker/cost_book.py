@@ -50,11 +50,40 @@ class Steps:
         self.predicted += predicted
 
 
+@dataclass(slots=True)
+class Compared:
+    """Work of one kind that has been done, and what the profile says of it; all of it only grows."""
+
+    count: int = 0
+    seconds: float = 0.0
+    predicted: float = 0.0
+
+    def add(self, seconds: float, predicted: float) -> None:
+        """One more has been done."""
+        self.count += 1
+        self.seconds += seconds
+        self.predicted += predicted
+
+
+class Alone:
+    """What a model's work takes: steps that had the device to themselves, and loads that had the link.
+
+    Steps beside loads count, and so do loads beside steps.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs.digest
+        """Of those that predict."""
+        self.kinds = {"decode": Compared(), "prompt": Compared(), "load": Compared()}
+
+
 class _Page:
     """One model."""
 
-    def __init__(self, start: Costs) -> None:
+    def __init__(self, start: Costs, *, is_measured: bool) -> None:
         self.start = start
+        self.alone = Alone(start) if is_measured else None
+        """Shapes tell too little to be compared with."""
         self.steps = {"decode": Steps(), "prompt": Steps()}
         self.least = {"decode": 0.0, "prompt": 0.0}
         """Shortest times of late, in those predicted by `start`."""
@@ -90,8 +119,9 @@ class CostBook:
     def learn(self, model: ModelId, profile: Profile) -> None:
         """The model's shape is known now."""
         if model not in self._pages:
-            start = self._calibrated.get(model) or from_shape(shape_of(profile), self._rates)
-            self._pages[model] = _Page(start)
+            known = self._calibrated.get(model)
+            start = known or from_shape(shape_of(profile), self._rates)
+            self._pages[model] = _Page(start, is_measured=known is not None)
 
     def of(self, model: ModelId) -> Costs | None:
         """What is believed now; None while not even the shape is known."""
@@ -126,12 +156,26 @@ class CostBook:
         page = self._pages.get(model)
         return {} if page is None else page.steps
 
-    def loaded(self, model: ModelId, seconds: float) -> None:
-        """The model's weights have come within so long."""
+    def ran_alone(self, model: ModelId, step: Expected, seconds: float) -> None:
+        """A step, told to `ran` before, had the device to itself, and its beginning and end were seen."""
+        alone = self.alone(model)
+        if alone is not None:
+            alone.kinds[step.kind].add(seconds, step.seconds)
+
+    def alone(self, model: ModelId) -> Alone | None:
+        """None if the profile does not know the model."""
         page = self._pages.get(model)
-        if page is not None:
-            page.corrections.saw_load(page.start.activation, seconds)
-            page.seen()
+        return None if page is None else page.alone
+
+    def loaded(self, model: ModelId, seconds: float, *, is_alone: bool = False) -> None:
+        """The model's weights have come within so long, perhaps with the link to themselves."""
+        page = self._pages.get(model)
+        if page is None:
+            return
+        page.corrections.saw_load(page.start.activation, seconds)
+        page.seen()
+        if is_alone and page.alone is not None:
+            page.alone.kinds["load"].add(seconds, page.start.activation)
 
 
 def kind_of(step: Step) -> str:

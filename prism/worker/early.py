@@ -106,6 +106,8 @@ class EarlySteps:
         assert flight.step is not None and model.lane is not None
         num_groups = None if model.load is None else model.load.groups_arrived
         has_advanced = flight.step.launch(num_groups, SLICE_SECONDS)
+        if has_advanced:
+            model.lane.launched_apart(self._device.lanes)
         if flight.is_launched:
             model.lane.append_apart(flight)
         return has_advanced

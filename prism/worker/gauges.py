@@ -43,6 +43,7 @@ class Gauges:
             self._metrics.kv_host_bytes.labels(model.name).set(worker.host.blocks.bytes_of(model.name))
             self._count(model)
             self._steps(model, worker.costs)
+            self._alone(model, worker.costs)
             saved, fetched = worker.host.counts(model.name)
             self._grow(
                 (self._metrics.kv_blocks_saved, "saved", saved),
@@ -94,6 +95,18 @@ class Gauges:
                 (metrics.step_seconds, f"{kind} step seconds", steps.seconds),
                 (metrics.step_predicted_seconds, f"{kind} step predicted", steps.predicted),
                 labels=(name, kind),
+            )
+
+    def _alone(self, model: Model, costs: CostBook) -> None:
+        metrics, name, alone = self._metrics, model.name, costs.alone(model.name)
+        if alone is None:
+            return
+        for kind, work in alone.kinds.items():
+            self._grow(
+                (metrics.work_alone, f"{kind} alone", work.count),
+                (metrics.work_alone_seconds, f"{kind} alone seconds", work.seconds),
+                (metrics.work_alone_predicted_seconds, f"{kind} alone predicted", work.predicted),
+                labels=(name, kind, alone.costs),
             )
 
     def _grow(self, *counts: tuple[Counter, str, float], labels: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,6 +54,8 @@ class Flight:
     """Work of other lanes that it runs behind, as long as any of it has not run."""
     is_in_turn: bool = False
     """The device knows of it."""
+    is_beside: bool = False
+    """Pieces of a step that is apart may run beside it, or before it in its time."""
     number: int = 0
     """Its place in the lane's count; 0 before it has one."""
     has_run: bool = False
@@ -106,6 +108,8 @@ class Lane:
         self.num_models = 0
         self.last_end = 0.0
         """When its latest step was seen to have run."""
+        self._has_pieces = False
+        """Pieces of a step that is apart wait behind what is queued."""
         self.flights: deque[Flight] = deque()
         self._last_apart = 0
 
@@ -116,6 +120,8 @@ class Lane:
     def queue(self, model: ModelId, work: Work, step: InFlight | None = None, begin: float = 0.0) -> Flight:
         """Count work that is on the device, or launched before anything that is queued later."""
         flight = Flight(model, work, step, begin)
+        if step is not None:
+            flight.is_beside, self._has_pieces = self._has_pieces, False
         self.append(flight)
         return flight
 
@@ -129,6 +135,13 @@ class Lane:
         """Queue what has been launched between other work, or marks its end."""
         self.append(flight)
         self._last_apart = flight.number
+
+    def launched_apart(self, lanes: Iterable[Lane]) -> None:
+        """Pieces of a step that is apart have been launched on this one of the device's lanes."""
+        self._has_pieces = self._has_pieces or bool(self.flights)
+        for lane in lanes:
+            for flight in lane.flights if lane is not self else ():
+                flight.is_beside = True
 
     @property
     def is_apart_free(self) -> bool:
@@ -161,3 +174,15 @@ class Lane:
         """Of its oldest step, if nothing that runs beside holds it up; infinite before it can run."""
         least = 0.0 if flight.expected is None else flight.expected.least
         return float("inf") if flight.after else max(flight.begin, self.last_end) + least
+
+
+def had_device_alone(flight: Flight, begin: float, lane: Lane, lanes: Iterable[Lane]) -> bool:
+    """Whether no step of another lane has run beside a step of this one, which began then and has just run.
+
+    Who waits behind it on another lane has not begun.
+    """
+    return not flight.is_beside and all(
+        other.last_end <= begin and all(flight in step.after for step in other.steps)
+        for other in lanes
+        if other is not lane
+    )

@@ -112,7 +112,9 @@ class Worker:
         self._spare_room = self._make_spare_room(is_used=config.scheduling.load_ahead)
         self._stepper = self._make_stepper()
         self._endings = Endings(self, self._delivery, self._stepper, outside.clock)
-        self._arrivals = Arrivals(self, self._stepper, self._endings, self._spare_room, outside.registrations)
+        self._arrivals = Arrivals(
+            self, self._stepper, self._endings, self._spare_room, outside.registrations, outside.clock
+        )
         if self.rules.is_resident:
             settle_residents(self, index_of(name))
 

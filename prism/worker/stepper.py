@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prism.engine.engine import Drawn
 from prism.engine.sequence import Sequence
@@ -17,14 +17,14 @@ from prism.engine.step import Step
 from prism.errors import DriverError
 from prism.messages import ResumedChoice
 from prism.modes import Rules
-from prism.types import RequestId
+from prism.types import ModelId, RequestId
 from prism.worker.candidates import Candidates
-from prism.worker.cost_book import CostBook
+from prism.worker.cost_book import CostBook, Expected
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
 from prism.worker.early import SLICE_SECONDS, EarlySteps
 from prism.worker.host_kv import HostKv
-from prism.worker.lanes import Deferred, Flight, Lane
+from prism.worker.lanes import Deferred, Flight, Lane, had_device_alone
 from prism.worker.models import Model
 from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket, got_tokens
@@ -44,6 +44,14 @@ LOOK_SECONDS = 20e-6
 """Between two looks at a busy device when there is nothing else to do; other threads run meanwhile."""
 LONG_SLICE_SECONDS = 0.002
 """Of launches while no other lane has work: only messages wait then."""
+
+
+class StepAlone(NamedTuple):
+    """A step that had the device to itself."""
+
+    model: ModelId
+    expected: Expected
+    seconds: float
 
 
 class Listener(Protocol):
@@ -228,8 +236,7 @@ class Stepper:
         self._host.settle()
         for lane in self._device.all_lanes:
             if lane.flights:
-                for place, flight in enumerate(lane.finished()):
-                    self._has_run(lane, flight, is_timed=place == 0)
+                self._collect(lane)
             if lane.num_completed != self._completed[lane.lane_id]:
                 self._completed[lane.lane_id] = lane.num_completed
                 pool.completed(lane.lane_id, lane.num_completed)
@@ -241,6 +248,14 @@ class Stepper:
         if num_free > self._num_free:  # whoever gave them back, a compaction between two rounds too
             self._listener.memory_changed()
         self._num_free = num_free
+
+    def _collect(self, lane: Lane) -> None:
+        """When what was found to have run together has ended, one by one, nobody knows."""
+        ran = [
+            self._has_run(lane, flight, is_timed=place == 0) for place, flight in enumerate(lane.finished())
+        ]
+        if len(ran) == 1 and (alone := ran[0]) is not None:
+            self._costs.ran_alone(*alone)
 
     def drain(self, model: Model) -> None:
         """Wait for a model's queued steps and commit them. Raises `DriverError` if they never end."""
@@ -263,14 +278,18 @@ class Stepper:
             return
         self._early.drop(model)
 
-    def _has_run(self, lane: Lane, flight: Flight, *, is_timed: bool) -> None:
-        """Of several that are found to have run at a time, only the first one's end was seen."""
+    def _has_run(self, lane: Lane, flight: Flight, *, is_timed: bool) -> StepAlone | None:
+        """Of several that are found to have run at a time, only the first one's end was seen.
+
+        The result is of a step that had the device to itself.
+        """
         if flight.step is not None:
-            now = self._clock()
-            seconds = now - max(flight.begin, lane.last_end)
+            now, begin = self._clock(), max(flight.begin, lane.last_end)
+            seconds = now - begin
             lane.last_end = now
             if self._models[flight.model].early is flight:
-                return  # its model is not active yet, and it was launched as weights arrived
+                return None  # its model is not active yet, and it was launched as weights arrived
+            is_alone = had_device_alone(flight, begin, lane, self._device.lanes)
             self._host.prompts_ran(flight.model, flight.num_prompt_tokens, seconds)
             expected = flight.expected or self._costs.expect(flight.model, flight.step.step)
             self._costs.ran(flight.model, expected, seconds, is_timed=is_timed)
@@ -278,8 +297,11 @@ class Stepper:
             is_urgent = flight.has_prompts or self._requests.has_waiting(flight.model)
             tpot = self.commit(flight)
             self._models[flight.model].usage.ran(share, seconds, now, None if is_urgent else tpot)
+            if is_alone:
+                return StepAlone(flight.model, expected, seconds)
         else:
             self.commit(flight)
+        return None
 
     def commit(self, flight: Flight) -> float:
         """Account for work that has run; the tightest objective of the streams that have drawn a token."""

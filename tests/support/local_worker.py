@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prism.config import Config
+from prism.costs import Costs
 from prism.errors import DriverError
 from prism.memory.driver import Driver
 from prism.memory.host import HostDriver
@@ -143,6 +144,7 @@ class LocalWorker:
         host_kv: int = 64 * MiB,
         scheduling: dict[str, Any] | None = None,
         sections: dict[str, Any] | None = None,
+        calibrated: dict[str, Costs] | None = None,
         **settings: Any,
     ) -> None:
         options = model_options or {}
@@ -181,6 +183,7 @@ class LocalWorker:
             ),
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
+            calibrated=calibrated,
         )
 
     def _cpu_device(self, driver: Driver, num_slabs: int, backend: Backend | None) -> Device:

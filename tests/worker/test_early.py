@@ -430,3 +430,29 @@ def test_who_waits_for_a_load_has_the_loop_look_at_it(start: Any) -> None:
     timer = local.worker.next_timer()
     assert timer is not None and timer - local.now <= 0.002
     local.run()
+
+
+def test_who_runs_beside_its_pieces_has_not_the_device_alone(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What such steps take is compared with a profile, which was measured without neighbours."""
+    local = LocalWorker(paths, 24, backend=LateBackend())
+    local.device.backend.copier.chunk_bytes = Bytes(1 << 14)
+    local.submit("a", A, PROMPT, max_tokens=200)
+    local.run(until=lambda: len(local.outbox.tokens.get(("a", 0), [])) > 3)
+    local.submit("b", B, PROMPT, max_tokens=NUM_TOKENS)
+    begin_load(local, B)
+    seen = set[bool]()
+
+    def look() -> None:
+        lane = model(local, A).lane
+        assert lane is not None
+        seen.update(flight.is_beside for flight in lane.flights)
+
+    look()
+    assert seen == {False}
+    load_slowly(local, monkeypatch, look)
+    assert True in seen
+    local.run()
+    assert right(local, "b", B)
+    local.close()

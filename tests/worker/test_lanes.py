@@ -16,7 +16,7 @@ from prism.memory.pool import SlabPool
 from prism.types import BlockId, Bytes, LaneId, MiB, ModelId
 from prism.worker.cpu_device import TorchBackend
 from prism.worker.device import Device
-from prism.worker.lanes import Deferred, Flight, Lane
+from prism.worker.lanes import Deferred, Flight, Lane, had_device_alone
 from tests.support.steps import step_of
 
 MODEL = ModelId("m")
@@ -174,3 +174,53 @@ def test_copies_are_settled_only_behind_steps(device: Device) -> None:
     assert lane.num_completed == 0
     running.done = True
     assert [flight.number for flight in lane.finished()] == [1, 2]
+
+
+def ends(device: Device, flight: Flight, lane: int, now: float) -> bool:
+    """The oldest step of a lane has run, as the stepper finds it; whether it had the device to itself."""
+    own = device.lanes[lane]
+    assert flight.step is not None
+    flight.step.done = True  # type: ignore[attr-defined]
+    assert next(own.finished()) is flight
+    begin, own.last_end = max(flight.begin, own.last_end), now
+    is_alone = had_device_alone(flight, begin, own, device.lanes)
+    for other in device.lanes:
+        for each in other.flights:
+            each.look(now)
+    return is_alone
+
+
+def test_who_decodes_beside_another_lane_is_not_alone(device: Device) -> None:
+    first, beside = turn(device, 0, FakeStep(1)), turn(device, 1, FakeStep(1))
+    assert not ends(device, first, 0, now=1.0), "another one is queued"
+    later = turn(device, 0, FakeStep(1))
+    later.begin = 1.5
+    assert not ends(device, beside, 1, now=2.0)
+    assert not ends(device, later, 0, now=3.0), "another one has ended meanwhile"
+    last = turn(device, 0, FakeStep(1))
+    assert ends(device, last, 0, now=4.0)
+
+
+def test_what_waits_behind_a_prompt_leaves_the_device_to_it(device: Device) -> None:
+    """On two busy lanes decodes are queued during each prompt: none would count otherwise."""
+    decode, prompt = turn(device, 0, FakeStep(1)), turn(device, 1, FakeStep(300))
+    behind = turn(device, 0, FakeStep(1))
+    assert ends(device, decode, 0, now=1.0)
+    assert ends(device, prompt, 1, now=2.0)
+    assert ends(device, behind, 0, now=3.0)
+
+
+def test_pieces_of_a_step_that_is_apart_leave_nobody_alone(device: Device) -> None:
+    idle, lane, other = device.lanes[2], device.lanes[0], device.lanes[1]
+    idle.launched_apart(device.lanes)
+    assert ends(device, turn(device, 2, FakeStep(1)), 2, now=1.0), "they have run before it was queued"
+    before, beside = turn(device, 0, FakeStep(1)), turn(device, 1, FakeStep(1))
+    lane.launched_apart(device.lanes)
+    behind, next_one = turn(device, 0, FakeStep(1)), turn(device, 0, FakeStep(1))
+    for flight in (before, behind, next_one):
+        flight.begin = 1.0
+    assert [each.is_beside for each in (before, beside, behind, next_one)] == [False, True, True, False]
+    other.flights.clear()
+    assert ends(device, before, 0, now=2.0)
+    assert not ends(device, behind, 0, now=3.0)
+    assert ends(device, next_one, 0, now=4.0)
