@@ -49,16 +49,17 @@ def _call(method: str, admin: str, path: str, body: dict[str, Any] | None = None
             method, admin.rstrip("/") + path, json=body, timeout=LOAD_SECONDS, trust_env=False
         )  # no proxy: the admin address is this machine's
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        _fail(f"no answer from {admin}: {error}")
+        fail(f"no answer from {admin}: {error}")
     try:
         answer = response.json()
     except ValueError:
-        _fail(f"{admin} is no Prism admin address (status {response.status_code})")
+        fail(f"{admin} is no Prism admin address (status {response.status_code})")
     if response.status_code != 200:
-        _fail(answer.get("error", {}).get("message", f"status {response.status_code}"))
+        fail(answer.get("error", {}).get("message", f"status {response.status_code}"))
     return dict(answer)
 
 
-def _fail(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
+    """End the command: somebody else could not do it."""
     typer.echo(f"error: {message}", err=True)
     sys.exit(1)

@@ -11,6 +11,7 @@ import typer
 
 from prism import __version__
 from prism.cli.bench import bench
+from prism.cli.profile import profile
 from prism.cli.sim_commands import plan, simulate
 from prism.errors import ConfigError, ProcessDied
 
@@ -101,17 +102,7 @@ def doctor() -> None:
     sys.exit(run_doctor())
 
 
-@app.command()
-def profile(
-    config: Annotated[Path, typer.Argument(help="YAML configuration, or placement JSON.")],
-    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("profile.json"),
-    device: Annotated[int, typer.Option(help="Place in the configuration's devices.")] = 0,
-) -> None:
-    """Measure what steps and loads of the configured models cost on a device."""
-    from prism.calibration.calibrate import run_profile
-    from prism.configfile import load_config
-
-    sys.exit(run_profile(load_config(config), device, output, lambda line: typer.echo(line, err=True)))
+app.command()(profile)
 
 
 @app.command()
