@@ -6,6 +6,11 @@ parameters on 448 MiB and one thread. Weights are random. `prism profile` measur
 ten minutes, with bursts and pauses of two, goes at 15 times its speed to a server in each mode through
 `prism bench`, whose objectives are each model's P95 alone times a scale, and through `prism simulate` with
 the same configuration.
+
+A server sees the trace twice, and the second pass counts. Between the two, `prism profile --from-server`
+learns from it what steps and loads that were alone took; predictions use these costs. Requests come at the
+same times in both passes, with other prompts that are as long. No prediction knows what steps of the second
+one take.
 """
 
 from __future__ import annotations
@@ -167,12 +172,13 @@ def measure_alone(folder: Path, setup: Setup, alone: Path) -> None:
     """Each model's P95s on a server that has nothing else to do; a mode that has room for each.
 
     The second time counts: with few requests a P95 is the worst of them, and at first that is one whose step
-    had no graph yet.
+    had no graph yet. The first time prompts are others, or prefix caches would answer.
     """
     config = write_config(folder, setup, "timeshare", setup.models, {}, {})
     with server(config, folder / "alone.log", setup):
-        for _ in range(2):
-            bench(folder, setup.port, "--baseline", str(alone), "--baseline-requests", "8")
+        for seed in ("1", "0"):
+            given = ["--baseline", str(alone), "--baseline-requests", "8", "--seed", seed]
+            bench(folder, setup.port, *given)
 
 
 def objectives(alone: Path, scale: float) -> dict[str, dict[str, float]]:
@@ -183,18 +189,31 @@ def objectives(alone: Path, scale: float) -> dict[str, dict[str, float]]:
     }
 
 
+def learnt_of(folder: Path, mode: str) -> Path:
+    """The profile with costs as the mode's server measured them before the pass that counts."""
+    return folder / f"learnt-{mode}.json"
+
+
+def learn(folder: Path, mode: str, setup: Setup) -> None:
+    """Write it, from all that has run on the server until now."""
+    given = ["--from-server", f"http://127.0.0.1:{setup.port}", "--profile", str(folder / "profile.json")]
+    prism("profile", *given, "--output", str(learnt_of(folder, mode)))
+
+
 def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
     """What `prism bench` says of a server that has seen the trace before, and captured its graphs.
 
     While there is no graph for the size of a prompt its step takes up to ten times as long, and a server that
-    runs for longer has met all sizes. At first everybody is asked once, in the order of the configuration:
-    models are bound to lanes in the order in which they come.
+    runs for longer has met all sizes. The first time prompts are as long, but others: of the same ones prefix
+    caches and host memory had nearly all tokens. At first everybody is asked once, in the order of the
+    configuration: models are bound to lanes in the order in which they come.
     """
     mode, log = config.stem, config.with_suffix(".log")
     log.unlink(missing_ok=True)
     with server(config, log, setup):
         bench(folder, setup.port, trace="touch.csv")
-        bench(folder, setup.port)
+        bench(folder, setup.port, "--seed", "1")
+        learn(folder, mode, setup)
         saved = ["--save-result", "--result-dir", str(folder), "--result-filename", f"{mode}.json"]
         bench(folder, setup.port, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
         steps = steps_of(httpx.get(f"http://127.0.0.1:{setup.port}/metrics").text)
@@ -203,9 +222,9 @@ def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path
 
 
 def steps_of(metrics: str) -> dict[str, dict[str, float]]:
-    """Sums over the models' steps by kind; seconds as they were, and as the profile has them."""
+    """Sums over models of steps, and of work alone, by kind; seconds as they were, and by the profile."""
     sums: dict[str, dict[str, float]] = {}
-    pattern = r'^prism:(step\w*)_total\{kind="(\w+)",.*\} (\S+)$'
+    pattern = r'^prism:((?:step|work)\w*)_total\{(?:costs="\w+",)?kind="(\w+)",.*\} (\S+)$'
     for name, kind, value in re.findall(pattern, metrics, re.MULTILINE):
         figures = sums.setdefault(kind, {})
         figures[name] = figures.get(name, 0.0) + float(value)
@@ -213,13 +232,13 @@ def steps_of(metrics: str) -> dict[str, dict[str, float]]:
 
 
 def predicted(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
-    """What the simulator says of the same trace, with the same objectives."""
+    """What the simulator says of the same trace, with the same objectives and the costs that were learnt."""
     slos = objectives(alone, scale)
     entries = {name: {"shape": name, "context": CONTEXT, **slos[name]} for name in setup.models}
     (folder / "shapes.json").write_text(json.dumps(entries))
     trace, warm_up = warm_trace(folder)
     given = ["--trace", str(trace), "--warm-up", str(warm_up), "--models", str(folder / "shapes.json")]
-    given += ["--profile", str(folder / "profile.json"), "--config", str(config)]
+    given += ["--profile", str(learnt_of(folder, config.stem)), "--config", str(config)]
     output = folder / "predicted.json"
     prism("simulate", *given, "--devices", "1", "--mode", config.stem, "--output", str(output))
     result: dict[str, Any] = json.loads(output.read_text())
@@ -303,7 +322,8 @@ def run_mode(folder: Path, setup: Setup, mode: str, scale: float) -> dict[str, A
         print(mode, figure, *(f"{k} {v:.3f}" for k, v in values.items() if k != "models"), flush=True)
     for kind, sums in real["steps"].items():
         print(mode, kind, *(f"{name} {value:.6g}" for name, value in sums.items()), flush=True)
-    return {"compared": figures, "measured": real, "predicted": simulated}
+    learnt = json.loads(learnt_of(folder, mode).read_text())
+    return {"compared": figures, "learnt": learnt, "measured": real, "predicted": simulated}
 
 
 def main() -> None:
