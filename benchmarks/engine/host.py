@@ -132,24 +132,22 @@ class InstantRunner:
         self.num_steps = 0
         self.tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 128000, max_batch))
         self._draws = DrawTable(4 * max_batch + 1)
-        self._pinned = torch.empty(1 << 18, dtype=torch.int32)
-        self._target = torch.empty(1 << 18, dtype=torch.int32)
+        self._pinned = np.empty(1 << 18, np.int32)
 
     def run(self, step: Step, *, is_apart: bool = False) -> InstantFlight:
         """See `Runner.run`."""
         self.num_steps += 1
         sampled = step.sampled
-        staging, slots = Staging(self._pinned, self._target), slots_of(sampled)
+        staging, slots = Staging(self._pinned), slots_of(sampled)
         if not step.has_prompts:
             stage_columns(staging, step, slots, len(slots))
-        TableNotes(staging, step, 256, newest_known=not step.has_prompts)
         new = [sequence for sequence in sampled if not sequence.is_token_placed]
         self._draws.enter(new)
+        lengths = np.array([sequence.num_computed for sequence in sampled], np.int32)
+        self._draws.stage(staging, slots, lengths, len(slots))
+        TableNotes(staging, step, 256, newest_known=not step.has_prompts)
         for sequence in new:
             sequence.is_token_placed = True
-        lengths = np.array([sequence.num_computed for sequence in sampled], np.int32)
-        if not self._draws.needs_host(slots):
-            self._draws.stage(staging, slots, lengths)
         return InstantFlight(self, step, sampled)
 
 

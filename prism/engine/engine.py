@@ -152,11 +152,10 @@ class Engine:
         self.num_queued -= 1
         for chunk in flight.step.prompts:
             chunk.sequence.is_started = True
-        for sequence in flight.sampled:
-            sequence.is_started = True
-            sequence.num_pending -= 1
         drawn = _wanted(flight)
         for place, (sequence, token) in enumerate(zip(drawn.sequences, drawn.tokens, strict=True)):
+            sequence.is_started = True
+            sequence.num_pending -= 1
             if token in sequence.stops:
                 drawn.ends[place] = End(FinishReason.STOP, token)
                 continue

@@ -1,9 +1,10 @@
-"""The calls of the CUDA driver that a load makes most, without giving up the interpreter.
+"""Calls of the CUDA driver that loads and steps make most, without giving up the interpreter.
 
 They take microseconds. Torch and the bindings give it up at each of them, and beside a loop that is busy,
 whoever does so gets it back after half a millisecond at worst: a piece of 16 MiB with a dozen such calls
-takes longer than its 0.3 ms on the link. None of these waits for the device, but for `Mark.wait`, which
-gives it up.
+takes longer than its 0.3 ms on the link. And around each call torch looks for streams and makes tensors, so
+that launching a step took ten times as long as the driver needs. None of these waits for the device, but for
+`Mark.wait` and `DriverGraph`'s making, which give it up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import ctypes
 from prism.errors import DriverError
 from prism.memory.driver import Handle
 from prism.types import Address, Bytes
+
+_WORD = ctypes.c_uint64
+_SIZE = ctypes.c_size_t
 
 _NOT_READY = 600
 _BLOCKING_WITHOUT_TIME = 0x1 | 0x2
@@ -24,16 +28,19 @@ class CudaCalls:
     def __init__(self) -> None:
         self._keeping = ctypes.PyDLL("libcuda.so.1")
         self._giving_up = ctypes.CDLL("libcuda.so.1")
-        self._copy = self._keeping.cuMemcpyHtoDAsync_v2
-        self._copy.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-        self._map = self._keeping.cuMemMap
-        self._map.argtypes = [ctypes.c_uint64] * 5
-        self._wait_for = self._keeping.cuStreamWaitEvent
-        self._wait_for.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
+        self._copy = _prepared(self._keeping.cuMemcpyHtoDAsync_v2, _WORD, _WORD, _SIZE, _WORD)
+        self._copy_back = _prepared(self._keeping.cuMemcpyDtoHAsync_v2, _WORD, _WORD, _SIZE, _WORD)
+        self._map = _prepared(self._keeping.cuMemMap, *[_WORD] * 5)
+        self._wait_for = _prepared(self._keeping.cuStreamWaitEvent, _WORD, _WORD, ctypes.c_uint)
+        self._launch = _prepared(self._keeping.cuGraphLaunch, _WORD, _WORD)
 
     def copy(self, target: Address, source: Address, size: Bytes, stream: int) -> None:
         """Queue a copy from pinned or registered host memory. Raises `DriverError`."""
         _check("cuMemcpyHtoDAsync", self._copy(target, source, size, stream))
+
+    def copy_back(self, target: Address, source: Address, size: Bytes, stream: int) -> None:
+        """Queue a copy to pinned host memory. Raises `DriverError`."""
+        _check("cuMemcpyDtoHAsync", self._copy_back(target, source, size, stream))
 
     def map(self, address: Address, size: Bytes, handle: Handle) -> None:
         """Put the handle there; nothing may touch it yet. Raises `DriverError`."""
@@ -47,31 +54,77 @@ class CudaCalls:
         """What is queued on the stream from now on runs behind the mark. Raises `DriverError`."""
         _check("cuStreamWaitEvent", self._wait_for(stream, mark.event, 0))
 
+    def launch(self, graph: DriverGraph, stream: int) -> None:
+        """Queue a graph. Raises `DriverError`."""
+        _check("cuGraphLaunch", self._launch(graph.executable, stream))
+
+    def graph(self, captured: int, stream: int) -> DriverGraph:
+        """What was captured, brought to the device by way of the stream, for which this waits.
+
+        Takes milliseconds in which other threads go on. Raises `DriverError`.
+        """
+        return DriverGraph(self._keeping, self._giving_up, captured, stream)
+
 
 class Mark:
     """An event; used again and again, and destroyed with the object."""
 
     def __init__(self, keeping: ctypes.PyDLL, giving_up: ctypes.CDLL) -> None:
-        self.event = ctypes.c_void_p()
+        event = ctypes.c_void_p()
+        self.event = 0
         self._keeping = keeping
         self._giving_up = giving_up
-        _check("cuEventCreate", keeping.cuEventCreate(ctypes.byref(self.event), _BLOCKING_WITHOUT_TIME))
+        _check("cuEventCreate", keeping.cuEventCreate(ctypes.byref(event), _BLOCKING_WITHOUT_TIME))
+        self.event = event.value or 0
 
     def set(self, stream: int) -> None:
         """Behind what is queued on the stream by now. Raises `DriverError`."""
-        _check("cuEventRecord", self._keeping.cuEventRecord(self.event, ctypes.c_void_p(stream)))
+        _check("cuEventRecord", self._keeping.cuEventRecord(_WORD(self.event), _WORD(stream)))
+
+    def has_passed(self) -> bool:
+        """The device has passed it. Raises `DriverError` if what stands before it has failed."""
+        code: int = self._keeping.cuEventQuery(_WORD(self.event))
+        if code == _NOT_READY:
+            return False
+        _check("cuEventQuery", code)
+        return True
 
     def wait(self) -> None:
         """Until the device has passed it. Raises `DriverError` if what stands before it has failed."""
-        code = self._keeping.cuEventQuery(self.event)
-        if code == _NOT_READY:
-            code = self._giving_up.cuEventSynchronize(self.event)
-        _check("cuEventSynchronize", code)
+        if not self.has_passed():
+            _check("cuEventSynchronize", self._giving_up.cuEventSynchronize(_WORD(self.event)))
 
     def __del__(self) -> None:
         """The driver keeps what is still on its way."""
         if self.event:
-            self._keeping.cuEventDestroy_v2(self.event)
+            self._keeping.cuEventDestroy_v2(_WORD(self.event))
+
+
+class DriverGraph:
+    """A graph that can be launched; destroyed with the object."""
+
+    def __init__(self, keeping: ctypes.PyDLL, giving_up: ctypes.CDLL, captured: int, stream: int) -> None:
+        """See `CudaCalls.graph`."""
+        self.executable = 0
+        self._keeping = keeping
+        made = ctypes.c_void_p()
+        no_flags = ctypes.c_ulonglong(0)
+        code = giving_up.cuGraphInstantiateWithFlags(ctypes.byref(made), _WORD(captured), no_flags)
+        _check("cuGraphInstantiate", code)
+        self.executable = made.value or 0
+        _check("cuGraphUpload", giving_up.cuGraphUpload(made, _WORD(stream)))
+        _check("cuStreamSynchronize", giving_up.cuStreamSynchronize(_WORD(stream)))
+
+    def __del__(self) -> None:
+        """The driver keeps what is still on its way."""
+        if self.executable:
+            self._keeping.cuGraphExecDestroy(_WORD(self.executable))
+
+
+def _prepared(call: ctypes._NamedFuncPointer, *kinds: type) -> ctypes._NamedFuncPointer:
+    """With the kinds of its arguments, which are numbers then."""
+    call.argtypes = kinds
+    return call
 
 
 def _check(call: str, code: int) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 
-from prism.engine.gpu.flight import Event
 from prism.memory.cuda import CudaDriver
 from prism.types import Bytes, MiB
 from prism.worker.copies import Run
@@ -23,17 +22,25 @@ DEPTH = 1
 """Pieces on their way: what else leaves the device waits for these at most."""
 
 
-class Copies(Event):
+class Copies:
     """Copies queued on a stream, behind what is there."""
 
     def __init__(self, driver: CudaDriver, runs: Sequence[Run], stream: torch.cuda.Stream) -> None:
         self._begin = _recorded(stream)
         driver.copy_async(runs, stream.cuda_stream)
-        self.event = _recorded(stream)
+        self._end = _recorded(stream)
+
+    def is_done(self) -> bool:
+        """They have run."""
+        return bool(self._end.query())  # type: ignore[no-untyped-call]
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """What is queued on the stream from now on runs behind them."""
+        stream.wait_event(self._end)
 
     def seconds(self) -> float:
         """See `CopyWork.seconds`."""
-        return _seconds(self._begin, self.event)
+        return _seconds(self._begin, self._end)
 
 
 class SwapStream:
@@ -92,9 +99,11 @@ class Leaving:
         self._swap.advance()
         return not self.pieces and self.event is not None and bool(self.event.query())  # type: ignore[no-untyped-call]
 
-    def queue_all(self) -> None:
-        """Have all of it queued now."""
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Have all of it queued now; what is queued on the stream from now on runs behind it."""
         self._swap.queue_all(self)
+        assert self.event is not None
+        stream.wait_event(self.event)
 
     def seconds(self) -> float:
         """See `CopyWork.seconds`."""

@@ -132,7 +132,7 @@ class GpuBackend:
         self._warmup_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._loaded: list[tuple[ModelSpec, int]] = []
         """Whose kernels are there, and with how many tokens in a block."""
-        self._captures = DeviceCaptures()
+        self._captures = DeviceCaptures(device)
         self._graphs = [Graphs(self._captures) for _ in lanes]
         for lane, graphs in zip(lanes, self._graphs, strict=True):
             self._captures.add_lane(lane, graphs)
@@ -150,7 +150,7 @@ class GpuBackend:
             places = torch.tensor(moves, dtype=torch.int64).t().contiguous().pin_memory()
             sources, targets = places.to(self._device, non_blocking=True)
             kv.pages.index_copy_(0, targets, kv.pages.index_select(0, sources))
-            return Event()
+        return self._lanes[lane].event()
 
     def copy_out(self, runs: Sequence[Run], lane: LaneId, *, aside: bool) -> CopyWork:
         """See `Backend.copy_out`."""
@@ -164,19 +164,13 @@ class GpuBackend:
     def wait_for(self, lane: LaneId, works: Sequence[Work]) -> None:
         """See `Backend.wait_for`. Nothing waits on the host."""
         for work in works:
-            if isinstance(work, Leaving):
-                work.queue_all()
-                assert work.event is not None
-                self._lanes[lane].stream.wait_event(work.event)
-                continue
             event = work.end if isinstance(work, GpuFlight) else work
-            if isinstance(event, Event):
-                self._lanes[lane].stream.wait_event(event.event)
+            if isinstance(event, Event | Copies | Leaving):
+                event.hold(self._lanes[lane].stream)
 
     def mark(self, lane: LaneId) -> Event:
         """See `Backend.mark`."""
-        with torch.cuda.stream(self._lanes[lane].stream):
-            return Event()
+        return self._lanes[lane].event()
 
     def expect(self, runner: Runner) -> None:
         """See `Backend.expect`: graphs of likely sizes."""

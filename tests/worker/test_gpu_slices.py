@@ -56,9 +56,9 @@ def test_tokens_do_not_depend_on_captures(paths: dict[str, Path], monkeypatch: p
     replayed: list[Key] = []
     replay = Graphs.replay
 
-    def noted(graphs: Graphs, key: Key) -> bool:
+    def noted(graphs: Graphs, key: Key, stream: Any) -> bool:
         replayed.append(key)
-        return replay(graphs, key)
+        return replay(graphs, key, stream)
 
     monkeypatch.setattr(Graphs, "replay", noted)
     texts = serve(local)

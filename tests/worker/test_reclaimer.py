@@ -15,7 +15,7 @@ from prism.types import ModelId, Rank, RequestId
 from prism.worker import reclaim
 from prism.worker.models import Model
 from prism.worker.reclaim import ReclaimDecision
-from prism.worker.reclaimer import REFUSED_SECONDS, Reclaimer
+from prism.worker.reclaimer import CACHE_SHARE, REFUSED_SECONDS, Reclaimer
 from prism.worker.snapshot import MemorySnapshot, Need
 from tests.support.checkpoints import make_model, prompts, save
 from tests.support.local_worker import SLAB, LocalWorker
@@ -265,4 +265,37 @@ def test_nothing_is_kept_for_a_model_that_nobody_waits_for_any_more(tmp_path: Pa
     local.worker.on_command(Activate(epoch=1, command_id=1, model="mistral"))
     local.run(until=lambda: small.is_active or ("running", 0) in local.outbox.finished)
     assert small.is_active
+    local.close()
+
+
+def test_a_model_at_its_limit_drops_its_cache_some_blocks_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody's memory was looked at for each block; now once for many while the cache is large."""
+    local = LocalWorker(
+        {"llama": save(make_model("llama", max_position_embeddings=4096), tmp_path)}, num_slabs=8
+    )
+    model = local.worker.models["llama"]
+    model.kv_limit = 2
+    looks: list[Need] = []
+    decide = reclaim.decide
+
+    def noted(snapshot: MemorySnapshot, need: Need, now: float) -> tuple[ReclaimDecision, ...]:
+        looks.append(need)
+        return decide(snapshot, need, now)
+
+    monkeypatch.setattr(reclaim, "decide", noted)
+    for number in range(5):
+        local.submit(f"old {number}", "llama", [number] * 1200, max_tokens=1)
+        local.run()
+    kv = model.kv
+    assert kv is not None and kv.num_slabs == 2
+    cached, spare = kv.num_cached, kv.num_free
+    looks.clear()
+    local.submit("long", "llama", [99], max_tokens=1600)
+    local.run()
+    wanted, at_once = 100 - spare, cached // CACHE_SHARE
+    assert wanted > 2 * at_once > 60, "or there is nothing to see"
+    assert len(looks) <= 1 + wanted // (at_once - at_once // CACHE_SHARE)
+    assert kv.num_slabs == 2 and kv.num_cached >= cached - wanted - at_once
     local.close()

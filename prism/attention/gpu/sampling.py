@@ -95,6 +95,8 @@ def _draw_kernel(
     """One row; its last pattern kept is `cut`, of which the first `num_ties` tokens are."""
     index = tl.program_id(0)
     place = tl.load(places + index)
+    if place < 0:
+        return
     row = logits + place.to(tl.int64) * stride
     scale = LOG2_E / tl.maximum(tl.load(temperatures + index), 1e-5)
     min_p, top_p, top_k = tl.load(min_ps + index), tl.load(top_ps + index), tl.load(top_ks + index)
@@ -159,7 +161,7 @@ def draw_random(
     out: Tensor,
     last_tokens: Tensor,
 ) -> None:
-    """Tokens of the rows `places [draws]` of `logits [rows, vocabulary]`, bf16 or fp16.
+    """Tokens of the rows `places [draws]` of `logits [rows, vocabulary]`, bf16 or fp16; none where one is -1.
 
     `temperature`, `top_p`, `min_p` fp32, `top_k` int32 (0 keeps all), `uniforms` fp64, all `[draws]`. Tokens
     go into `out [rows]` and `last_tokens[slots[row]]`, all of these int32. Nothing waits for the device.

@@ -7,6 +7,8 @@ and the loop replays graphs, launches, copies and looks at events on other strea
   cuBLAS's workspace from the beginning (lane.py), which the graphs use when they run on the lane's stream;
 - the mode "relaxed", in which a thread with a capture may allocate and ask for events;
 - memory of the lane's pool: torch takes what is allocated on a capturing stream from there, and only that.
+
+What was captured is made ready by another thread: that is one call of the driver, 1 to 2.5 ms for 8B.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum, auto
 
 import torch
@@ -21,12 +24,35 @@ import torch
 from prism.engine.gpu.graphs import Graphs, Key, Wish
 from prism.engine.gpu.lane import GpuLane
 from prism.engine.pieces import Pieces
-from prism.types import Bytes
+from prism.memory.cuda_calls import DriverGraph
+from prism.types import Bytes, MiB
 
 log = logging.getLogger(__name__)
 
 MAX_URGENT = 8
 """Of a batch that grows quickly each size is wanted for some steps only: the oldest wishes are given up."""
+
+
+LONGEST_WAIT = 1.0
+"""Seconds at a time."""
+MOST_BYTES = Bytes(16 * MiB)
+"""That a graph is taken to hold: 0.6 MiB each were seen, and others may allocate while one is made ready."""
+
+
+class ReadyGraph:
+    """See `Graph`."""
+
+    def __init__(self, captured: torch.cuda.CUDAGraph, lane: GpuLane) -> None:
+        """Takes milliseconds in which other threads go on. Raises `DriverError`."""
+        self._captured = captured  # which keeps the memory of its intermediate results
+        self._calls = lane.calls
+        self._graph: DriverGraph = lane.calls.graph(
+            captured.raw_cuda_graph(), lane.capture_stream.cuda_stream
+        )
+
+    def replay(self, stream: torch.cuda.Stream) -> None:
+        """See `Graph.replay`."""
+        self._calls.launch(self._graph, stream.cuda_stream)
 
 
 class _Stage(Enum):
@@ -38,9 +64,13 @@ class _Stage(Enum):
 class _Capture:
     """One graph on its way."""
 
-    def __init__(self, wish: Wish, lane: GpuLane) -> None:
+    def __init__(self, wish: Wish, lane: GpuLane, maker: ThreadPoolExecutor) -> None:
         self.wish = wish
         self._lane = lane
+        self._maker = maker
+        self._ready: Future[ReadyGraph] | None = None
+        self._free_before = 0
+        """Bytes of the device before it was made ready."""
         self._graph = torch.cuda.CUDAGraph(keep_graph=True)
         self._pieces = Pieces(wish.work())
         self._stage = _Stage.NEW
@@ -57,19 +87,25 @@ class _Capture:
                 case _Stage.CAPTURING:
                     self._graph.capture_end()
                     self._stage = _Stage.CAPTURED
-                case _Stage.CAPTURED:
-                    self._instantiate()
+                case _Stage.CAPTURED if self._ready is None:
+                    self._free_before = self._num_free()
+                    self._ready = self._maker.submit(ReadyGraph, self._graph, self._lane)
+                case _Stage.CAPTURED if wait([self._ready], min(seconds, LONGEST_WAIT)).done:
+                    self._add(self._ready.result())
                     return True
         return False
 
-    def _instantiate(self) -> None:
-        before = torch.cuda.mem_get_info(self._lane.device)[0]
-        self._graph.instantiate()
-        taken = before - torch.cuda.mem_get_info(self._lane.device)[0]
-        self.wish.graphs.add(self.wish.key, self._graph, Bytes(max(0, taken)))
+    def _add(self, graph: ReadyGraph) -> None:
+        taken = max(0, self._free_before - self._num_free())
+        self.wish.graphs.add(self.wish.key, graph, Bytes(min(taken, MOST_BYTES)))
+
+    def _num_free(self) -> int:
+        return torch.cuda.mem_get_info(self._lane.device)[0]
 
     def abandon(self) -> None:
         """End it without a graph."""
+        if self._ready is not None:
+            wait([self._ready])
         if self._stage is _Stage.CAPTURING:
             try:
                 with warnings.catch_warnings(), torch.cuda.stream(self._lane.capture_stream):
@@ -83,11 +119,12 @@ class _Capture:
 class DeviceCaptures:
     """See `Captures`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._lanes: dict[Graphs, GpuLane] = {}
         self._urgent: deque[Wish] = deque()  # newest first
         self._likely: OrderedDict[tuple[Graphs, Key], Wish] = OrderedDict()
         self._capture: _Capture | None = None
+        self._maker = ThreadPoolExecutor(1, "graphs", torch.cuda.set_device, (device,))
         self._is_urgent = False
         """A step lacks the graph that is being captured."""
 
@@ -136,7 +173,7 @@ class DeviceCaptures:
             wish = self._likely.popitem(last=False)[1]
         else:
             return
-        self._capture = _Capture(wish, self._lanes[wish.graphs])
+        self._capture = _Capture(wish, self._lanes[wish.graphs], self._maker)
 
     def _finish(self) -> None:
         self._capture = None
@@ -149,6 +186,7 @@ class DeviceCaptures:
         if self._capture is not None:
             self._capture.abandon()
             self._finish()
+        self._maker.shutdown()
 
     def forget(self, owner: int) -> None:
         """A model is gone."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # needs Triton, which only GPUs have
     from prism.engine.gpu.lane import GpuLane
 
 
+_PADDING = np.array([[0], [-1], [0]], np.int32)
+
+
 def slots_of(sequences: Iterable[Sequence]) -> NDArray[np.intp]:
     """Their rows in the lane's tables; all of them run, so each has one."""
     return np.array([sequence.slot for sequence in sequences], np.intp)
@@ -28,12 +31,12 @@ def stage_columns(staging: Staging, step: Step, slots: NDArray[np.intp], size: i
     The block of a decode's position is its last one.
     """
     count = len(slots)
-    columns = np.zeros((3, size), np.int32)
+    columns = staging.room(3 * size).reshape(3, size)
     columns[0, :count] = slots
     columns[1, :count] = step.positions
-    columns[1, count:] = -1
     columns[2, :count] = [sequence.blocks[-1] for sequence in step.decodes]
-    staging.ints(columns.ravel())
+    if count < size:
+        columns[:, count:] = _PADDING
 
 
 class TableNotes:
@@ -58,6 +61,7 @@ class TableNotes:
         new = [sequence for sequence in step.decodes if not sequence.is_token_placed]
         self._tables = (staging.ints(places), staging.ints(blocks)) if places else None
         self._tokens = None
+        self.are_any = bool(places or new)
         if new:
             newest = [sequence.tokens[sequence.num_computed - 1] for sequence in new]
             self._tokens = (staging.ints(slots_of(new)), staging.ints(newest))

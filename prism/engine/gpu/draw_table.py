@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prism.engine.gpu.staging import Staging
+from prism.engine.gpu.staging import Staging, aligned
 from prism.engine.randomness import uniforms
 from prism.engine.sequence import Sequence
 
@@ -21,24 +22,33 @@ MOST_BATCHES = 64
 """That are kept: one for each model of a lane as long as nobody comes."""
 
 
-class StagedDraws(NamedTuple):
-    """Where the numbers of a step's random draws lie among its words."""
+class DrawPlaces(NamedTuple):
+    """Where the numbers of a step's random draws lie among its words; graphs read them there."""
 
-    places: slice
-    """Rows of the step that are drawn at random."""
-    uniforms: slice
+    rows: slice
+    """Rows of the step that are drawn at random; the others of these words are -1."""
     temperature: slice
     top_p: slice
     min_p: slice
     top_k: slice
+    uniforms: slice
+
+    @classmethod
+    def behind(cls, num_words: int, size: int) -> DrawPlaces:
+        """Room for `size` draws behind so many words."""
+        counts = (*[size] * 5, 2 * size)
+        starts = accumulate((aligned(count) for count in counts), initial=aligned(num_words))
+        return cls(*(slice(start, start + n) for start, n in zip(starts, counts, strict=False)))
 
 
 class _Batch(NamedTuple):
     """Rows that draw at random, of those that one step has."""
 
     slots: NDArray[np.intp]
+    rows: NDArray[np.intp]
+    """Their places among all rows of the step."""
     words: NDArray[np.int32]
-    """Their places among all rows of the step, and their settings."""
+    """The same, and their settings, as they are staged."""
     is_part: bool
     """Others of the step do not."""
 
@@ -57,8 +67,8 @@ class DrawTable:
         """Numbers of the next draws of each row."""
         self._begins = np.full(num_slots, UNKNOWN, np.int32)
         """Behind how many tokens the first of these is drawn."""
-        self._batches: dict[bytes, _Batch | None] = {}
-        """By rows, as long as no row becomes another's."""
+        self._batches: dict[tuple[bytes, int], _Batch] = {}
+        """By rows and room, as long as no row becomes another's."""
 
     def enter(self, sequences: Iterable[Sequence]) -> None:
         """These are about to draw in their rows for the first time."""
@@ -82,32 +92,36 @@ class DrawTable:
         """Draws of one of these depend on earlier tokens, or report more than a token."""
         return bool(self._with_history) and not self._with_history.isdisjoint(slots.tolist())
 
-    def stage(
-        self, staging: Staging, slots: NDArray[np.intp], lengths: NDArray[np.int32]
-    ) -> StagedDraws | None:
-        """Numbers for those of `slots` that draw at random, behind `lengths` tokens; None without any."""
-        batch = self._batch(slots)
-        if batch is None:
-            return None
-        numbers = self._numbers(batch.slots, lengths[batch.words[0]] if batch.is_part else lengths)
-        places, *settings = staging.rows(batch.words)
-        return StagedDraws(places, staging.doubles(numbers), *settings)
+    def stage(self, staging: Staging, slots: NDArray[np.intp], lengths: NDArray[np.int32], size: int) -> None:
+        """Numbers for those of `slots` that draw at random, behind `lengths` tokens, in room for `size`.
 
-    def _batch(self, slots: NDArray[np.intp]) -> _Batch | None:
+        `DrawPlaces.behind` what is staged says where. None are drawn here if one needs the host.
+        """
+        batch = self._batch(slots, size)
+        staging.ints(batch.words)
+        numbers: NDArray[np.float64] | tuple[()] = ()
+        if len(batch.rows):
+            numbers = self._numbers(batch.slots, lengths[batch.rows] if batch.is_part else lengths)
+        staging.doubles(numbers, size)
+
+    def _batch(self, slots: NDArray[np.intp], size: int) -> _Batch:
         """Those of these rows that draw at random; kept, since mostly the same rows are stepped again."""
-        key = slots.tobytes()
-        if key not in self._batches:
+        key = slots.tobytes(), size
+        batch = self._batches.get(key)
+        if batch is None:
             if len(self._batches) >= MOST_BATCHES:
                 self._batches.clear()
-            self._batches[key] = self._new_batch(slots)
-        return self._batches[key]
+            batch = self._batches[key] = self._new_batch(slots, size)
+        return batch
 
-    def _new_batch(self, slots: NDArray[np.intp]) -> _Batch | None:
-        places = np.flatnonzero(self._temperature[slots] > 0)
-        drawing = slots[places]
-        words = np.empty((5, len(places)), np.int32)
-        words[0], words[1:] = places, self._settings[:, drawing]
-        return _Batch(drawing, words, len(places) < len(slots)) if len(places) else None
+    def _new_batch(self, slots: NDArray[np.intp], size: int) -> _Batch:
+        rows = np.flatnonzero(self._temperature[slots] > 0)
+        if self.needs_host(slots):
+            rows = rows[:0]
+        drawing, count = slots[rows], len(rows)
+        words = np.zeros((5, aligned(size)), np.int32)
+        words[0, :count], words[0, count:], words[1:, :count] = rows, -1, self._settings[:, drawing]
+        return _Batch(drawing, rows, words.ravel(), count < len(slots))
 
     def _numbers(self, slots: NDArray[np.intp], lengths: NDArray[np.int32]) -> NDArray[np.float64]:
         """When a row has none left, those get new ones, too, that have used half of theirs: where rows began

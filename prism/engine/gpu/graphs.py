@@ -16,6 +16,8 @@ from prism.engine.pieces import Work
 from prism.types import Bytes, MiB
 
 if TYPE_CHECKING:  # needs Triton, which only GPUs have
+    import torch
+
     from prism.attention.gpu.decode import Split
 
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 1025, 32))
@@ -56,8 +58,8 @@ class Key(NamedTuple):
 class Graph(Protocol):
     """What was captured."""
 
-    def replay(self) -> None:
-        """Queue it on the current stream."""
+    def replay(self, stream: torch.cuda.Stream) -> None:
+        """Queue it on the stream."""
         ...
 
 
@@ -128,13 +130,17 @@ class Graphs:
         if key not in self._graphs and key not in self._failed:
             self._captures.add(Wish(self, key, work), is_urgent=is_urgent)
 
-    def replay(self, key: Key) -> bool:
-        """Queue a graph on the current stream; False if it has been dropped meanwhile."""
+    def __contains__(self, key: Key) -> bool:
+        """The graph is there."""
+        return key in self._graphs
+
+    def replay(self, key: Key, stream: torch.cuda.Stream) -> bool:
+        """Queue a graph on the stream; False if it has been dropped meanwhile."""
         found = self._graphs.get(key)
         if found is None:
             return False
         self._graphs.move_to_end(key)
-        found[0].replay()
+        found[0].replay(stream)
         return True
 
     def add(self, key: Key, graph: Graph, num_bytes: Bytes) -> None:

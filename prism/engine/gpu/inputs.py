@@ -15,8 +15,9 @@ from prism.attention.gpu.prefill import BLOCK_M, TILE_WORDS, tiles_of
 from prism.attention.gpu.prefill import Chunk as PromptChunk
 from prism.attention.kernels import KvView
 from prism.engine.gpu.columns import TableNotes, slots_of
+from prism.engine.gpu.draw_table import DrawPlaces
 from prism.engine.gpu.graphs import MAX_CHUNKS, Key
-from prism.engine.gpu.lane import GpuLane
+from prism.engine.gpu.lane import Buffers, GpuLane
 from prism.engine.gpu.staging import Staging, aligned
 from prism.engine.step import Step
 
@@ -50,8 +51,11 @@ class MixedSize(NamedTuple):
         """Where it all lies among the step's words."""
         rows = self.decodes + self.prompt_rows
         counts = (rows, rows, rows, self.sampled, self.sampled, TILE_WORDS * self.tiles)
-        starts = accumulate((aligned(count) for count in counts), initial=0)
-        return MixedPlaces(*(slice(start, start + n) for start, n in zip(starts, counts, strict=False)))
+        *starts, end = accumulate((aligned(count) for count in counts), initial=0)
+        places = [slice(start, start + n) for start, n in zip(starts, counts, strict=True)]
+        draws = DrawPlaces.behind(end, self.sampled)
+        ids, positions, slots, last_rows, last_slots, tiles = places
+        return MixedPlaces(ids, positions, slots, last_rows, last_slots, tiles, draws)
 
 
 class MixedPlaces(NamedTuple):
@@ -63,6 +67,7 @@ class MixedPlaces(NamedTuple):
     last_rows: slice
     last_slots: slice
     tiles: slice
+    draws: DrawPlaces
 
 
 class MixedForm(NamedTuple):
@@ -119,19 +124,20 @@ class StepInputs:
 
     def __init__(
         self,
+        buffers: Buffers,
         staging: Staging,
-        tokens: Tensor,
         step: Step,
         slots: NDArray[np.intp],
         lane: GpuLane,
-        *,
-        newest_known: bool,
+        size: int,
     ) -> None:
-        """`tokens` are pinned; `slots` are those of the decodes; see `TableNotes` for `newest_known`."""
-        self.staging = staging
+        """What has been staged are columns, or what a step with prompts has instead.
+
+        `slots` are those of the decodes, `size` is the number of rows that are drawn, padding included.
+        """
         self.sampled = step.sampled
-        self.tokens = tokens[: len(self.sampled)]
-        self._notes = TableNotes(staging, step, lane.shape.max_blocks, newest_known=newest_known)
+        self.tokens = buffers.tokens[: len(self.sampled)]
+        self._buffers, self._staging, self._lane = buffers, staging, lane
         drawing = [chunk for chunk in step.prompts if chunk.samples]
         lengths = step.positions + 1
         if drawing:
@@ -140,14 +146,24 @@ class StepInputs:
             lengths = np.concatenate([lengths, ends])
         new = [sequence for sequence in self.sampled if not sequence.is_token_placed]
         lane.draws.enter(new)
-        for sequence in new:  # for the steps behind this one
-            sequence.is_token_placed = True
         self.on_host = lane.draws.needs_host(slots)
         """Its tokens are drawn by the host."""
-        self.draws = None if self.on_host else lane.draws.stage(staging, slots, lengths)
+        lane.draws.stage(staging, slots, lengths, size)
+        self._notes = TableNotes(staging, step, lane.shape.max_blocks, newest_known=not step.has_prompts)
+        for sequence in new:  # for the steps behind this one
+            sequence.is_token_placed = True
 
-    def send(self, lane: GpuLane) -> Tensor:
+    @property
+    def is_plain(self) -> bool:
+        """Words for kernels that a graph may hold are all that it brings along."""
+        return not (self.on_host or self._notes.are_any)
+
+    def send(self) -> Tensor:
         """Queue the copy of all words, and the changes to the lane's tables."""
-        words = self.staging.send()
-        self._notes.apply(words, lane)
+        words = self.send_words()
+        self._notes.apply(words, self._lane)
         return words
+
+    def send_words(self) -> Tensor:
+        """Queue the copy of all words."""
+        return self._lane.send(self._buffers, self._staging.num_words)

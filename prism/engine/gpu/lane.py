@@ -10,9 +10,12 @@ from torch import Tensor
 from prism.attention.gpu.argmax import PARTS, draw_greedy
 from prism.attention.gpu.decode import SCRATCH_BYTES
 from prism.attention.gpu.kernels import GpuKernels
-from prism.engine.gpu.draw_table import DrawTable
+from prism.attention.gpu.sampling import draw_random
+from prism.engine.gpu.draw_table import DrawPlaces, DrawTable
+from prism.engine.gpu.flight import Event
 from prism.engine.kv_layout import BLOCK_TOKENS
-from prism.types import Bytes
+from prism.memory.cuda_calls import CudaCalls
+from prism.types import Address, Bytes
 
 RING = 4
 """Pinned buffers of a lane: at most two steps are queued, so a buffer has been copied when it returns."""
@@ -45,6 +48,17 @@ class LaneShape(NamedTuple):
         """
         entries = self.max_entries + self.max_tokens // BLOCK_TOKENS.start + self.max_batch
         return 2 * entries + 4 * self.max_tokens + 32 * self.max_batch + 1024
+
+
+class Buffers:
+    """Pinned words for a step's inputs, and for its tokens."""
+
+    def __init__(self, num_words: int, max_batch: int) -> None:
+        self._pinned = torch.empty(num_words, dtype=torch.int32, pin_memory=True)
+        self.address = Address(self._pinned.data_ptr())
+        self.words = self._pinned.numpy()
+        """The inputs, to be written."""
+        self.tokens = torch.empty(max_batch, dtype=torch.int32, pin_memory=True)
 
 
 class LaneBytes(NamedTuple):
@@ -82,6 +96,7 @@ class GpuLane:
         """`memory` is `workspace_bytes` of uint8."""
         self.device = device
         self.shape = shape
+        self.calls = CudaCalls()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.capture_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
@@ -95,21 +110,16 @@ class GpuLane:
         self.staging = staging.view(torch.int32)[:words]
         sizes = [shape.max_batch, shape.max_batch * PARTS, shape.max_batch * PARTS]
         self.drawn, best, place = drawn.view(torch.int32)[: sum(sizes)].split(sizes)  # type: ignore[no-untyped-call]
+        self._staging_address, self._drawn_address = self.staging.data_ptr(), self.drawn.data_ptr()
         self.best, self.place = best.view(torch.float32).view(-1, PARTS), place.view(-1, PARTS)
         with torch.cuda.stream(self.stream):
             self.last_tokens.zero_()
             self.tables[0].zero_()
         self.kernels = GpuKernels(device, self.tables, scratch)
         self.draws = DrawTable(slots)
-        self._inputs = [torch.empty(words, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
-        self._outputs = [
-            torch.empty(shape.max_batch, dtype=torch.int32, pin_memory=True) for _ in range(RING)
-        ]
+        self._buffers = [Buffers(words, shape.max_batch) for _ in range(RING)]
         self._turn = 0
-        self.apart_buffers = (
-            torch.empty(words, dtype=torch.int32, pin_memory=True),
-            torch.empty(shape.max_batch, dtype=torch.int32, pin_memory=True),
-        )
+        self.apart_buffers = Buffers(words, shape.max_batch)
         """Those of the one step that is launched while others pass it by."""
         self._give_workspaces()
         self._anchor = self._anchored_pool()
@@ -141,7 +151,39 @@ class GpuLane:
         rows = len(logits)
         draw_greedy(logits, self.best[:rows], self.place[:rows], slots, self.drawn[:rows], self.last_tokens)
 
-    def next_buffers(self) -> tuple[Tensor, Tensor]:
-        """Pinned words for a step's inputs and for its tokens; called once a step."""
+    def draw_random(self, words: Tensor, places: DrawPlaces, logits: Tensor, slots: Tensor) -> None:
+        """Tokens of the rows that are drawn at random, by what a step has brought along, in the place of the
+        likeliest ones. `logits [rows, vocabulary]`, `slots [rows]`.
+        """
+        draw_random(
+            logits,
+            words[places.rows],
+            temperature=words[places.temperature].view(torch.float32),
+            top_k=words[places.top_k],
+            top_p=words[places.top_p].view(torch.float32),
+            min_p=words[places.min_p].view(torch.float32),
+            uniforms=words[places.uniforms].view(torch.float64),
+            slots=slots,
+            out=self.drawn,
+            last_tokens=self.last_tokens,
+        )
+
+    def event(self) -> Event:
+        """All that is queued on the lane by now."""
+        return Event(self.calls, self.stream)
+
+    def send(self, buffers: Buffers, num_words: int) -> Tensor:
+        """Queue the copy of a step's words to the device; there they are `[num_words]` int32."""
+        target = Address(self._staging_address)
+        self.calls.copy(target, buffers.address, Bytes(4 * num_words), self.stream.cuda_stream)
+        return self.staging[:num_words]
+
+    def fetch_drawn(self, tokens: Tensor) -> None:
+        """Queue the copy of the first tokens drawn to the host; `tokens` is pinned."""
+        target, source = Address(tokens.data_ptr()), Address(self._drawn_address)
+        self.calls.copy_back(target, source, Bytes(4 * len(tokens)), self.stream.cuda_stream)
+
+    def next_buffers(self) -> Buffers:
+        """For one step; called once a step."""
         self._turn = (self._turn + 1) % RING
-        return self._inputs[self._turn], self._outputs[self._turn]
+        return self._buffers[self._turn]

@@ -19,8 +19,8 @@ from prism.attention.gpu.kernels import GpuPlan
 from prism.attention.gpu.rows import decode_inputs
 from prism.attention.kernels import KvView, Stream
 from prism.engine.gpu.columns import slots_of, stage_columns
-from prism.engine.gpu.draws import draw
-from prism.engine.gpu.flight import Event, GpuFlight
+from prism.engine.gpu.draw_table import DrawPlaces
+from prism.engine.gpu.flight import GpuFlight
 from prism.engine.gpu.graphs import (
     DECODES_BESIDE,
     LAUNCH_BOUND,
@@ -92,23 +92,34 @@ class GpuRunner:
         key = Key(id(self), wanted, self._split(wanted, int(step.positions.max()) + 1))
         found = self._found(key)
         used = found or key
-        pinned, tokens = lane.next_buffers()
-        staging, slots = Staging(pinned, lane.staging), slots_of(step.decodes)
+        buffers = lane.next_buffers()
+        staging, slots = Staging(buffers.words), slots_of(step.decodes)
         stage_columns(staging, step, slots, used.size)
-        inputs = StepInputs(staging, tokens, step, slots, lane, newest_known=True)
-        return self._flight(step, inputs, self._decode_work(inputs, used, has_graph=found is not None))
+        inputs = StepInputs(buffers, staging, step, slots, lane, used.size)
+        shortcut = partial(self._replay, inputs, used) if found and inputs.is_plain else None
+        work = self._decode_work(inputs, used, has_graph=found is not None)
+        return GpuFlight(step, inputs.sampled, inputs.tokens, lane, work, shortcut)
+
+    def _replay(self, inputs: StepInputs, key: Key) -> bool:
+        """A step that is nothing but its graph; False if that has been dropped meanwhile."""
+        if key not in self._graphs:
+            return False
+        inputs.send_words()
+        self._graphs.replay(key, self.lane.stream)
+        self.lane.fetch_drawn(inputs.tokens)
+        return True
 
     def _decode_work(self, inputs: StepInputs, key: Key, *, has_graph: bool) -> Work:
         count = len(inputs.sampled)
-        words = inputs.send(self.lane)
+        words = inputs.send()
         yield self.model.num_groups
-        if not (has_graph and self._graphs.replay(key)):
+        if not (has_graph and self._graphs.replay(key, self.lane.stream)):
             yield from self._captured_work(key.size, key.split)
         logits = self.lane.logits(count, self.model.spec.vocab_size, self._dtype)
-        return (yield from self._finish(inputs, words, words[:count], logits))
+        return (yield from self._finish(inputs, words[:count], logits))
 
     def _captured_work(self, size: int, split: Split) -> Work:
-        """What a graph holds: from the staged columns to the lane's logits and likeliest tokens."""
+        """What a graph holds: from the staged columns to the lane's logits and tokens."""
         lane, model = self.lane, self.model
         columns = lane.staging[: 3 * size].view(3, size)
         hidden, slots, positions = decode_inputs(
@@ -120,6 +131,7 @@ class GpuRunner:
         logits = lane.logits(size, model.spec.vocab_size, self._dtype)
         model.logits(lane.kernels, stream, logits)
         lane.draw_greedy(logits, slots)
+        lane.draw_random(lane.staging, DrawPlaces.behind(3 * size, size), logits, slots)
         return None
 
     # --- steps with prompt chunks -------------------------------------------------------------------
@@ -128,11 +140,12 @@ class GpuRunner:
         """A graph that holds it, if it is small; else, and while there is none, kernel by kernel."""
         lane = self.lane
         form, found = self._form(step, is_apart)
-        pinned, tokens = lane.apart_buffers if is_apart else lane.next_buffers()
-        staging, slots = Staging(pinned, lane.staging), slots_of(step.decodes)
+        buffers = lane.apart_buffers if is_apart else lane.next_buffers()
+        staging, slots = Staging(buffers.words), slots_of(step.decodes)
         stage_mixed(staging, step, slots, form.size)
-        inputs = StepInputs(staging, tokens, step, slots, lane, newest_known=False)
-        return self._flight(step, inputs, self._mixed_work(inputs, form, found, is_apart=is_apart))
+        inputs = StepInputs(buffers, staging, step, slots, lane, form.size.sampled)
+        work = self._mixed_work(inputs, form, found, is_apart=is_apart)
+        return GpuFlight(step, inputs.sampled, inputs.tokens, lane, work)
 
     def _form(self, step: Step, is_apart: bool) -> tuple[MixedForm, Key | None]:
         """Padded in any case if the step could have a graph: with other shapes products round differently."""
@@ -161,7 +174,7 @@ class GpuRunner:
 
     def _mixed_work(self, inputs: StepInputs, form: MixedForm, graph: Key | None, *, is_apart: bool) -> Work:
         lane, vocab, size = self.lane, self.model.spec.vocab_size, form.size
-        words = inputs.send(lane)
+        words = inputs.send()
         if is_apart:  # others stage their inputs in the same place
             words = words.clone()
         logits = None
@@ -169,7 +182,7 @@ class GpuRunner:
             logits = words.new_empty(size.sampled, vocab, dtype=self._dtype)
         if graph is not None:
             yield self.model.num_groups
-        if graph is None or not self._graphs.replay(graph):
+        if graph is None or not self._graphs.replay(graph, lane.stream):
             yield from self._mixed_layers(words, form, logits)
         count = len(inputs.sampled)
         if not count:
@@ -177,7 +190,7 @@ class GpuRunner:
         if logits is None:
             logits = lane.logits(count, vocab, self._dtype)
         slots = words[size.places.last_slots][:count]
-        return (yield from self._finish(inputs, words, slots, logits))
+        return (yield from self._finish(inputs, slots, logits))
 
     def _captured_mixed(self, form: MixedForm) -> Work:
         yield from self._mixed_layers(self.lane.staging, form, None)
@@ -186,7 +199,7 @@ class GpuRunner:
     def _mixed_layers(
         self, words: Tensor, form: MixedForm, logits: Tensor | None
     ) -> Generator[Need, None, None]:
-        """From the staged words to logits, the lane's unless others are given, and to likeliest tokens."""
+        """From the staged words to logits, the lane's unless others are given, and to tokens."""
         lane, model, size, places = self.lane, self.model, form.size, form.size.places
         plan = mixed_plan(words, form, self.kv, model.spec.num_heads)
         yield 1
@@ -200,29 +213,26 @@ class GpuRunner:
         if logits is None:
             logits = lane.logits(size.sampled, model.spec.vocab_size, self._dtype)
         model.logits(lane.kernels, stream, logits)
-        lane.draw_greedy(logits, words[places.last_slots])
+        slots = words[places.last_slots]
+        lane.draw_greedy(logits, slots)
+        lane.draw_random(words, places.draws, logits, slots)
 
     # --- draws --------------------------------------------------------------------------------------
 
-    def _finish(self, inputs: StepInputs, words: Tensor, slots: Tensor, logits: Tensor) -> Work:
-        """Where the likeliest token is not the one, draw; send the tokens to the host.
+    def _finish(self, inputs: StepInputs, slots: Tensor, logits: Tensor) -> Work:
+        """Send the tokens to the host, which may have to draw them itself.
 
         Draws on the host need logits that are there: the last piece comes once the others have run.
         """
         lane, drawn = self.lane, self.lane.drawn[: len(inputs.sampled)]
         known: Sampled | None = None
         if inputs.on_host:
-            yield Event().is_done
+            yield lane.event().is_done
             known = sample(logits.float(), inputs.sampled)
             drawn.copy_(torch.tensor(known.tokens, dtype=torch.int32))
             lane.last_tokens.index_copy_(0, slots.long(), drawn)
-        elif inputs.draws is not None:
-            draw(inputs.draws, words, logits, slots, drawn, lane.last_tokens)
-        inputs.tokens.copy_(drawn, non_blocking=True)
+        lane.fetch_drawn(inputs.tokens)
         return known
-
-    def _flight(self, step: Step, inputs: StepInputs, work: Work) -> GpuFlight:
-        return GpuFlight(step, inputs.sampled, inputs.tokens, self.lane.stream, work)
 
 
 def layer_size(model: Decoder) -> int:

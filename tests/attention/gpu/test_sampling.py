@@ -32,19 +32,20 @@ def test_draws_are_those_of_torch(dtype: torch.dtype, kind: str, vocab: int) -> 
     top_k, top_p, min_p = KINDS[kind]
     generator = torch.Generator("cuda").manual_seed(vocab)
     logits = (3 * torch.randn(ROWS + 3, vocab, device="cuda", generator=generator)).to(dtype)
-    places = torch.randperm(ROWS + 3, device="cuda", generator=generator)[:ROWS].int()
+    rows = torch.randperm(ROWS + 3, device="cuda", generator=generator)[:ROWS].int()
+    places = torch.cat([rows, rows.new_tensor([-1, -1])])
     numbers = {
-        "temperature": torch.rand(ROWS, device="cuda", generator=generator) + 0.1,
-        "top_k": torch.full((ROWS,), top_k, device="cuda", dtype=torch.int32),
-        "top_p": torch.full((ROWS,), top_p, device="cuda"),
-        "min_p": torch.full((ROWS,), min_p, device="cuda"),
-        "uniforms": torch.rand(ROWS, device="cuda", dtype=torch.float64, generator=generator),
+        "temperature": torch.rand(ROWS + 2, device="cuda", generator=generator) + 0.1,
+        "top_k": torch.full((ROWS + 2,), top_k, device="cuda", dtype=torch.int32),
+        "top_p": torch.full((ROWS + 2,), top_p, device="cuda"),
+        "min_p": torch.full((ROWS + 2,), min_p, device="cuda"),
+        "uniforms": torch.rand(ROWS + 2, device="cuda", dtype=torch.float64, generator=generator),
     }
     slots = torch.arange(ROWS + 3, device="cuda", dtype=torch.int32).flip(0)
     out = torch.full((ROWS + 3,), -1, device="cuda", dtype=torch.int32)
     last_tokens = torch.full((ROWS + 3,), -1, device="cuda", dtype=torch.int32)
     draw_random(logits, places, slots=slots, out=out, last_tokens=last_tokens, **numbers)
-    wanted = draw(logits[places.long()], are_cut=True, **numbers)
-    assert int((out[places.long()] != wanted).sum()) <= 1
+    wanted = draw(logits[rows.long()], are_cut=True, **{name: n[:ROWS] for name, n in numbers.items()})
+    assert int((out[rows.long()] != wanted).sum()) <= 1
     assert bool((last_tokens[slots.long()] == out).all())
     assert int((out == -1).sum()) == 3, "rows that are not drawn keep what they have"

@@ -124,12 +124,12 @@ class DigestRunner:
         return Flight(step, tokens)
 
     def _enter(self, step: Step) -> None:
-        words, slots = (torch.zeros(4096, dtype=torch.int32) for _ in range(2)), slots_of(step.decodes)
-        staging, padded = Staging(*words), len(slots) + 3
+        words, slots = torch.zeros(4096, dtype=torch.int32), slots_of(step.decodes)
+        staging, padded = Staging(words.numpy()), len(slots) + 3
         if not step.prompts:
             stage_columns(staging, step, slots, padded)
         notes = TableNotes(staging, step, STRIDE, newest_known=not step.prompts)
-        sent = staging.send()
+        sent = words[: staging.num_words]
         notes.apply(sent, self.lane)  # type: ignore[arg-type]
         if not step.prompts:
             for slot, position, block in sent[: 3 * padded].view(3, padded).T.tolist():

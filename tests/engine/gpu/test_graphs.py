@@ -54,12 +54,15 @@ class FakeCaptures:
         self.wishes.append((wish.key, is_urgent))
 
 
+STREAM: Any = object()
+
+
 class FakeGraph:
     def __init__(self) -> None:
-        self.replays = 0
+        self.streams: list[Any] = []
 
-    def replay(self) -> None:
-        self.replays += 1
+    def replay(self, stream: Any) -> None:
+        self.streams.append(stream)
 
 
 @pytest.fixture
@@ -120,10 +123,10 @@ def test_least_recently_used_ones_go_for_bytes(captures: FakeCaptures) -> None:
     first, second = FakeGraph(), FakeGraph()
     graphs.add(key(1), first, Bytes(40))
     graphs.add(key(2), second, Bytes(40))
-    assert graphs.replay(key(1)) and first.replays == 1
+    assert key(1) in graphs and graphs.replay(key(1), STREAM) and first.streams == [STREAM]
     graphs.add(key(4), FakeGraph(), Bytes(40))
     assert graphs.usage == (2, 80) and graphs.find(key(2)) == key(4)
-    assert not graphs.replay(key(2)) and second.replays == 0
+    assert key(2) not in graphs and not graphs.replay(key(2), STREAM) and not second.streams
     graphs.add(key(8), FakeGraph(), Bytes(500))
     assert graphs.usage == (1, 500), "the newest one stays in any case"
 
