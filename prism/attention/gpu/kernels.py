@@ -21,6 +21,11 @@ from prism.attention.kernels import AttentionPlan, HeadNorms, KvView, Stream, We
 
 HEAD_DIMS = (64, 128, 256)
 """What the attention kernels are made for."""
+ROWS_OF_LT = range(17, 128)
+"""For so many rows cuBLASLt has quicker products than what torch calls without a bias: those of a layer of
+an 8B take 3 to 6 % less at 32 to 112 rows on an H200. With a bias torch calls cuBLASLt."""
+OUTPUTS_OF_LT = range(2049, 1 << 16)
+"""Where it is not slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,7 @@ class GpuKernels:
         self.device = device
         self._tables = tables
         self._scratch = scratch
+        self._no_bias = torch.zeros(OUTPUTS_OF_LT.stop, dtype=torch.bfloat16, device=device)
 
     def attention(
         self, plan: AttentionPlan, layer: int, qkv: Tensor, norms: HeadNorms | None, cos_sin: Tensor
@@ -83,7 +89,7 @@ class GpuKernels:
             return (product if out is None else out.copy_(product)), rest
         x = rms_norm(stream, norm, eps)
         if out is None:
-            return F.linear(x, weight.plain(x.dtype), bias), rest
+            return self._product(x, weight, bias), rest
         assert bias is None
         return torch.mm(x, weight.plain(x.dtype).t(), out=out), rest
 
@@ -94,7 +100,13 @@ class GpuKernels:
             return Stream(vector_linear(x, weight, residual, bias=bias, residual=residual))
         if is_scaled(weight, x.dtype):
             return Stream(residual, scaled_linear(quantised(x), weight, bias))
-        return Stream(residual, F.linear(x, weight.plain(x.dtype), bias))
+        return Stream(residual, self._product(x, weight, bias))
+
+    def _product(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        plain = weight.plain(x.dtype)
+        if bias is None and len(x) in ROWS_OF_LT and len(plain) in OUTPUTS_OF_LT:
+            bias = self._no_bias.view(x.dtype)[: len(plain)]
+        return F.linear(x, plain, bias)
 
     def add_mlp(self, stream: Stream, norm: Tensor, eps: float, gate_up: Weight, down: Weight) -> Stream:
         """See `Kernels.add_mlp`."""
