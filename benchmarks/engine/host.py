@@ -27,7 +27,7 @@ import torch
 
 from prism.attention.kernels import KvView
 from prism.config import Config
-from prism.engine.gpu.columns import TableNotes, slots_of, stage_columns
+from prism.engine.gpu.columns import DecodeRows, TableNotes, slots_of, stage_columns
 from prism.engine.gpu.draw_table import DrawTable
 from prism.engine.gpu.staging import Staging
 from prism.engine.sampler import Sampled
@@ -131,6 +131,7 @@ class InstantRunner:
         self.kv = kv
         self.num_steps = 0
         self.tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 128000, max_batch))
+        self._rows = DecodeRows()
         self._draws = DrawTable(4 * max_batch + 1)
         self._pinned = np.empty(1 << 18, np.int32)
 
@@ -138,10 +139,16 @@ class InstantRunner:
         """See `Runner.run`."""
         self.num_steps += 1
         sampled = step.sampled
-        staging, slots = Staging(self._pinned), slots_of(sampled)
-        if not step.has_prompts:
-            stage_columns(staging, step, slots, len(slots))
-        new = [sequence for sequence in sampled if not sequence.is_token_placed]
+        staging = Staging(self._pinned)
+        if step.has_prompts:
+            self._rows.forget()
+            slots = slots_of(sampled)
+        else:
+            self._rows.look(step)
+            slots = self._rows.slots
+            stage_columns(staging, step, self._rows, len(slots))
+        first = sampled if step.has_prompts else step.begun
+        new = [sequence for sequence in first if not sequence.is_token_placed]
         self._draws.enter(new)
         lengths = np.array([sequence.num_computed for sequence in sampled], np.int32)
         self._draws.stage(staging, slots, lengths, len(slots))

@@ -150,11 +150,10 @@ class Engine:
     def commit(self, flight: InFlight) -> Drawn:
         """Account for the oldest queued step, which has run; sequences that ended are gone afterwards."""
         self.num_queued -= 1
-        for chunk in flight.step.prompts:
-            chunk.sequence.is_started = True
+        for sequence in (*flight.step.begun, *[chunk.sequence for chunk in flight.step.prompts]):
+            sequence.is_started = True  # others have been before
         drawn = _wanted(flight)
         for place, (sequence, token) in enumerate(zip(drawn.sequences, drawn.tokens, strict=True)):
-            sequence.is_started = True
             sequence.num_pending -= 1
             if token in sequence.stops:
                 drawn.ends[place] = End(FinishReason.STOP, token)

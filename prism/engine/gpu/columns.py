@@ -25,22 +25,53 @@ def slots_of(sequences: Iterable[Sequence]) -> NDArray[np.intp]:
     return np.array([sequence.slot for sequence in sequences], np.intp)
 
 
-def stage_columns(staging: Staging, step: Step, slots: NDArray[np.intp], size: int) -> None:
+class DecodeRows:
+    """Rows and last blocks of decodes, kept from one step of theirs to the next.
+
+    Mostly the same sequences decode again, and whatever is new of one of them, it has begun a block: those
+    alone are looked at.
+    """
+
+    def __init__(self) -> None:
+        self.slots = np.empty(0, np.intp)
+        self.blocks = np.empty(0, np.int32)
+        self._decodes: tuple[Sequence, ...] = ()
+        self._places: dict[Sequence, int] = {}
+
+    def look(self, step: Step) -> None:
+        """Those of this step, which has no prompts; each has a row."""
+        if step.decodes != self._decodes:
+            self._decodes = step.decodes
+            self._places = {sequence: place for place, sequence in enumerate(step.decodes)}
+            self.slots = slots_of(step.decodes)
+            self.blocks = np.array([sequence.blocks[-1] for sequence in step.decodes], np.int32)
+            return
+        if step.begun:
+            places = [self._places[sequence] for sequence in step.begun]
+            self.slots[places] = slots_of(step.begun)
+            self.blocks[places] = [sequence.blocks[-1] for sequence in step.begun]
+
+    def forget(self) -> None:
+        """A step with prompts has come between."""
+        self._decodes = ()
+
+
+def stage_columns(staging: Staging, step: Step, rows: DecodeRows, size: int) -> None:
     """`[3, size]`: slots, positions, blocks; the first staged words, where graphs read them.
 
     The block of a decode's position is its last one.
     """
-    count = len(slots)
+    count = len(step.decodes)
     columns = staging.room(3 * size).reshape(3, size)
-    columns[0, :count] = slots
+    columns[0, :count] = rows.slots
     columns[1, :count] = step.positions
-    columns[2, :count] = [sequence.blocks[-1] for sequence in step.decodes]
+    columns[2, :count] = rows.blocks
     if count < size:
         columns[:, count:] = _PADDING
 
 
 class TableNotes:
-    """What the lane's tables do not know yet of the sequences of a step.
+    """What the lane's tables do not know yet of the sequences of a step: decodes that it knows begin nothing.
 
     With `newest_known` the step itself notes the last block of each decode.
     """
@@ -49,8 +80,7 @@ class TableNotes:
         """Rows of the tables have `stride` places."""
         places: list[int] = []
         blocks: list[int] = []
-        behind = [sequence for sequence in step.decodes if sequence.num_tabled < len(sequence.blocks)]
-        for sequence in (*behind, *(chunk.sequence for chunk in step.prompts)):
+        for sequence in (*step.begun, *(chunk.sequence for chunk in step.prompts)):
             known, held = sequence.num_tabled, len(sequence.blocks)
             is_noted = newest_known and known == held - 1
             if known < held and not is_noted:
@@ -58,7 +88,7 @@ class TableNotes:
                 places += range(sequence.slot * stride + known, sequence.slot * stride + held)
                 blocks += sequence.blocks[known:]
             sequence.num_tabled = held
-        new = [sequence for sequence in step.decodes if not sequence.is_token_placed]
+        new = [sequence for sequence in step.begun if not sequence.is_token_placed]
         self._tables = (staging.ints(places), staging.ints(blocks)) if places else None
         self._tokens = None
         self.are_any = bool(places or new)

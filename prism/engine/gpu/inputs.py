@@ -144,7 +144,8 @@ class StepInputs:
             slots = np.concatenate([slots, slots_of(chunk.sequence for chunk in drawing)])
             ends = np.array([chunk.start + chunk.length for chunk in drawing], np.int32)
             lengths = np.concatenate([lengths, ends])
-        new = [sequence for sequence in self.sampled if not sequence.is_token_placed]
+        first = (*step.begun, *(chunk.sequence for chunk in drawing))
+        new = [sequence for sequence in first if not sequence.is_token_placed]
         lane.draws.enter(new)
         self.on_host = lane.draws.needs_host(slots)
         """Its tokens are drawn by the host."""

@@ -115,7 +115,7 @@ class GpuLane:
         with torch.cuda.stream(self.stream):
             self.last_tokens.zero_()
             self.tables[0].zero_()
-        self.kernels = GpuKernels(device, self.tables, scratch)
+            self.kernels = GpuKernels(device, self.tables, scratch)
         self.draws = DrawTable(slots)
         self._buffers = [Buffers(words, shape.max_batch) for _ in range(RING)]
         self._turn = 0

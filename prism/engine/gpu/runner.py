@@ -18,7 +18,7 @@ from prism.attention.gpu.decode import Split, choose_split
 from prism.attention.gpu.kernels import GpuPlan
 from prism.attention.gpu.rows import decode_inputs
 from prism.attention.kernels import KvView, Stream
-from prism.engine.gpu.columns import slots_of, stage_columns
+from prism.engine.gpu.columns import DecodeRows, slots_of, stage_columns
 from prism.engine.gpu.draw_table import DrawPlaces
 from prism.engine.gpu.flight import GpuFlight
 from prism.engine.gpu.graphs import (
@@ -49,6 +49,7 @@ class GpuRunner:
         self.kv = kv
         self.lane = lane
         self._graphs = graphs
+        self._rows = DecodeRows()
         self._dtype = model.embed.dtype
         self._most_prompt_rows = int(LAUNCH_BOUND / max(1, layer_size(model)))
 
@@ -92,10 +93,11 @@ class GpuRunner:
         key = Key(id(self), wanted, self._split(wanted, int(step.positions.max()) + 1))
         found = self._found(key)
         used = found or key
-        buffers = lane.next_buffers()
-        staging, slots = Staging(buffers.words), slots_of(step.decodes)
-        stage_columns(staging, step, slots, used.size)
-        inputs = StepInputs(buffers, staging, step, slots, lane, used.size)
+        buffers, rows = lane.next_buffers(), self._rows
+        staging = Staging(buffers.words)
+        rows.look(step)
+        stage_columns(staging, step, rows, used.size)
+        inputs = StepInputs(buffers, staging, step, rows.slots, lane, used.size)
         shortcut = partial(self._replay, inputs, used) if found and inputs.is_plain else None
         work = self._decode_work(inputs, used, has_graph=found is not None)
         return GpuFlight(step, inputs.sampled, inputs.tokens, lane, work, shortcut)
@@ -139,6 +141,7 @@ class GpuRunner:
     def _mixed(self, step: Step, is_apart: bool) -> GpuFlight:
         """A graph that holds it, if it is small; else, and while there is none, kernel by kernel."""
         lane = self.lane
+        self._rows.forget()
         form, found = self._form(step, is_apart)
         buffers = lane.apart_buffers if is_apart else lane.next_buffers()
         staging, slots = Staging(buffers.words), slots_of(step.decodes)

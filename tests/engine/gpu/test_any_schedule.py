@@ -13,7 +13,7 @@ import torch
 
 from prism.attention.kernels import KvView
 from prism.engine.engine import Engine, EngineRequest
-from prism.engine.gpu.columns import TableNotes, slots_of, stage_columns
+from prism.engine.gpu.columns import DecodeRows, TableNotes, slots_of, stage_columns
 from prism.engine.gpu.staging import Staging
 from prism.engine.kv_blocks import KvSpace
 from prism.engine.kv_layout import KvLayout
@@ -78,6 +78,7 @@ class DigestRunner:
 
     def __init__(self) -> None:
         self.lane = Lane()
+        self.rows = DecodeRows()
         self.memory: dict[tuple[int, int], int] = {}
         self.host: dict[BlockKey, list[int]] = {}
 
@@ -126,8 +127,13 @@ class DigestRunner:
     def _enter(self, step: Step) -> None:
         words, slots = torch.zeros(4096, dtype=torch.int32), slots_of(step.decodes)
         staging, padded = Staging(words.numpy()), len(slots) + 3
-        if not step.prompts:
-            stage_columns(staging, step, slots, padded)
+        if step.prompts:
+            self.rows.forget()
+        else:
+            self.rows.look(step)
+            assert self.rows.slots.tolist() == slots.tolist()
+            assert self.rows.blocks.tolist() == [sequence.blocks[-1] for sequence in step.decodes]
+            stage_columns(staging, step, self.rows, padded)
         notes = TableNotes(staging, step, STRIDE, newest_known=not step.prompts)
         sent = words[: staging.num_words]
         notes.apply(sent, self.lane)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prism.engine.gpu import draw_table
-from prism.engine.gpu.columns import TableNotes, slots_of, stage_columns
+from prism.engine.gpu.columns import DecodeRows, TableNotes, slots_of, stage_columns
 from prism.engine.gpu.draw_table import DrawPlaces, DrawTable
 from prism.engine.gpu.staging import Staging
 from prism.engine.randomness import uniforms
@@ -52,8 +52,9 @@ class FakeLane:
 
 def test_columns_are_padded() -> None:
     step = step_of([decode(4, 17, [70, 71], 2), decode(2, 3, [50], 1)])
-    words = Words()
-    stage_columns(words, step, slots_of(step.decodes), 4)
+    words, rows = Words(), DecodeRows()
+    rows.look(step)
+    stage_columns(words, step, rows, 4)
     slots, positions, blocks = words.send()[:12].view(3, 4).tolist()
     assert (slots, positions, blocks) == ([4, 2, 0, 0], [17, 3, -1, -1], [71, 50, 0, 0])
 
