@@ -214,11 +214,17 @@ def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path
         bench(folder, setup.port, trace="touch.csv")
         bench(folder, setup.port, "--seed", "1")
         learn(folder, mode, setup)
+        before = steps_of(metrics_of(setup))
         saved = ["--save-result", "--result-dir", str(folder), "--result-filename", f"{mode}.json"]
         bench(folder, setup.port, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
-        steps = steps_of(httpx.get(f"http://127.0.0.1:{setup.port}/metrics").text)
+        steps = steps_of(metrics_of(setup))
     result: dict[str, Any] = json.loads((folder / f"{mode}.json").read_text())
-    return result | {"steps": steps}
+    return result | {"steps": steps, "pace": pace_of(before, steps)}
+
+
+def metrics_of(setup: Setup) -> str:
+    """All that the server has counted, some half a second ago."""
+    return httpx.get(f"http://127.0.0.1:{setup.port}/metrics").text
 
 
 def steps_of(metrics: str) -> dict[str, dict[str, float]]:
@@ -229,6 +235,19 @@ def steps_of(metrics: str) -> dict[str, dict[str, float]]:
         figures = sums.setdefault(kind, {})
         figures[name] = figures.get(name, 0.0) + float(value)
     return sums
+
+
+def pace_of(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict[str, float]:
+    """By kind, how many times what it took in the pass before work alone took in the one that counts.
+
+    Far from 1 the machine had another pace, which no prediction could know.
+    """
+    taken, said = "work_alone_seconds", "work_alone_predicted_seconds"
+    return {
+        kind: (after[kind][taken] - old[taken]) / (after[kind][said] - old[said]) / (old[taken] / old[said])
+        for kind, old in before.items()
+        if old.get(said) and after[kind][said] > old[said]
+    }
 
 
 def predicted(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
@@ -322,6 +341,7 @@ def run_mode(folder: Path, setup: Setup, mode: str, scale: float) -> dict[str, A
         print(mode, figure, *(f"{k} {v:.3f}" for k, v in values.items() if k != "models"), flush=True)
     for kind, sums in real["steps"].items():
         print(mode, kind, *(f"{name} {value:.6g}" for name, value in sums.items()), flush=True)
+    print(mode, "pace", *(f"{kind} {value:.3f}" for kind, value in real["pace"].items()), flush=True)
     learnt = json.loads(learnt_of(folder, mode).read_text())
     return {"compared": figures, "learnt": learnt, "measured": real, "predicted": simulated}
 
