@@ -10,7 +10,7 @@ the same configuration.
 A server sees the trace twice, and the second pass counts. Between the two, `prism profile --from-server`
 learns from it what steps and loads that were alone took; predictions use these costs. Requests come at the
 same times in both passes, with other prompts that are as long. No prediction knows what steps of the second
-one take.
+one take; `hindsight` tells what would have been predicted with that.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
 from shapes import CONTEXT, write_shape
+
+from prism.calibration.learnt import added, read_counts
+from prism.calibration.learnt import learn as learn_costs
+from prism.profile import read_profile, write_profile
 
 PRISM = [sys.executable, "-c", "from prism.cli.main import main; main()"]
 PAUSE = 5.0
@@ -200,6 +204,19 @@ def learn(folder: Path, mode: str, setup: Setup) -> None:
     prism("profile", *given, "--output", str(learnt_of(folder, mode)))
 
 
+def hindsight_of(folder: Path, mode: str) -> Path:
+    """The same with costs as they were in the pass that counts, which no prediction could know."""
+    return folder / f"hindsight-{mode}.json"
+
+
+def write_hindsight(folder: Path, mode: str, before: str, after: str) -> None:
+    """From the server's metrics at the beginning and at the end of that pass."""
+    base, name = folder / "profile.json", f"the server in mode {mode}"
+    counts = added(read_counts(before, name), read_counts(after, name), name)
+    learnt = learn_costs(read_profile(base), counts, base.name, name, "in the pass that counts")
+    write_profile(learnt.profile, hindsight_of(folder, mode))
+
+
 def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
     """What `prism bench` says of a server that has seen the trace before, and captured its graphs.
 
@@ -214,12 +231,14 @@ def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path
         bench(folder, setup.port, trace="touch.csv")
         bench(folder, setup.port, "--seed", "1")
         learn(folder, mode, setup)
-        before = steps_of(metrics_of(setup))
+        before = metrics_of(setup)
         saved = ["--save-result", "--result-dir", str(folder), "--result-filename", f"{mode}.json"]
         bench(folder, setup.port, "--slo-from", str(alone), "--slo-scale", str(scale), *saved)
-        steps = steps_of(metrics_of(setup))
+        after = metrics_of(setup)
+    write_hindsight(folder, mode, before, after)
     result: dict[str, Any] = json.loads((folder / f"{mode}.json").read_text())
-    return result | {"steps": steps, "pace": pace_of(before, steps)}
+    steps = steps_of(after)
+    return result | {"steps": steps, "pace": pace_of(steps_of(before), steps)}
 
 
 def metrics_of(setup: Setup) -> str:
@@ -250,14 +269,16 @@ def pace_of(before: dict[str, dict[str, float]], after: dict[str, dict[str, floa
     }
 
 
-def predicted(folder: Path, config: Path, setup: Setup, scale: float, alone: Path) -> dict[str, Any]:
-    """What the simulator says of the same trace, with the same objectives and the costs that were learnt."""
+def predicted(
+    folder: Path, config: Path, setup: Setup, scale: float, alone: Path, profile: Path
+) -> dict[str, Any]:
+    """What the simulator says of the same trace, with the same objectives and the costs of a profile."""
     slos = objectives(alone, scale)
     entries = {name: {"shape": name, "context": CONTEXT, **slos[name]} for name in setup.models}
     (folder / "shapes.json").write_text(json.dumps(entries))
     trace, warm_up = warm_trace(folder)
     given = ["--trace", str(trace), "--warm-up", str(warm_up), "--models", str(folder / "shapes.json")]
-    given += ["--profile", str(learnt_of(folder, config.stem)), "--config", str(config)]
+    given += ["--profile", str(profile), "--config", str(config)]
     output = folder / "predicted.json"
     prism("simulate", *given, "--devices", "1", "--mode", config.stem, "--output", str(output))
     result: dict[str, Any] = json.loads(output.read_text())
@@ -335,15 +356,20 @@ def run_mode(folder: Path, setup: Setup, mode: str, scale: float) -> dict[str, A
     config = write_config(folder, setup, mode, names, loads, objectives(alone, scale))
     write_touches(folder, names)
     real = measured(folder, config, setup, scale, alone)
-    simulated = predicted(folder, config, setup, scale, alone)
+    simulated = predicted(folder, config, setup, scale, alone, learnt_of(folder, mode))
     figures = compared(real, simulated)
+    known = predicted(folder, config, setup, scale, alone, hindsight_of(folder, mode))
+    hindsight = compared(real, known)
     for figure, values in figures.items():
         print(mode, figure, *(f"{k} {v:.3f}" for k, v in values.items() if k != "models"), flush=True)
+    for figure, values in hindsight.items():
+        print(mode, "hindsight", figure, f"predicted {values['predicted']:.3f}", flush=True)
     for kind, sums in real["steps"].items():
         print(mode, kind, *(f"{name} {value:.6g}" for name, value in sums.items()), flush=True)
     print(mode, "pace", *(f"{kind} {value:.3f}" for kind, value in real["pace"].items()), flush=True)
     learnt = json.loads(learnt_of(folder, mode).read_text())
-    return {"compared": figures, "learnt": learnt, "measured": real, "predicted": simulated}
+    result = {"compared": figures, "hindsight": hindsight, "learnt": learnt}
+    return result | {"measured": real, "predicted": simulated}
 
 
 def main() -> None:
