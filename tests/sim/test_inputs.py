@@ -44,7 +44,7 @@ def test_the_published_mix_is_kept() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_profiles_can_be_read(name: str) -> None:
-    """8B at batch 64 and 1,088 tokens each, and a prompt of 4,000, as engines were measured (benchmarks/engine)."""
+    """8B at batch 64 and 1,088 tokens each, and a prompt of 4,000, as measured (benchmarks/engine)."""
     profile = open_profile(name)
     for shape in ARCHITECTURES.values():
         assert profile.costs(shape.name, shape.shape).steps.decode(1, 1000) > 0
