@@ -56,6 +56,14 @@ class DriverError(PrismError):
         self.code = code
 
 
+class StillMapped(DriverError):
+    """Mapping failed half way, and so did its roll-back: the first `num_handles` are still mapped."""
+
+    def __init__(self, error: DriverError, num_handles: int) -> None:
+        super().__init__(error.call, error.code)
+        self.num_handles = num_handles
+
+
 class OutOfSlabs(PrismError):
     """The pool has fewer free slabs than were asked for; nothing was taken."""
 

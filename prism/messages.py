@@ -262,6 +262,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool
     is_ahead: bool = False
     """It is in memory though nobody has asked for it: it reserves nothing."""
+    is_sent_away: bool = False
+    """An administrator has unloaded it, and nobody has asked for it since."""
     error: str | None = None
     registered_bytes: int = 0
     """Packed weights in host memory from which this worker can load at full speed."""

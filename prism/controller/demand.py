@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -106,8 +107,17 @@ class DemandWindow:
         requests, _, tokens, needed, busy, *blocked = (each / seen for each in sums)
         noise = max(1.0, buckets[0].num_running + sums[0]) ** -0.5
         compute = needed + BEYOND * (busy - needed)
-        late = max(0.0, sums[1] - DOUBT * sums[1] ** 0.5) / max(1.0, sums[0])
+        late = _beyond_doubt(sums[1]) / max(1.0, sums[0])
         return Load(tokens, compute, busy, requests, late, tuple(blocked), noise)
+
+    def is_late_since(self, model: ModelId, since: float) -> bool:
+        """Whether first tokens have been late after that, more than may be chance."""
+        buckets = self._buckets.get(model, ())
+        return _beyond_doubt(sum(bucket.sums[1] for bucket in buckets if bucket.begin > since)) > 0
+
+
+def _beyond_doubt(num_late: float) -> float:
+    return max(0.0, num_late - DOUBT * math.sqrt(num_late))
 
 
 def _counters(incarnation: int, model: ModelReport) -> _Counters:

@@ -53,11 +53,21 @@ class Moves:
         self._drain_seconds = drain_seconds
         self._numbers: dict[ModelId, int] = {}
         """How many migrations a model has begun: what is heard of an earlier one is void."""
+        self._asked: dict[ModelId, float] = {}
+        """What was asked of each model when its newest migration began, in devices."""
 
-    def start(self, model: ModelId, source: WorkerId | None, target: WorkerId | None, now: float) -> None:
-        """Begin a move, a replica or a merge of a model that is not being moved."""
+    def start(
+        self,
+        model: ModelId,
+        source: WorkerId | None,
+        target: WorkerId | None,
+        now: float,
+        compute: float = 0.0,
+    ) -> None:
+        """Begin a move, merge or replica (`compute` is asked of the model) of one that is not being moved."""
         assert model not in self._state.migrations
         self._numbers[model] = self._numbers.get(model, 0) + 1
+        self._asked[model] = compute
         step = steps.begin(model, source, target, now)
         assert step.after is not None
         self._take(step.after, step, now)
@@ -118,6 +128,8 @@ class Moves:
                 self._hands.evict(model, worker, returns, self._numbers[model])
             case steps.Switch(old, new):
                 self._state.switch(model, old, new, now, self._cooldown)
+                if old is None:
+                    self._state.replicated_at[model] = self._asked[model]
                 self._hands.switched(model)
             case steps.Over(failure):
                 if failure is not None:

@@ -94,8 +94,7 @@ class Placer:
             case Move(model=model, source=source, target=target):
                 self._moves.start(model, source, target, now)
             case Replicate(model=model, target=target, compute=compute):
-                self._state.replicated_at[model] = compute
-                self._moves.start(model, None, target, now)
+                self._moves.start(model, None, target, now, compute)
             case Merge(model=model, source=source):
                 self._moves.start(model, source, None, now)
             case _:

@@ -93,10 +93,9 @@ class Planner:
         if len(self.workers) == 1:
             return []
         models = (m for m in self._catalog.models if m.model in self._catalog.preloaded and m.device is None)
-        homes = self._state
-        return [
-            m.model for m in models if homes.workers(m.model)[0] == worker and not homes.resident(m.model)
-        ]
+        state, sent_away = self._state, self._state.sent_away(worker)
+        here = [m.model for m in models if state.workers(m.model)[0] == worker]
+        return [model for model in here if model not in sent_away and not state.resident(model)]
 
     # --- one model ------------------------------------------------------------------------------------
 

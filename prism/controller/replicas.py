@@ -23,7 +23,8 @@ def fit_replicas(homes: Homes) -> None:
 
     A share of time does not tell how long requests wait for it: where many come at once, their first tokens
     are late on a device that is idle most of the time. So late ones ask for a home, too, on a device that
-    stays half free: bursts need idle time, and where there is none one home more only takes memory.
+    stays half free: bursts need idle time, and where there is none one home more only takes memory. What was
+    late before the newest of several homes was ready asks for no other.
     """
     for model in homes.models.values():
         if model.tp > 1 or model.device is not None:
@@ -33,7 +34,7 @@ def fit_replicas(homes: Homes) -> None:
         may_grow = homes.moves_left > 0 and homes.may_grow(model)
         if may_grow and _is_too_much(homes, model, count):
             _replicate(homes, model, before - policy.gain)
-        elif may_grow and _is_late(homes, model):
+        elif may_grow and _is_late(homes, model) and (count == 1 or model.is_still_late):
             _replicate(homes, model, before, policy.merge_below)
         elif _is_calm(homes, model, count) and homes.may_move(model, MERGE_PATIENCE):
             _merge(homes, model)

@@ -130,6 +130,8 @@ class ControllerService:
         self.planner.on_report(report)
         if known is None:
             self._tell_homes(worker)
+            for model in self.state.sent_away(worker):
+                self._spawn(self._send_away(worker, model))
             for model in self.planner.to_preload(worker):
                 self._spawn(self._preload(worker, model))
         if not self._is_rebuilt and self.state.reports.keys() >= self.planner.workers:
@@ -144,6 +146,13 @@ class ControllerService:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _send_away(self, worker: WorkerId, model: ModelId) -> None:
+        """Once more: it was unloaded, and the worker has been started anew."""
+        try:
+            await self.links.command(worker, Evict(epoch=0, command_id=0, model=model))
+        except RequestError as error:
+            log.info("model %s, which was unloaded, is there again: %s", model, error.message)
 
     async def _preload(self, worker: WorkerId, model: ModelId) -> None:
         try:

@@ -30,6 +30,8 @@ class ModelNeed:
     """Requests that started, a second."""
     late: float = 0.0
     """Share of them whose first token was late for want of the device, beyond doubt."""
+    is_still_late: bool = True
+    """Some of them since its newest home was ready."""
     blocked: tuple[float, ...] = ()
     """Shares of the time in which who comes waits longer than each of `WAITS` for the end of its steps."""
     noise: float = 0.0

@@ -27,6 +27,8 @@ class ControllerState:
     """What was asked of a model when it last got one more home, in devices."""
     version: int = 0
     _models: dict[WorkerId, dict[ModelId, ModelReport]] = field(default_factory=dict)
+    _sent_away: dict[WorkerId, frozenset[ModelId]] = field(default_factory=dict)
+    """What was unloaded there; outlives the worker, whose next incarnation knows nothing of it."""
 
     # --- routes ---------------------------------------------------------------------------------------
 
@@ -67,12 +69,18 @@ class ControllerState:
             return False
         self.reports[worker] = report
         self._models[worker] = {ModelId(model.model): model for model in report.models}
+        sent_away = frozenset(ModelId(model.model) for model in report.models if model.is_sent_away)
+        self._sent_away[worker] = sent_away if known else sent_away | self.sent_away(worker)
         return True
 
     def on_worker_ended(self, worker: WorkerId) -> None:
         """Nothing is known of it until its next incarnation reports."""
         self.reports.pop(worker, None)
         self._models.pop(worker, None)
+
+    def sent_away(self, worker: WorkerId) -> frozenset[ModelId]:
+        """The models that an administrator has unloaded there, and nobody has asked for since."""
+        return self._sent_away.get(worker, frozenset())
 
     def report_of(self, worker: WorkerId, model: ModelId) -> ModelReport | None:
         """What a worker says of a model."""

@@ -83,6 +83,7 @@ def _need(
     now: float,
 ) -> ModelNeed:
     load = demand.load(model.model, now)
+    newest = max(home.since for home in state.homes[model.model])
     reports = state.reports_of(model.model)
     is_asked_for = any(report.num_running + report.num_waiting for report in reports)
     is_warm = any(_is_warm(report, warm) for report in reports)
@@ -100,6 +101,7 @@ def _need(
         compute=load.compute,
         request_rate=load.request_rate,
         late=load.late,
+        is_still_late=demand.is_late_since(model.model, newest),
         blocked=load.blocked,
         noise=load.noise,
         replicated_at=state.replicated_at.get(model.model, float("inf")),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from prism.errors import DriverError
+from prism.errors import DriverError, StillMapped
 from prism.memory.driver import Driver, Handle
 from prism.types import Address, Bytes
 
@@ -56,7 +56,9 @@ class Arena:
             for some in (handles[i : i + _AT_ONCE] for i in range(0, len(handles), _AT_ONCE)):
                 self._driver.map(self._address(self._num_mapped), *some)
                 self._num_mapped += len(some)
-        except DriverError:
+        except DriverError as error:
+            if isinstance(error, StillMapped):
+                self._num_mapped += error.num_handles
             with suppress(DriverError):
                 self.unmap()
             raise

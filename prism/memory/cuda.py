@@ -7,14 +7,13 @@ that their file descriptors can be exported to other processes. Calls release th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 from cuda.bindings import driver as cuda
 
 from prism.errors import DriverError
 from prism.memory.cuda_calls import CudaCalls
-from prism.memory.driver import Handle, MemoryInfo
+from prism.memory.driver import Handle, MemoryInfo, undone
 from prism.types import Address, Bytes
 
 
@@ -61,17 +60,14 @@ class CudaDriver:
 
     def map(self, address: Address, *handles: Handle) -> None:
         """See `Driver.map`. Only access, which takes 25 to 45 us a handle, is set without the interpreter."""
-        size = Bytes(0)
+        num_mapped, size = 0, Bytes(0)
         try:
             for handle in handles:
                 self._calls.map(Address(address + size), self._sizes[handle], handle)
-                size = Bytes(size + self._sizes[handle])
+                num_mapped, size = num_mapped + 1, Bytes(size + self._sizes[handle])
             _call(cuda.cuMemSetAccess, address, size, [self._access], 1)
-        except DriverError:
-            with suppress(DriverError):
-                if size:
-                    _call(cuda.cuMemUnmap, address, size)
-            raise
+        except DriverError as error:
+            raise undone(error, num_mapped, lambda: self.unmap(address, size)) from error
 
     def unmap(self, address: Address, size: Bytes) -> None:
         """See `Driver.unmap`. It does not wait: a kernel that still reads there crashes the context."""

@@ -10,8 +10,10 @@ one are read through the others. It is released when it is mapped nowhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, NewType, Protocol
 
+from prism.errors import DriverError, StillMapped
 from prism.types import Address, Bytes
 
 Handle = NewType("Handle", int)
@@ -26,7 +28,8 @@ class MemoryInfo(NamedTuple):
 
 
 class Driver(Protocol):
-    """Every method raises `DriverError(call, code)` when the device refuses, and then has changed nothing.
+    """Every method raises `DriverError(call, code)` when the device refuses, and then has changed nothing,
+    unless `map` says what it has.
 
     Addresses and sizes are multiples of `granularity`. Calls may come from several threads; none waits for
     work that is queued on the device, so whoever unmaps memory makes sure first that no such work uses it.
@@ -54,7 +57,10 @@ class Driver(Protocol):
         ...
 
     def map(self, address: Address, *handles: Handle) -> None:
-        """Put whole handles at `address`, one behind the other, in one reserved range, to read and write."""
+        """Put whole handles at `address`, one behind the other, in one reserved range, to read and write.
+
+        Raises `StillMapped` if the device refuses some, and then to take the others away.
+        """
         ...
 
     def unmap(self, address: Address, size: Bytes) -> None:
@@ -68,3 +74,13 @@ class Driver(Protocol):
     def close(self) -> None:
         """End the driver; everything it gave out has been given back."""
         ...
+
+
+def undone(error: DriverError, num_mapped: int, unmap: Callable[[], None]) -> DriverError:
+    """What `map` raises for `error`, once the handles that it has mapped are taken away, if they can be."""
+    try:
+        if num_mapped:
+            unmap()
+    except DriverError:
+        return StillMapped(error, num_mapped)
+    return error

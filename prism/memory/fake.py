@@ -13,7 +13,7 @@ from random import Random
 from typing import NamedTuple
 
 from prism.errors import DriverError
-from prism.memory.driver import Handle, MemoryInfo
+from prism.memory.driver import Handle, MemoryInfo, undone
 from prism.memory.failing import FaultPlan
 from prism.memory.space import AddressSpace
 from prism.types import Address, Bytes, LaneId, MiB, Stamp
@@ -91,11 +91,15 @@ class FakeDriver:
         self._space.remove_handle(handle)
 
     def map(self, address: Address, *handles: Handle) -> None:
-        """See `Driver.map`; each handle counts as a call."""
-        for _ in handles:
-            self.faults.count("map")
-        for handle in handles:
-            address = Address(address + self._space.add_map(address, handle))
+        """See `Driver.map`; each handle counts as a call, and so does what takes the others away."""
+        num_mapped, end = 0, address
+        try:
+            for handle in handles:
+                self.faults.count("map")
+                end = Address(end + self._space.add_map(end, handle))
+                num_mapped += 1
+        except DriverError as error:
+            raise undone(error, num_mapped, lambda: self.unmap(address, Bytes(end - address))) from error
 
     def unmap(self, address: Address, size: Bytes) -> None:
         """See `Driver.unmap`; no queued step may still touch the range."""

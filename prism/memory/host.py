@@ -10,13 +10,13 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Lock
 
 from prism.errors import DriverError
 from prism.memory import memfd
 from prism.memory.available import available_memory
-from prism.memory.driver import Handle, MemoryInfo
+from prism.memory.driver import Handle, MemoryInfo, undone
 from prism.memory.space import AddressSpace
 from prism.types import Address, Bytes
 
@@ -94,15 +94,13 @@ class HostDriver:
 
     def map(self, address: Address, *handles: Handle) -> None:
         """See `Driver.map`."""
-        end = address
+        num_mapped, end = 0, address
         try:
             for handle in handles:
                 end = Address(end + self._map_one(end, handle))
-        except DriverError:
-            with suppress(DriverError):
-                if end > address:
-                    self.unmap(address, Bytes(end - address))
-            raise
+                num_mapped += 1
+        except DriverError as error:
+            raise undone(error, num_mapped, lambda: self.unmap(address, Bytes(end - address))) from error
 
     def _map_one(self, address: Address, handle: Handle) -> Bytes:
         size = self._space.add_map(address, handle)

@@ -8,11 +8,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import NamedTuple
 
-from prism.errors import DriverError
+from prism.errors import DriverError, StillMapped
 from prism.memory.driver import Driver, Handle
 from prism.memory.slabs import Owner, SlabAccounts
 from prism.types import Address, Bytes, LaneId, SlabId, Stamp
+
+
+class _Stray(NamedTuple):
+    """Memory that is no slab."""
+
+    handle: Handle
+    place: SlabId | None
+    """Where it is still mapped."""
 
 
 class SlabPool:
@@ -30,7 +39,7 @@ class SlabPool:
         self._accounts = SlabAccounts(num_slabs if max_slabs is None else max_slabs)
         self._handles: dict[SlabId, Handle] = {}
         self._aliases: Counter[SlabId] = Counter()  # arenas in which a slab is mapped, or may be
-        self._stray: list[Handle] = []  # unmapped, but the driver refused to release them: tried again later
+        self._stray: list[_Stray] = []  # what the driver refused to take back: tried again later
         self.window_bytes = Bytes(self._accounts.max_slabs * slab_bytes)
         self.window = driver.reserve(self.window_bytes)
         try:
@@ -128,6 +137,7 @@ class SlabPool:
     def grow(self, count: int) -> None:
         """Add free slabs, at the lowest places; raises `DriverError` having added none."""
         added: list[SlabId] = []
+        self._release_strays()
         try:
             for slab in self._accounts.absent(count):
                 self._attach(slab)
@@ -153,11 +163,13 @@ class SlabPool:
         return len(slabs)
 
     def _attach(self, slab: SlabId) -> None:
+        if any(stray.place == slab for stray in self._stray):
+            raise DriverError("map", f"slab {slab} is still mapped")
         handle = self._driver.create(self.slab_bytes)
         try:
             self._driver.map(self.address(slab), handle)
-        except DriverError:
-            self._release(handle)
+        except DriverError as error:
+            self._release(_Stray(handle, slab if isinstance(error, StillMapped) else None))
             raise
         self._handles[slab] = handle
 
@@ -165,18 +177,21 @@ class SlabPool:
         """Unmap and release a free slab; if unmapping fails it stays a free slab."""
         self._driver.unmap(self.address(slab), self.slab_bytes)
         self._accounts.remove(slab)
-        self._release(self._handles.pop(slab))
+        self._release(_Stray(self._handles.pop(slab), None))
 
-    def _release(self, handle: Handle) -> None:
+    def _release(self, stray: _Stray) -> None:
         try:
-            self._driver.release(handle)
+            if stray.place is not None:
+                self._driver.unmap(self.address(stray.place), self.slab_bytes)
+                stray = stray._replace(place=None)
+            self._driver.release(stray.handle)
         except DriverError:
-            self._stray.append(handle)
+            self._stray.append(stray)
 
     def _release_strays(self) -> None:
         strays, self._stray = self._stray, []
-        for handle in strays:
-            self._release(handle)
+        for stray in strays:
+            self._release(stray)
 
     # --- laws and end ------------------------------------------------------------------------------
 

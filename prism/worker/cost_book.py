@@ -200,13 +200,8 @@ def work_of(step: Step) -> Work:
     return Work(num_decodes + step.num_prompt_tokens, pairs, step.context)
 
 
-def step_seconds(costs: Costs, step: Step) -> float:
-    """A step of any kind."""
-    return costs.steps.step(*work_of(step))
-
-
 def chunk_seconds(costs: Costs, step: Step) -> list[float]:
-    """The same by chunk: tokens have equal parts of the matrix products, and each its own context."""
+    """A step's time by chunk: tokens have equal parts of the matrix products, and each its own context."""
     steps = costs.steps
     num_tokens = len(step.decodes) + step.num_prompt_tokens
     per_token = steps.gemm(num_tokens, has_prompts=step.has_prompts) / max(num_tokens, 1)

@@ -55,6 +55,7 @@ def _model(worker: Worker, model: Model, queue: Estimate, now: float) -> ModelRe
         max_len=worker.max_len(model),
         pinned=model.pinned,
         is_ahead=model.is_ahead,
+        is_sent_away=model.is_sent_away,
         error=model.error,
         estimated_wait=estimate_behind(worker, model, NEVER, queue).seconds if tickets else 0.0,
         load_seconds=model.load_seconds,

@@ -50,6 +50,15 @@ def test_late_requests_count_beyond_what_may_be_chance() -> None:
         assert demand.load(A, 60.0).late == pytest.approx(share)
 
 
+def test_what_was_late_before_a_moment_is_not_late_since() -> None:
+    demand = window()
+    for now, num_late in ((0.0, 0), (10.0, 50), (20.0, 50), (30.0, 54), (40.0, 55)):
+        demand.on_report(report("worker-0", model_report("a", num_started=90, num_late=num_late)), now)
+        assert not demand.is_late_since(A, now)
+        assert demand.is_late_since(A, 0.0) == (num_late > 0)
+        assert demand.is_late_since(A, 10.0) == (num_late == 55), "four may be chance"
+
+
 def test_all_workers_count_and_fast_ones_more() -> None:
     demand = window(worker_1=2.0)
     for second in (0, 60):

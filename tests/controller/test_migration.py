@@ -9,6 +9,9 @@ import pytest
 
 from prism.controller import migration as m
 from prism.controller.migration import Migration, Phase, Step, advance, begin
+from prism.controller.moves import Moves
+from prism.controller.snapshot import Home
+from prism.controller.state import ControllerState
 from prism.types import ModelId, WorkerId
 
 A = ModelId("a")
@@ -80,6 +83,31 @@ def test_deaths_after_the_switch(phase: Phase) -> None:
     assert after(at(phase), m.WorkerEnded(W0)) == Step(None, (m.Over(),))
     failure = m.Over("worker-1 ended before the source was evicted")
     assert after(at(phase), m.WorkerEnded(W1)) == Step(None, (m.Switch(W1, W0), failure))
+
+
+class NoHands:
+    """Nothing comes of what is asked for by itself."""
+
+    def activate(self, model: ModelId, worker: WorkerId, number: int) -> None: ...
+
+    def evict(self, model: ModelId, worker: WorkerId, returns: bool, number: int) -> None: ...
+
+    def switched(self, model: ModelId) -> None: ...
+
+    def over(self, migration: Migration, failure: str | None) -> None: ...
+
+    def routes_changed(self) -> None: ...
+
+
+def test_a_home_that_did_not_come_is_none_that_was_got() -> None:
+    """What was asked for at the failed attempt decided when a home went that had come for less."""
+    state = ControllerState(1, {A: (Home(W0),)})
+    moves = Moves(state, NoHands(), cooldown=60.0, drain_seconds=DRAIN)
+    moves.start(A, None, W1, 0.0, 0.4)
+    moves.on_event(A, m.TargetActive(), 1.0)
+    moves.start(A, None, WorkerId("worker-2"), 20.0, 1.2)
+    moves.on_event(A, m.TargetFailed("full"), 21.0)
+    assert state.workers(A) == (W0, W1) and state.replicated_at == {A: 0.4}
 
 
 @dataclass

@@ -319,6 +319,10 @@ def test_who_is_late_gets_another_home_wherever_it_was_just_put() -> None:
     both = replace(bursty, resident=frozenset((W0, W1)))
     assert run([both], devices, {"a": at(W0, W1, since=NOW - 19)}).decisions == (), "its second may do yet"
     assert run([both], devices, {"a": at(W0, W1, since=NOW - 20)}).decisions == (Replicate(ModelId("a"), W2),)
+    over = replace(both, is_still_late=False)
+    assert run([over], devices, {"a": at(W0, W1, since=NOW - 20)}).decisions == (), "its second does"
+    alone = replace(bursty, is_still_late=False)
+    assert run([alone], devices, {"a": at(W0)}).decisions == (Replicate(ModelId("a"), W1),)
 
 
 def test_who_is_late_does_not_try_in_each_round_what_has_just_failed() -> None:

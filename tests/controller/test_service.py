@@ -473,6 +473,45 @@ async def test_preloaded_models_are_loaded_at_home_alone(
     await world.close()
 
 
+async def test_what_was_unloaded_stays_away_when_its_worker_is_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came back with the worker, by itself: ahead of requests, or since it is preloaded or pinned."""
+    monkeypatch.setattr(World, "preloaded", frozenset((A,)))
+    world = World(tmp_path)
+    gone = model_report("a", is_sent_away=True)
+    first = await world.worker()
+    first.say(report("worker-0", gone))
+    await world.until(lambda: world.service.state.reports)
+    world.worker_ends()
+    second = await world.worker(2)
+    second.say(report("worker-0", model_report("a", state=ModelState.FETCHING), incarnation=2))
+    evict = await command(world, second)
+    assert isinstance(evict, Evict) and not evict.returns and not evict.moved
+    second.say(CommandDone(command_id=evict.command_id, worker="worker-0"))
+    second.say(report("worker-0", gone, incarnation=2))
+    await world.until(lambda: world.service.state.report_of(HOME, A) == gone)
+    await world.pass_time(1)
+    assert not second.heard
+    await world.close()
+
+
+async def test_what_has_been_asked_for_since_it_was_unloaded_is_preloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(World, "preloaded", frozenset((A,)))
+    world = World(tmp_path)
+    first = await world.worker()
+    first.say(report("worker-0", model_report("a", is_sent_away=True)))
+    first.say(report("worker-0", model_report("a", state=ModelState.ACTIVE)))
+    await world.until(lambda: world.service.state.resident(A))
+    world.worker_ends()
+    second = await world.worker(2)
+    second.say(report("worker-0", model_report("a"), incarnation=2))
+    assert isinstance(await command(world, second), Activate)
+    await world.close()
+
+
 async def test_workers_hear_which_models_live_with_them(world: World, gateway: Gateway) -> None:
     first, second = await both(world)
     await world.until(lambda: first.homes == ["a"] and second.homes == [])

@@ -60,6 +60,24 @@ def test_when_even_the_rollback_fails_unmap_is_tried_again(driver: FakeDriver, p
     assert arena.is_empty
 
 
+def test_what_the_driver_could_not_take_back_stays_known(driver: FakeDriver, pool: SlabPool) -> None:
+    """The second batch of eight is refused at its third slab, and so is the driver's own roll-back: the arena
+    said, once it had taken the first eight away, that it was empty.
+    """
+    arena = Arena(driver, Bytes(17 * SLAB), SLAB)
+    handles = [pool.handle(slab) for slab in pool.take(OWNER, 17)]
+    driver.faults.set({driver.faults.num_calls + number for number in (11, 12, 13)})
+    with pytest.raises(DriverError, match="map failed"):
+        arena.map(handles)
+    assert not arena.is_empty
+    arena.unmap()
+    arena.map(handles)
+    arena.close()
+    pool.give_back(OWNER, pool.owned(OWNER))
+    pool.close()
+    driver.close()
+
+
 def test_misuse_is_an_assertion(driver: FakeDriver, pool: SlabPool) -> None:
     arena = Arena(driver, Bytes(2 * SLAB), SLAB)
     handles = [pool.handle(slab) for slab in pool.take(OWNER, 2)]

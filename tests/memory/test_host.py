@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prism.errors import DriverError
+from prism.errors import DriverError, StillMapped
 from prism.memory import host, memfd
 from prism.memory.arena import Arena
 from prism.memory.host import HostDriver
@@ -170,8 +170,9 @@ def test_mapping_that_fails_half_way_tells_why_even_if_it_cannot_be_undone(
 
     monkeypatch.setattr(memfd, "map_file", map_first)
     monkeypatch.setattr(memfd, "unmap_file", fail)
-    with pytest.raises(DriverError, match=r"^map failed: ENOMEM"):
+    with pytest.raises(StillMapped, match=r"^map failed: ENOMEM") as caught:
         driver.map(base, first, second)
+    assert caught.value.num_handles == 1
     monkeypatch.undo()
     driver.unmap(base, SLAB)
     driver.release(first)

@@ -13,14 +13,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from prism.errors import DriverError, OutOfSlabs
 from prism.memory.arena import Arena
-from prism.memory.driver import Driver
+from prism.memory.driver import Driver, Handle, undone
 from prism.memory.failing import FailingDriver
 from prism.memory.fake import FakeDriver, Touch
 from prism.memory.host import HostDriver
 from prism.memory.ledger import Ledger
 from prism.memory.pool import SlabPool
 from prism.memory.slabs import KvOwner, Owner, WeightsOwner
-from prism.types import Bytes, LaneId, ModelId, SlabId, Stamp
+from prism.types import Address, Bytes, LaneId, ModelId, SlabId, Stamp
 
 SLAB = Bytes(8192)
 OWNER = KvOwner(ModelId("a"))
@@ -74,6 +74,33 @@ def test_a_slab_that_the_driver_keeps_stays_in_the_ledger() -> None:
     ledger(pool).check(driver.memory_info())
     assert pool.shrink(0) == 0  # tries again
     assert pool.physical_bytes == 3 * SLAB
+    pool.close()
+    driver.close()
+
+
+class Clinging(FakeDriver):
+    """Maps, then sets access, as GPUs do: what is refused access may be refused to leave."""
+
+    def map(self, address: Address, *handles: Handle) -> None:
+        super().map(address, *handles)
+        try:
+            self.faults.count("access")
+        except DriverError as error:
+            raise undone(error, 1, lambda: self.unmap(address, SLAB)) from error
+
+
+def test_a_slab_that_could_not_be_unmapped_is_not_mapped_over() -> None:
+    driver = Clinging(Bytes(8 * SLAB), SLAB)
+    pool = SlabPool(driver, SLAB, num_slabs=2, max_slabs=4)
+    calls = driver.faults.num_calls
+    driver.faults.set({calls + number for number in (3, 4, 5, 7)})  # access, unmap, unmap; unmap
+    for expected in ("access failed", "slab 2 is still mapped"):
+        with pytest.raises(DriverError, match=expected):
+            pool.grow(2)
+        assert pool.num_slabs == 2 and pool.physical_bytes == 3 * SLAB
+        ledger(pool).check(driver.memory_info())
+    pool.grow(2)
+    assert pool.num_slabs == 4 and pool.physical_bytes == 4 * SLAB
     pool.close()
     driver.close()
 

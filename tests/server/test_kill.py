@@ -172,6 +172,30 @@ async def _answers(server: Server) -> bool:
         return False
 
 
+async def test_what_was_unloaded_stays_away_when_its_worker_dies(
+    client: httpx.AsyncClient, server: Server
+) -> None:
+    """It came back with the others, into free memory. One request brings it in."""
+
+    async def states() -> dict[str, str]:
+        return {name: report["state"] for name, report in (await server.models()).items()}
+
+    async def are(**expected: str) -> bool:
+        return await states() == expected
+
+    await eventually(lambda: are(adder="active", speller="active", radio="active"), "all have come")
+    answer = await client.post(f"{server.admin}/admin/models/speller/unload")
+    assert answer.status_code == 200, answer.text
+    await eventually(lambda: are(adder="active", speller="cold", radio="active"), "one has gone")
+    pid = server.kill("worker-0")
+    await eventually(lambda: server.pid("worker-0") not in (None, pid), "another one starts")
+    await eventually(lambda: are(adder="active", speller="cold", radio="active"), "the others come back")
+    await asyncio.sleep(1)  # in which it would come, too
+    assert await are(adder="active", speller="cold", radio="active")
+    await client.post(f"{server.url}/v1/completions", json={"model": "speller", "prompt": "a"})
+    await eventually(lambda: are(adder="active", speller="active", radio="active"), "it is back")
+
+
 def memory_files(pids: Iterable[int]) -> set[int]:
     """Inodes of the memory files that these processes have open."""
     found = set()

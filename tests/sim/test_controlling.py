@@ -176,6 +176,19 @@ def test_a_model_that_fills_a_device_gets_another_home_and_requests_go_to_both()
     assert min(late) > 0.3 * sum(late), late
 
 
+def test_one_burst_of_late_requests_gives_one_home_more() -> None:
+    """It gave as many as fit into the window in which it was seen, though all was in time with the first."""
+    controlled = make([(1, 1024, 2e-3, 1e-8, 1e-3)], 5, 40, EAGER.model_copy(update={"demand_window": 6.0}))
+    burst, calm = [(2.0, 0, 100, 2)] * 60, [(i / 5, 0, 100, 2) for i in range(50)]
+    jobs = jobs_of(controlled, [*burst, *calm], 1)
+    controlled.run(jobs)
+    late = [
+        job for job in jobs if job.first_token is not None and job.first_token > job.arrival + to_ticks(0.04)
+    ]
+    assert len(late) > 30 and max(job.arrival for job in late) < to_ticks(2.5)
+    assert count(controlled, Kind.REPLICA) == 1
+
+
 def test_streams_that_are_quicker_than_they_must_get_no_replica() -> None:
     """Few long streams keep a device busy whatever their objective: a 14B got five replicas, each as busy."""
     controlled = make([(1, 1024, 2e-3, 1e-8, 2e-2)], 3, 400, EAGER)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from prism.costs import Costs, LoadCosts, Shape, StepCosts, from_shape
 from prism.engine.step import Chunk
 from prism.types import Bytes, ModelId, Seconds
-from prism.worker.cost_book import CostBook, chunk_seconds, shape_of, step_seconds
+from prism.worker.cost_book import CostBook, chunk_seconds, shape_of, work_of
 from prism.worker.loading import Loaded
 from prism.worker.models import read_profile
-from prism.worker.rates import measure_rates
 from tests.support.checkpoints import make_model, save
 from tests.support.late import LOOKS, LateBackend, LateFlight
 from tests.support.local_worker import SLAB, LocalWorker
@@ -57,7 +55,7 @@ def test_what_was_measured_beforehand_is_the_start(path: Path) -> None:
     assert book.of(NAME) is given
     for _ in range(40):
         step = step_of([chunk(10, 1)])
-        book.ran(NAME, book.expect(NAME, step), Seconds(2 * step_seconds(given, step)))
+        book.ran(NAME, book.expect(NAME, step), Seconds(2 * given.steps.step(*work_of(step))))
     changed = book.of(NAME)
     assert changed is not None and changed.steps.decode(1, 11) > 1.5 * given.steps.decode(1, 11)
     unknown = ModelId("unknown")
@@ -170,12 +168,8 @@ def test_a_step_counts_pairs_of_prompts_and_context_of_decodes(path: Path) -> No
     local = LocalWorker({"m": path}, 8)
     costs = from_shape(shape_of(read_profile(local.worker.models["m"].config, SLAB)), local.device.rates)
     step = step_of([chunk(9, 1), chunk(100, 50)])
-    assert step_seconds(costs, step) == costs.steps.step(51, pairs=50 * 125, context=10)
+    seconds = costs.steps.step(*work_of(step))
+    assert seconds == costs.steps.step(51, pairs=50 * 125, context=10)
     parts = chunk_seconds(costs, step)
-    assert sum(parts) == pytest.approx(step_seconds(costs, step)) and min(parts) > 0
+    assert sum(parts) == pytest.approx(seconds) and min(parts) > 0
     local.close()
-
-
-def test_a_device_is_measured() -> None:
-    rates = measure_rates(torch.device("cpu"))
-    assert rates.flops > 1e8 and rates.bandwidth > 1e8 and rates.link > 1e8 and 0 < rates.launch < 0.1

@@ -175,6 +175,19 @@ def test_what_was_sent_away_comes_back_when_it_is_asked_for(start: Any) -> None:
     local.worker.on_command(Evict(epoch=1, command_id=1, model=A))
     settle(local)
     assert model(local, A).state is ModelState.COLD
+    assert make_report(local.worker, local.now).models[0].is_sent_away
+    local.submit("r", A, PROMPT, max_tokens=2)
+    local.run()
+    assert model(local, A).is_active and not make_report(local.worker, local.now).models[0].is_sent_away
+
+
+def test_a_worker_that_has_just_begun_is_told_who_was_sent_away(start: Any) -> None:
+    """What it loads by itself at its start is called off; the next request brings it in."""
+    local = start(12, A)
+    begin(local, A)
+    local.worker.on_command(Evict(epoch=1, command_id=1, model=A))
+    settle(local)
+    assert model(local, A).state is ModelState.COLD and [done.error for done in local.outbox.done] == [None]
     local.submit("r", A, PROMPT, max_tokens=2)
     local.run()
     assert model(local, A).is_active
