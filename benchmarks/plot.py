@@ -59,10 +59,10 @@ def legend(made: Figure, axis: Axes) -> None:
 
 
 def engine() -> Figure:
-    results = read("engine", "results-h200-columns.json")
+    results, decodes = read("engine", "results-h200-columns.json"), read("engine", "results-h200-calls.json")
     made, (floor, offline, together) = figure(f"The engine on {H200}, bf16", (3.6, 3.6, 4.2))
     for shape, color in (("8b", BLUE), ("1b", ORANGE)):
-        steps = results[f"decode_{shape}"]
+        steps = decodes[f"decode_{shape}"]
         floor.plot(
             [s["batch"] for s in steps], [s["x_floor"] for s in steps], "o-", color=color, label=SHAPES[shape]
         )
@@ -159,29 +159,19 @@ def _phases(axis: Axes, log: Sequence[str]) -> None:
 
 def handover() -> Figure:
     made, (loop, gaps) = figure(f"10 GiB of KV pass to another model, {H200}", (3.8, 5.6))
-    runs = {
-        "first": "results-h200.json",
-        "later: also tells what is dropped; busy machine": "results-h200-2026-11-26.json",
-    }
-    found = {label: read("handover", name) for label, name in runs.items()}
-    colors = dict(zip(found, (BLUE, GREY), strict=True))
+    found = read("handover", "results-h200.json")
+    ways = {"in steps of 32 slabs": found["in_steps"], "all at once": found["at_once"]}
+    colors = dict(zip(ways, (BLUE, GREY), strict=True))
+    kinds = ("median", "worst")
     times = {
-        label: ([f["handover_ms"][k] for k in ("median", "worst")], colors[label])
-        for label, f in found.items()
+        label: ([way["handover_ms"][kind] for kind in kinds], colors[label]) for label, way in ways.items()
     }
-    bars(loop, ["median", "worst"], times, ".2f")
+    bars(loop, kinds, times, ".2f")
     loop.set(title="time of the loop", xlabel="milliseconds")
+    before = [found["neighbour_gap_ms"][kind] for kind in kinds]
     around = {
-        label: (
-            [
-                f["neighbour_gap_ms"]["median"],
-                f["neighbour_gap_ms"]["worst_alone"],
-                f["neighbour_worst_gap_around_ms"]["median"],
-                f["neighbour_worst_gap_around_ms"]["worst"],
-            ],
-            colors[label],
-        )
-        for label, f in found.items()
+        label: ([*before, *(way["neighbour_worst_gap_around_ms"][kind] for kind in kinds)], colors[label])
+        for label, way in ways.items()
     }
     bars(
         gaps,
@@ -273,12 +263,12 @@ def kv_host() -> Figure:
 
 
 def capture() -> Figure:
-    results = read("capture", "results-h200.json")
+    results, before = read("capture", "results-h200.json"), read("capture", "results-h200-2026-11-27.json")
     made, (axis,) = figure(f"What a 1B that decodes notices of an 8B beside it, {H200}", (8.5,))
     cases = {
         "nothing else": results["alone"],
         "graphs captured in slices": results["captured_in_slices"]["neighbour_gap_ms"],
-        "graphs captured at once": results["captured_at_once"]["neighbour_gap_ms"],
+        "graphs captured at once (earlier)": before["captured_at_once"]["neighbour_gap_ms"],
         "steps launched in slices": results["launched_in_slices"]["neighbour_gap_ms"],
         "steps launched at once": results["launched_at_once"]["neighbour_gap_ms"],
     }

@@ -48,9 +48,9 @@ def test_a_gpu_reads_as_fast_as_it_copies_much_more() -> None:
     """2.1e12 was said of an H200 whose decode steps read at 4.2e12."""
     device = torch.device("cuda")
     rates = measure_rates(device)
-    source = torch.zeros(4 * GiB, dtype=torch.uint8, device=device)
+    source = torch.zeros(1 * GiB, dtype=torch.uint8, device=device)  # others may have bounded torch's memory
     target = torch.empty_like(source)
     seconds = best_seconds(lambda: target.copy_(source), lambda: torch.cuda.synchronize(device), 3)
-    print(f"\n{rates}, a copy of 4 GiB {2 * source.nbytes / seconds / 1e12:.2f} TB/s")
+    print(f"\n{rates}, a copy of 1 GiB {2 * source.nbytes / seconds / 1e12:.2f} TB/s")
     assert rates.bandwidth == pytest.approx(2 * source.nbytes / seconds, rel=0.1)
     assert 5e-6 < rates.launch < 5e-5

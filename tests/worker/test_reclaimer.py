@@ -91,7 +91,7 @@ def test_nobody_is_stopped_for_a_load_before_it_has_waited_in_proportion_to_what
     local.submit("young", "qwen3", prompts(1, 50)[0], max_tokens=1000)
     local.run(until=lambda: ("young", 0) in local.outbox.tokens)
     young = local.worker.models["qwen3"]
-    now, local.now = local.now, local.now - 0.1
+    now, local.now = local.now, local.now - 0.02
     local.submit("old", "llama", [1, 2], max_tokens=2)
     arrival = local.now
     waiting, costs = local.worker.models["llama"], local.worker.costs.of(ModelId("llama"))
@@ -120,7 +120,7 @@ def test_a_model_whose_requests_may_not_wait_for_long_is_loaded_all_the_same(tmp
     local = LocalWorker(paths, 3, sections={"limits": {"min_residency": 0.01, "max_wait": 0.2}})
     local.submit("busy", "qwen3", prompts(1, 50)[0], max_tokens=2000)
     local.run(until=lambda: ("busy", 0) in local.outbox.tokens)
-    now, local.now = local.now, local.now - 0.1
+    now, local.now = local.now, local.now - 0.02
     local.submit("old", "llama", [1, 2], max_tokens=2)
     local.now = now
     local.run(until=lambda: ("old", 0) in local.outbox.finished or "old" in local.outbox.rejected)
