@@ -18,6 +18,8 @@ ENOUGH = {"decode": 20, "prompt": 20, "load": 3}
 """Of a model; fewer tell nothing of it by themselves."""
 LEAST_FACTOR, MOST_FACTOR = 0.2, 5.0
 """Beyond these a profile hardly was of this device, or the device was not the server's own."""
+MOST_COUNTED = 1e12
+"""Steps, or seconds."""
 SAMPLES = {
     "prism:work_alone_total": "count",
     "prism:work_alone_seconds_total": "seconds",
@@ -84,17 +86,22 @@ class Learnt(NamedTuple):
 def read_counts(text: str, source: str) -> Counts:
     """From Prometheus' text. Raises `ConfigError` if there is nothing that could be compared."""
     found: dict[Key, dict[str, float]] = {}
-    has_steps = False
+    has_steps = is_prism = False
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
+                is_prism = is_prism or sample.name.startswith("prism:")
                 has_steps = has_steps or sample.name == "prism:steps_total"
                 labels = sample.labels
                 if (field := SAMPLES.get(sample.name)) is not None and labels["kind"] in KINDS:
                     key = Key(labels["model_name"], labels["kind"], labels["costs"])
+                    if not 0 <= sample.value < MOST_COUNTED:
+                        raise ConfigError([f"{source}: {sample.name} of {key.model} is {sample.value}"])
                     found.setdefault(key, {})[field] = sample.value
     except (ValueError, KeyError) as error:
         raise ConfigError([f"{source}: these are no metrics of Prism: {error}"]) from None
+    if not is_prism:
+        raise ConfigError([f"{source}: these are no metrics of Prism"])
     if not found:
         reason = "its configuration has no scheduling.profile, or one that knows none of the models that ran"
         raise ConfigError([f"{source}: {reason if has_steps else 'no model has run yet'}"])
@@ -161,7 +168,7 @@ def _comparable(base: Profile, counts: Counts, name: str, source: str) -> dict[t
 
 
 def _is_enough(kind: str, seen: Seen) -> bool:
-    return seen.count >= ENOUGH[kind] and seen.ratio > 0
+    return seen.count >= ENOUGH[kind] and 0 < seen.ratio < MOST_COUNTED
 
 
 def _factor(kind: str, own: Seen, together: Seen) -> Factor:

@@ -22,6 +22,7 @@ from prism.calibration.learnt import (
     read_counts,
 )
 from prism.cli.admin import fail
+from prism.cli.table import print_whole
 from prism.configfile import load_config
 from prism.errors import ConfigError
 from prism.outputs import check_output
@@ -55,6 +56,8 @@ def run_learn(
 
 def _base_of(config: Path | None, profile: Path | None) -> Path:
     if profile is not None:
+        if config is not None:
+            raise ConfigError([f"--profile: {config} names one with --from-server; give one of the two"])
         return profile
     if config is None:
         raise ConfigError(["--from-server: the server's profile is needed: --profile FILE, or its CONFIG"])
@@ -95,7 +98,7 @@ def print_learnt(learnt: Learnt, path: Path) -> None:
             f"{factor.value:.3f}",
             _origin(kind, factor),
         )
-    console.print(table)
+    print_whole(console, table)
     for (model, kind), factor in learnt.factors.items():
         if factor.is_wild:
             doubt = f"{factor.value:.3g} times the profile is beyond {LEAST_FACTOR:g} to {MOST_FACTOR:g}"

@@ -31,7 +31,7 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
             f"{device['worker']} on {device['device']}: {_size(total)} in slabs of "
             f"{_size(device['slab_bytes'])}, {_size(free)} free{_host_memory(device)}"
         )
-    _print_whole(console, models_table(answer))
+    print_whole(console, models_table(answer))
     for entry in answer["models"]:
         if entry["report"] is not None and entry["report"]["error"]:
             console.print(f"{entry['model']}: {entry['report']['error']}")
@@ -40,10 +40,10 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
     for name in answer["placement"]["infeasible"]:
         console.print(f"{name}: fits no device")
     if answer["tenants"]:
-        _print_whole(console, tenants_table(answer))
+        print_whole(console, tenants_table(answer))
 
 
-def _print_whole(console: Console, table: Table) -> None:
+def print_whole(console: Console, table: Table) -> None:
     """As wide as it must be: a narrow terminal wraps a line, but no name and no number is cut."""
     wide = console.options.update(width=_COLUMNS)
     console.width = max(console.width, Measurement.get(console, wide, table).maximum)

@@ -54,6 +54,7 @@ class EarlySteps:
         *,
         max_batch_tokens: int,
         patience: float,
+        clock: Callable[[], float],
     ) -> None:
         self._device = device
         self._models = models
@@ -63,6 +64,7 @@ class EarlySteps:
         self._suspended = suspended
         self._max_batch_tokens = max_batch_tokens
         self._patience = patience
+        self._clock = clock
 
     def step(self, now: float) -> bool:
         """Go on with all of them; whether anything came of it."""
@@ -98,7 +100,7 @@ class EarlySteps:
         self._listener.announce(model, step)
         self._host.fetch(model, step.fetches)
         flight = engine.run(step, is_apart=True)
-        model.early = Flight(model.name, flight, flight)
+        model.early = Flight(model.name, flight, flight, is_apart=True)
         self._launch(model, model.early)
         return True
 
@@ -109,6 +111,7 @@ class EarlySteps:
         if has_advanced:
             model.lane.launched_apart(self._device.lanes)
         if flight.is_launched:
+            flight.begin = self._clock()
             model.lane.append_apart(flight)
         return has_advanced
 

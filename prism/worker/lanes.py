@@ -54,6 +54,8 @@ class Flight:
     """Work of other lanes that it runs behind, as long as any of it has not run."""
     is_in_turn: bool = False
     """The device knows of it."""
+    is_apart: bool = False
+    """It was launched behind weights that arrived: how long it took says nothing."""
     is_beside: bool = False
     """Pieces of a step that is apart may run beside it, or before it in its time."""
     number: int = 0

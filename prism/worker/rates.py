@@ -66,8 +66,10 @@ def _best(work: Callable[[], object], device: torch.device) -> float:
 
 @contextmanager
 def _memory_returned() -> Iterator[None]:
-    yield
-    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        torch.cuda.empty_cache()
 
 
 def _random(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -22,6 +22,8 @@ DISPLACING_SHARE = 0.1
 """Of the time, that loads may take for which others are stopped."""
 MOST_PATIENCE = 30.0
 """Seconds."""
+CACHE_SHARE = 8
+"""A model drops no more than one part in so many of its own cache beyond what is needed."""
 WAIT_SHARE = 0.5
 """Of `limits.max_wait`, after which others are stopped in any case: the rest is for the load."""
 
@@ -157,7 +159,7 @@ def _recycled(own: Holding, need: Need, beyond: int) -> tuple[ReclaimDecision, .
     if need.is_again and cached + sum(each.num_blocks for each in younger_ones) < beyond:
         return ()
     if cached:
-        return (DropOwnCache(own.model, cached),)
+        return (DropOwnCache(own.model, _worth_a_look(own, need, cached)),)
     count = blocks = 0
     for sequence in younger_ones:
         if blocks >= beyond:
@@ -165,6 +167,16 @@ def _recycled(own: Holding, need: Need, beyond: int) -> tuple[ReclaimDecision, .
         blocks += sequence.num_blocks
         count += 1
     return (Preempt(own.model, count),) if count else ()
+
+
+def _worth_a_look(own: Holding, need: Need, blocks: int) -> int:
+    """How many blocks of its own cache a model drops that needs so many: more, if they are a small part.
+
+    Whoever is at its limit wants one for every sixteenth token of each of its streams, and to look at what
+    everybody has for each of them takes longer than all else that is done for a step.
+    """
+    can_go = own.num_cached_blocks - need.num_found
+    return max(blocks, min(can_go, own.blocks_per_slab, own.num_cached_blocks // CACHE_SHARE))
 
 
 def _cheapest(
@@ -232,5 +244,7 @@ def _decisions(
     preempt = (Preempt(model, count),) if count else ()
     if model == need.model:
         blocks = own_cache(holding, need)
-        return (*preempt, DropOwnCache(model, blocks)) if blocks else preempt
+        if blocks:
+            return (*preempt, DropOwnCache(model, _worth_a_look(holding, need, blocks)))
+        return preempt
     return (*preempt, TakeSlabs(model, min(missing, sum(offer.slabs for offer in taken))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
-from prism.engine.kv_blocks import Gathered, KvSpace
+from prism.engine.kv_blocks import Gathered
 from prism.engine.kv_slab import DroppedGroup
 from prism.engine.scheduler import Want
 from prism.memory.slabs import KvOwner
@@ -22,9 +22,6 @@ from prism.worker.snapshot import Need
 REFUSED_SECONDS = 0.05
 """A need for which nobody had anything to give is looked at again then, or when memory has changed: one
 that goes on without would ask at each step, and an answer takes milliseconds where hundreds of them run."""
-
-CACHE_SHARE = 8
-"""Of a model's own cache no more than one part in so many is dropped beyond what is needed."""
 
 
 class Reclaimer:
@@ -152,7 +149,7 @@ class Reclaimer:
             case reclaim.DropOwnCache(blocks=blocks):
                 assert model.kv is not None and model.engine is not None
                 model.engine.scheduler.keep_found()
-                dropped = model.kv.drop_cached(max(blocks, _worth_a_look(model.kv)))
+                dropped = model.kv.drop_cached(blocks)
                 self._host.save_dropped(model, dropped)
                 return bool(dropped)
             case reclaim.Preempt(count=count):
@@ -235,15 +232,6 @@ class Reclaimer:
         assert model.kv is not None and not model.kv.num_used
         self._free(model, model.kv.gather(model.kv.num_slabs))
         assert model.kv.num_slabs == 0
-
-
-def _worth_a_look(kv: KvSpace) -> int:
-    """Blocks of a cache to drop at a time, as long as that is a small part of it.
-
-    Whoever is at its limit wants one for every sixteenth token of each of its streams, and to look at what
-    everybody has for each of them takes longer than all else that is done for a step.
-    """
-    return min(kv.layout.blocks_per_slab, kv.num_cached // CACHE_SHARE)
 
 
 def slabs_to_activate(model: Model) -> int:

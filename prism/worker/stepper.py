@@ -125,6 +125,7 @@ class Stepper:
             listener.requests_suspended,
             max_batch_tokens=max_batch_tokens,
             patience=patience,
+            clock=clock,
         )
 
     # --- towards the device ---------------------------------------------------------------------------
@@ -289,19 +290,26 @@ class Stepper:
             lane.last_end = now
             if self._models[flight.model].early is flight:
                 return None  # its model is not active yet, and it was launched as weights arrived
-            is_alone = had_device_alone(flight, begin, lane, self._device.lanes)
-            self._host.prompts_ran(flight.model, flight.num_prompt_tokens, seconds)
-            expected = flight.expected or self._costs.expect(flight.model, flight.step.step)
-            self._costs.ran(flight.model, expected, seconds, is_timed=is_timed)
+            alone = None if flight.is_apart else self._timed(lane, flight, begin, seconds, is_timed=is_timed)
             share = self._device_time.ended(flight.begin, now)
             is_urgent = flight.has_prompts or self._requests.has_waiting(flight.model)
             tpot = self.commit(flight)
             self._models[flight.model].usage.ran(share, seconds, now, None if is_urgent else tpot)
-            if is_alone:
-                return StepAlone(flight.model, expected, seconds)
-        else:
-            self.commit(flight)
+            return alone
+        self.commit(flight)
         return None
+
+    def _timed(
+        self, lane: Lane, flight: Flight, begin: float, seconds: float, *, is_timed: bool
+    ) -> StepAlone | None:
+        """Note what a step took."""
+        assert flight.step is not None
+        self._host.prompts_ran(flight.model, flight.num_prompt_tokens, seconds)
+        expected = flight.expected or self._costs.expect(flight.model, flight.step.step)
+        self._costs.ran(flight.model, expected, seconds, is_timed=is_timed)
+        if not had_device_alone(flight, begin, lane, self._device.lanes):
+            return None
+        return StepAlone(flight.model, expected, seconds)
 
     def commit(self, flight: Flight) -> float:
         """Account for work that has run; the tightest objective of the streams that have drawn a token."""

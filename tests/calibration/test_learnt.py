@@ -135,6 +135,7 @@ def test_between_two_looks_what_was_added_counts(base: Profile) -> None:
             added(before, later, SERVER)
 
 
+ALONE = 'prism:work_alone_total{costs="abc",kind="decode",model_name="small"}'
 STEPS = 'prism:steps_total{kind="decode",model_name="small"} 9.0\n'
 
 
@@ -142,7 +143,13 @@ STEPS = 'prism:steps_total{kind="decode",model_name="small"} 9.0\n'
     ("text", "message"),
     [
         (STEPS, "its configuration has no scheduling.profile"),
-        ("# HELP prism:work_alone_total x\n", "no model has run yet"),
+        ('prism:models{state="active"} 0.0\n', "no model has run yet"),
+        ("vllm:num_requests_running 1.0\n", "these are no metrics of Prism"),
+        ("", "these are no metrics of Prism"),
+        *(
+            (f"{ALONE} {value}\n", f"prism:work_alone_total of small is {value}")
+            for value in ("nan", "inf", "-1.0")
+        ),
         ("<html><body>", "these are no metrics of Prism"),
         ('prism:work_alone_total{kind="decode"} 1', "these are no metrics of Prism"),
     ],

@@ -16,6 +16,7 @@ from prism.worker import reclaim
 from prism.worker.loading import Load
 from prism.worker.models import Model
 from prism.worker.snapshot import Need
+from tests.support import late
 from tests.support.checkpoints import make_model, prompts, reference, save
 from tests.support.late import LateBackend
 from tests.support.local_worker import GATEWAY, InlineLink, LocalWorker
@@ -455,4 +456,29 @@ def test_who_runs_beside_its_pieces_has_not_the_device_alone(
     assert True in seen
     local.run()
     assert right(local, "b", B)
+    local.close()
+
+
+def test_what_a_first_step_took_is_no_measurement(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for weights, and the lane had nothing to do before: that was called its time, too."""
+    monkeypatch.setattr(late, "LOOKS", 30)  # its end is seen when the model is active
+    local = LocalWorker(paths, 24, backend=LateBackend())
+    local.device.backend.copier.chunk_bytes = Bytes(1 << 14)
+    local.submit("warm", A, PROMPT, max_tokens=3)
+    local.run()
+    local.worker.evict(model(local, A))
+    local.run()
+    prompts, usage = local.worker.costs.steps(ModelId(A))["prompt"], model(local, A).usage
+    before, busy = prompts.num_steps, usage.device_seconds
+    local.now += 600.0
+    local.submit("a", A, PROMPT, max_tokens=1)
+    begin_load(local, A)
+    load_slowly(local, monkeypatch, lambda: None, rounds=1)
+    early = model(local, A).early
+    assert model(local, A).is_active and (early is None or not early.has_run)
+    local.run()
+    assert ("a", 0) in local.outbox.finished and prompts.num_steps == before
+    assert 0 < usage.device_seconds - busy < 1
     local.close()

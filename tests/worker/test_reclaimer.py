@@ -15,7 +15,7 @@ from prism.types import ModelId, Rank, RequestId
 from prism.worker import reclaim
 from prism.worker.models import Model
 from prism.worker.reclaim import ReclaimDecision
-from prism.worker.reclaimer import CACHE_SHARE, REFUSED_SECONDS, Reclaimer
+from prism.worker.reclaimer import REFUSED_SECONDS, Reclaimer
 from prism.worker.snapshot import MemorySnapshot, Need
 from tests.support.checkpoints import make_model, prompts, save
 from tests.support.local_worker import SLAB, LocalWorker
@@ -294,8 +294,8 @@ def test_a_model_at_its_limit_drops_its_cache_some_blocks_at_a_time(
     looks.clear()
     local.submit("long", "llama", [99], max_tokens=1600)
     local.run()
-    wanted, at_once = 100 - spare, cached // CACHE_SHARE
+    wanted, at_once = 100 - spare, cached // reclaim.CACHE_SHARE
     assert wanted > 2 * at_once > 60, "or there is nothing to see"
-    assert len(looks) <= 1 + wanted // (at_once - at_once // CACHE_SHARE)
+    assert len(looks) <= 1 + wanted // (at_once - at_once // reclaim.CACHE_SHARE)
     assert kv.num_slabs == 2 and kv.num_cached >= cached - wanted - at_once
     local.close()

@@ -23,8 +23,8 @@ HEAD_DIMS = (64, 128, 256)
 """What the attention kernels are made for."""
 ROWS_OF_LT = range(32, 128)
 """For so many rows cuBLASLt has quicker products of attention's and the MLP's last matrix than what torch
-calls without a bias: 3 to 7 us of 48 less for both of an 8B on an H200, 2 to 5 of 43 for a 14B's MLP. With a
-bias torch calls cuBLASLt. Of the other matrices neither is quicker (`benchmarks/engine`)."""
+calls without a bias; with one it calls cuBLASLt. Measured with bf16 for an 8B on an H200 and for the MLP of a
+14B (`benchmarks/engine`). Of the other matrices neither is quicker."""
 OUTPUTS_OF_LT = range(4096, 1 << 16)
 """With 2,048 it is slower."""
 

@@ -130,10 +130,13 @@ class StepInputs:
         slots: NDArray[np.intp],
         lane: GpuLane,
         size: int,
+        *,
+        newest_known: bool,
     ) -> None:
         """What has been staged are columns, or what a step with prompts has instead.
 
-        `slots` are those of the decodes, `size` is the number of rows that are drawn, padding included.
+        `slots` are those of the decodes, `size` is the number of rows that are drawn, padding included; see
+        `TableNotes` for `newest_known`.
         """
         self.sampled = step.sampled
         self.tokens = buffers.tokens[: len(self.sampled)]
@@ -150,7 +153,7 @@ class StepInputs:
         self.on_host = lane.draws.needs_host(slots)
         """Its tokens are drawn by the host."""
         lane.draws.stage(staging, slots, lengths, size)
-        self._notes = TableNotes(staging, step, lane.shape.max_blocks, newest_known=not step.has_prompts)
+        self._notes = TableNotes(staging, step, lane.shape.max_blocks, newest_known=newest_known)
         for sequence in new:  # for the steps behind this one
             sequence.is_token_placed = True
 
@@ -161,10 +164,11 @@ class StepInputs:
 
     def send(self) -> Tensor:
         """Queue the copy of all words, and the changes to the lane's tables."""
-        words = self.send_words()
+        self.send_words()
+        words = self._lane.staging[: self._staging.num_words]
         self._notes.apply(words, self._lane)
         return words
 
-    def send_words(self) -> Tensor:
+    def send_words(self) -> None:
         """Queue the copy of all words."""
-        return self._lane.send(self._buffers, self._staging.num_words)
+        self._lane.send(self._buffers, self._staging.num_words)

@@ -172,11 +172,10 @@ class GpuLane:
         """All that is queued on the lane by now."""
         return Event(self.calls, self.stream)
 
-    def send(self, buffers: Buffers, num_words: int) -> Tensor:
-        """Queue the copy of a step's words to the device; there they are `[num_words]` int32."""
+    def send(self, buffers: Buffers, num_words: int) -> None:
+        """Queue the copy of a step's words to the device, the first ones of `staging`."""
         target = Address(self._staging_address)
         self.calls.copy(target, buffers.address, Bytes(4 * num_words), self.stream.cuda_stream)
-        return self.staging[:num_words]
 
     def fetch_drawn(self, tokens: Tensor) -> None:
         """Queue the copy of the first tokens drawn to the host; `tokens` is pinned."""

@@ -97,7 +97,7 @@ class GpuRunner:
         staging = Staging(buffers.words)
         rows.look(step)
         stage_columns(staging, step, rows, used.size)
-        inputs = StepInputs(buffers, staging, step, rows.slots, lane, used.size)
+        inputs = StepInputs(buffers, staging, step, rows.slots, lane, used.size, newest_known=True)
         shortcut = partial(self._replay, inputs, used) if found and inputs.is_plain else None
         work = self._decode_work(inputs, used, has_graph=found is not None)
         return GpuFlight(step, inputs.sampled, inputs.tokens, lane, work, shortcut)
@@ -139,14 +139,17 @@ class GpuRunner:
     # --- steps with prompt chunks -------------------------------------------------------------------
 
     def _mixed(self, step: Step, is_apart: bool) -> GpuFlight:
-        """A graph that holds it, if it is small; else, and while there is none, kernel by kernel."""
+        """A graph that holds it, if it is small; else, and while there is none, kernel by kernel.
+
+        One that is apart may have decodes alone: prompts of one token.
+        """
         lane = self.lane
         self._rows.forget()
         form, found = self._form(step, is_apart)
         buffers = lane.apart_buffers if is_apart else lane.next_buffers()
         staging, slots = Staging(buffers.words), slots_of(step.decodes)
         stage_mixed(staging, step, slots, form.size)
-        inputs = StepInputs(buffers, staging, step, slots, lane, form.size.sampled)
+        inputs = StepInputs(buffers, staging, step, slots, lane, form.size.sampled, newest_known=False)
         work = self._mixed_work(inputs, form, found, is_apart=is_apart)
         return GpuFlight(step, inputs.sampled, inputs.tokens, lane, work)
 
