@@ -32,7 +32,7 @@ LINKED = Bytes(64 * MiB)
 
 @torch.inference_mode()
 def measure_rates(device: torch.device) -> DeviceRates:
-    """About 0.1 s on a CPU. On a GPU it takes 512 MiB of torch's own memory, and gives them back."""
+    """About 0.1 s on a CPU. On a GPU it takes some hundred MiB of torch's own memory, and gives them back."""
     if device.type != "cuda":
         return DeviceRates(_flops(device, 1024, 256), _bandwidth_of_products(), _link(device), _launch())
     with torch.cuda.device(device), _memory_returned():

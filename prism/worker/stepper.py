@@ -284,20 +284,19 @@ class Stepper:
 
         The result is of a step that had the device to itself.
         """
-        if flight.step is not None:
-            now, begin = self._clock(), max(flight.begin, lane.last_end)
-            seconds = now - begin
-            lane.last_end = now
-            if self._models[flight.model].early is flight:
-                return None  # its model is not active yet, and it was launched as weights arrived
-            alone = None if flight.is_apart else self._timed(lane, flight, begin, seconds, is_timed=is_timed)
-            share = self._device_time.ended(flight.begin, now)
-            is_urgent = flight.has_prompts or self._requests.has_waiting(flight.model)
-            tpot = self.commit(flight)
-            self._models[flight.model].usage.ran(share, seconds, now, None if is_urgent else tpot)
-            return alone
-        self.commit(flight)
-        return None
+        if flight.step is None:
+            return None
+        now, begin = self._clock(), max(flight.begin, lane.last_end)
+        seconds = now - begin
+        lane.last_end = now
+        if self._models[flight.model].early is flight:
+            return None  # its model is not active yet, and it was launched as weights arrived
+        alone = None if flight.is_apart else self._timed(lane, flight, begin, seconds, is_timed=is_timed)
+        share = self._device_time.ended(flight.begin, now)
+        is_urgent = flight.has_prompts or self._requests.has_waiting(flight.model)
+        tpot = self.commit(flight)
+        self._models[flight.model].usage.ran(share, seconds, now, None if is_urgent else tpot)
+        return alone
 
     def _timed(
         self, lane: Lane, flight: Flight, begin: float, seconds: float, *, is_timed: bool

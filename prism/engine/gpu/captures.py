@@ -31,12 +31,10 @@ log = logging.getLogger(__name__)
 
 MAX_URGENT = 8
 """Of a batch that grows quickly each size is wanted for some steps only: the oldest wishes are given up."""
-
-
 LONGEST_WAIT = 1.0
 """Seconds at a time."""
 MOST_BYTES = Bytes(16 * MiB)
-"""That a graph is taken to hold: 0.6 MiB each were seen, and others may allocate while one is made ready."""
+"""That a graph is taken to hold: 0.3 MiB each were seen, and others may allocate while one is made ready."""
 
 
 class ReadyGraph:
