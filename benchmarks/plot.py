@@ -59,7 +59,7 @@ def legend(made: Figure, axis: Axes) -> None:
 
 
 def engine() -> Figure:
-    results, decodes = read("engine", "results-h200-columns.json"), read("engine", "results-h200-calls.json")
+    results, decodes = read("engine", "results-h200-columns.json"), read("engine", "results-h200-decode.json")
     made, (floor, offline, together) = figure(f"The engine on {H200}, bf16", (3.6, 3.6, 4.2))
     for shape, color in (("8b", BLUE), ("1b", ORANGE)):
         steps = decodes[f"decode_{shape}"]
@@ -204,7 +204,7 @@ def elastic() -> Figure:
 
 def sharing() -> Figure:
     results = read("sharing", "results-h200.json")["modes"]
-    title = f"Eight models of 1B and 8B share 30 GiB of {H200}, 342 requests in 40 s"
+    title = f"Eight models of 1B and 8B share 30 GiB of {H200}, 342 requests, by mode in 30 or 75 s"
     made, axes = figure(title, (2.9, 2.9, 2.9, 2.9))
     for axis, mode in zip(axes, ("prism", "elastic", "static", "timeshare"), strict=True):
         compared = results[mode]["compared"]
@@ -263,12 +263,12 @@ def kv_host() -> Figure:
 
 
 def capture() -> Figure:
-    results, before = read("capture", "results-h200.json"), read("capture", "results-h200-2026-11-27.json")
+    results = read("capture", "results-h200.json")
     made, (axis,) = figure(f"What a 1B that decodes notices of an 8B beside it, {H200}", (8.5,))
     cases = {
         "nothing else": results["alone"],
         "graphs captured in slices": results["captured_in_slices"]["neighbour_gap_ms"],
-        "graphs captured at once (earlier)": before["captured_at_once"]["neighbour_gap_ms"],
+        "graphs captured at once": results["captured_at_once"]["neighbour_gap_ms"],
         "steps launched in slices": results["launched_in_slices"]["neighbour_gap_ms"],
         "steps launched at once": results["launched_at_once"]["neighbour_gap_ms"],
     }

@@ -57,6 +57,8 @@ class Shape:
     num_layers: int
     attention_width: int
     """Query heads times head dimension."""
+    position_bytes: Bytes
+    """Of the rotary table behind the weights, for each position of the context. No load copies it."""
 
 
 Knots = tuple[tuple[int, float], ...]

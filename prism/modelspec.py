@@ -83,6 +83,11 @@ class ModelSpec:
         heads = self.num_layers * 2 * self.num_kv_heads
         return Bytes(heads * self.head_dim * self.dtype.itemsize)
 
+    @property
+    def position_bytes(self) -> Bytes:
+        """Bytes of a position's cosines and sines, in fp32."""
+        return Bytes(4 * self.head_dim)
+
 
 class _Fields:
     """config.json with errors that name the file and the field."""

@@ -66,6 +66,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_bytes_per_token: Count
     num_layers: Count
     attention_width: Count
+    position_bytes: Annotated[int, Meta(ge=0)] = 0
 
     def shape(self) -> Shape:
         """The same as the cost model takes it."""
@@ -76,6 +77,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             Bytes(self.kv_bytes_per_token),
             self.num_layers,
             self.attention_width,
+            Bytes(self.position_bytes),
         )
 
 

@@ -20,7 +20,7 @@ from prism.costs import (
 from prism.types import Bytes, Seconds
 
 RATES = DeviceRates(flops=7.9e14, bandwidth=4.2e12, link=4.5e10, launch=Seconds(1.2e-5))
-LLAMA_8B = Shape(7.5e9, Bytes(16_060_000_000), Bytes(15_010_000_000), Bytes(131_072), 32, 4096)
+LLAMA_8B = Shape(7.5e9, Bytes(16_060_000_000), Bytes(15_010_000_000), Bytes(131_072), 32, 4096, Bytes(0))
 COSTS = from_shape(LLAMA_8B, RATES)
 
 

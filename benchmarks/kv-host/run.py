@@ -51,7 +51,8 @@ class Bench:
             pass
         self.pin_seconds = time.perf_counter() - begin
         assert chunks.error is None, chunks.error
-        self.host = HostKv(self.device, chunks)
+        self.book = CostBook(self.device.rates, {})
+        self.host = HostKv(self.device, chunks, self.book)
         self.host.tend({})
         self.models: dict[str, Model] = {}
         self.local: dict[str, LocalModel] = {}
@@ -68,7 +69,7 @@ class Bench:
             self.models,
             Requests(),
             self.host,
-            CostBook(self.device.rates, {}),
+            self.book,
             min_residency=0.0,
             max_wait=0.0,
             idle_threshold=0.0,
@@ -84,6 +85,7 @@ class Bench:
             local.lane,
         )
         self.models[name] = model
+        self.book.learn(model.name, local.profile)
         self.host.open(model, b"random")
 
     def work(self) -> None:

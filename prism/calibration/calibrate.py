@@ -221,6 +221,7 @@ def _model_profile(profile: WorkerProfile, costs: StepCosts, loads: list[LoadTim
             shape.kv_bytes_per_token,
             shape.num_layers,
             shape.attention_width,
+            shape.position_bytes,
         ),
         knots=costs.knots,
         prompt_knots=costs.prompt_knots or None,

@@ -158,7 +158,10 @@ class Engine:
             if token in sequence.stops:
                 drawn.ends[place] = End(FinishReason.STOP, token)
                 continue
-            sequence.append(token)
+            if sequence.needs_history:
+                sequence.append(token)
+            else:  # most: quicker than a call for each
+                sequence.tokens.append(token)
             if len(sequence.tokens) >= sequence.end:
                 drawn.ends[place] = End(FinishReason.LENGTH, None)
         for place in drawn.ends:

@@ -232,16 +232,18 @@ class KvSpace:
         """So many blocks with one reference each, or None (and nothing taken) when fewer are free."""
         if count > self._num_free:
             return None
+        if self._gone:
+            self._tidy(TIDY * count)
         taken: list[BlockId] = []
-        self._tidy(TIDY * count)
         while len(taken) < count:
             taken += self._take_free(count - len(taken))
         return taken
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Give up one reference to each. The last blocks of a sequence are the first to be dropped later."""
+        slabs, units = self._slabs, self._units_per_slab
         for block in reversed(blocks):
-            home = self._slabs[self._slab_of(block)]
+            home = slabs[SlabId(block // units)]  # as _slab_of: long sequences have hundreds
             record = home.records[block]
             assert record.references > 0, block
             record.references -= 1
@@ -260,11 +262,13 @@ class KvSpace:
         """The block is full and computed: others with the same prefix may use it. The first one wins."""
         record = self._slabs[self._slab_of(block)].records[block]
         assert record.references > 0
-        if self._find(key) is None:
-            if key in self._published:
-                self._forget(key)
-            self._published[key] = record
-            record.key = key
+        other = self._published.get(key)
+        if other is not None:
+            if not other.home.is_gone:
+                return
+            self._forget(key)
+        self._published[key] = record
+        record.key = key
 
     def match(self, keys: Iterable[BlockKey]) -> list[BlockId]:
         """Blocks of the longest published prefix of `keys`, each with one more reference."""

@@ -124,6 +124,9 @@ class Scheduler:
                 budget -= 1
             elif budget <= 0:
                 break
+            elif sequence.needs_a_block:
+                budget -= 1
+                wanted.append(Want(sequence.rank, 1))
             elif not sequence.num_pending or sequence.can_step:
                 length, want = self._want(sequence, budget)
                 budget -= length
@@ -204,10 +207,21 @@ class Scheduler:
                 decodes.append(sequence)
                 positions.append(start)
                 draft.budget -= 1
-            else:
+            elif not (sequence.needs_a_block and self._begin_block(sequence, draft)):
                 self._go_on(sequence, draft)
         self._start_waiting(draft)  # 3
         return None if draft.is_empty else draft.step()
+
+    def _begin_block(self, sequence: Sequence, draft: Draft) -> bool:
+        """A decode takes one more block, if that is to be had just so: every sixteenth step of each does."""
+        if draft.entries <= 0 or sequence.num_tabled < len(sequence.blocks):
+            return False
+        taken = self.kv.allocate(1)
+        if taken is None:
+            return False
+        sequence.blocks += taken
+        draft.begin(sequence, taken[0], self.kv.layout.tokens_per_block)
+        return True
 
     def _go_on(self, sequence: Sequence, draft: Draft) -> None:
         """A running sequence that needs more than its turn."""

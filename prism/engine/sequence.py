@@ -102,6 +102,11 @@ class Sequence:
         return len(self.tokens) - self.prompt_len + self.num_pending - 1
 
     @property
+    def needs_a_block(self) -> bool:
+        """A decode that needs one more block, and nothing else but its turn."""
+        return 0 < self.ready_until == self.num_computed < self.end - 1
+
+    @property
     def can_step(self) -> bool:
         """Another step makes sense now.
 

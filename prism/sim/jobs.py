@@ -36,6 +36,11 @@ class Served:
     context: int
     slo: Slo
 
+    def weight_slabs(self, slab_bytes: int) -> int:
+        """Those of weights and rotary table."""
+        shape = self.costs.shape
+        return -(-(shape.weight_bytes + self.context * shape.position_bytes) // slab_bytes)
+
 
 @dataclass(slots=True, eq=False)
 class Job:

@@ -14,11 +14,9 @@ from prism.types import LAST_RANK, ModelId, ModelState, Rank
 from prism.worker import reclaim
 from prism.worker.foresight import RecentDemand
 from prism.worker.growth import ask_in_order, take_or_need
+from prism.worker.kv_costs import compute_seconds
 from prism.worker.reclaim import patience
 from prism.worker.snapshot import Holding, MemorySnapshot, Need, Running
-
-TYPICAL_PROMPT = 1024
-"""Tokens of a prompt whose time tells what a block costs."""
 
 
 class Owner(Protocol):
@@ -299,7 +297,7 @@ def slabs_to_activate(model: SimModel) -> int:
 def _holding(model: SimModel, idle_threshold: float | None, now: int) -> Holding:
     costs = model.served.costs
     has_share = model.kv_limit is not None
-    block_seconds = costs.steps.prefill(TYPICAL_PROMPT) / TYPICAL_PROMPT * model.layout.tokens_per_block
+    block_seconds = compute_seconds(costs.steps, model.layout.tokens_per_block)
     return Holding(
         model=model.name,
         is_active=model.is_active,

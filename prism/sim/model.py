@@ -40,7 +40,7 @@ class SimModel:
         self.tpot = to_ticks(served.slo.tpot)
         self.lane: int | None = None
         """Since it was first loaded."""
-        self.weight_slabs = -(-served.costs.shape.weight_bytes // slab_bytes)
+        self.weight_slabs = served.weight_slabs(slab_bytes)
         self.kv_limit: int | None = None
         self.is_pinned = False
         self.is_wanted = False

@@ -49,7 +49,7 @@ class Room:
     """What one kind of device holds."""
 
     def __init__(self, served: Mapping[ModelId, Served], num_slabs: int, slab_bytes: int, mode: Mode) -> None:
-        self._slabs = {m: -(-s.costs.shape.weight_bytes // slab_bytes) for m, s in served.items()}
+        self._slabs = {m: s.weight_slabs(slab_bytes) for m, s in served.items()}
         self._num_slabs = num_slabs
         self._least = least_kv(num_slabs, slab_bytes)
         self._is_resident = RULES[mode].is_resident
@@ -119,6 +119,6 @@ def fixed_shares(
 ) -> dict[ModelId, int]:
     """Slabs of KV of each model of a device, as a worker divides them where loads are configured."""
     least = least_kv(num_slabs, slab_bytes)
-    spare = num_slabs - sum(-(-served[m].costs.shape.weight_bytes // slab_bytes) for m in models)
+    spare = num_slabs - sum(served[m].weight_slabs(slab_bytes) for m in models)
     loads = [demand[m] for m in models]
     return dict(zip(models, kv_shares(spare, [least] * len(models), loads), strict=True))

@@ -31,9 +31,11 @@ def _architecture(
     layers: int,
     kv_width: int,
     width: int,
+    head: int,
     context: int,
 ) -> Architecture:
-    """In bf16. `billions` of all weights and `embedding` of the input embedding among them."""
+    """In bf16. `billions` of all weights and `embedding` of the input embedding among them; of attention the
+    widths of all KV heads, of all query heads and of one."""
     read = billions if tied else billions - embedding
     return Architecture(
         name,
@@ -44,6 +46,7 @@ def _architecture(
             kv_bytes_per_token=Bytes(layers * 2 * kv_width * 2),
             num_layers=layers,
             attention_width=width,
+            position_bytes=Bytes(4 * head),
         ),
         context,
     )
@@ -52,12 +55,12 @@ def _architecture(
 ARCHITECTURES = {
     a.name: a
     for a in (
-        _architecture("llama-3.2-1b", 1.236, 0.263, True, 16, 512, 2048, 131072),
-        _architecture("qwen2.5-1.5b", 1.544, 0.233, True, 28, 256, 1536, 32768),
-        _architecture("llama-3.2-3b", 3.213, 0.394, True, 28, 1024, 3072, 131072),
-        _architecture("llama-3-8b", 8.030, 0.525, False, 32, 1024, 4096, 8192),
-        _architecture("qwen2.5-14b", 14.770, 0.779, False, 48, 1024, 5120, 32768),
-        _architecture("qwen2.5-32b", 32.764, 0.779, False, 64, 1024, 5120, 32768),
+        _architecture("llama-3.2-1b", 1.236, 0.263, True, 16, 512, 2048, 64, 131072),
+        _architecture("qwen2.5-1.5b", 1.544, 0.233, True, 28, 256, 1536, 128, 32768),
+        _architecture("llama-3.2-3b", 3.213, 0.394, True, 28, 1024, 3072, 128, 131072),
+        _architecture("llama-3-8b", 8.030, 0.525, False, 32, 1024, 4096, 128, 8192),
+        _architecture("qwen2.5-14b", 14.770, 0.779, False, 48, 1024, 5120, 128, 32768),
+        _architecture("qwen2.5-32b", 32.764, 0.779, False, 64, 1024, 5120, 128, 32768),
     )
 }
 

@@ -223,4 +223,5 @@ def shape_of(profile: Profile) -> Shape:
         kv_bytes_per_token=spec.kv_bytes_per_token,
         num_layers=spec.num_layers,
         attention_width=spec.num_heads * spec.head_dim,
+        position_bytes=spec.position_bytes,
     )

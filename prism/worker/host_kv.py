@@ -20,17 +20,18 @@ from typing import NamedTuple
 from prism.engine.host_blocks import Fetch, HostBlocks, HostPlace
 from prism.engine.kv_layout import KvLayout
 from prism.engine.kv_slab import BlockKey, Dropped, DroppedGroup, grouped
-from prism.types import Address, Bytes, LaneId, ModelId, SlabId
+from prism.types import Address, Bytes, LaneId, ModelId, Seconds, SlabId
 from prism.worker.copies import CopyWork, Grid, Run, cut, merged
+from prism.worker.cost_book import CostBook
 from prism.worker.device import Device
 from prism.worker.host_chunks import Chunks
 from prism.worker.kv_costs import (
     LEAST_BYTES,
-    LEAST_TOKENS,
     Average,
     BlockCosts,
     again,
     block_costs,
+    compute_seconds,
     is_worth_fetching,
     is_worth_saving,
 )
@@ -50,7 +51,6 @@ class _Member:
     name: ModelId
     layout: KvLayout
     identity: bytes
-    prefill: Average
     num_saved: int = 0
     num_fetched: int = 0
 
@@ -112,9 +112,10 @@ class _Tier:
 class HostKv:
     """The host tier of one worker's prefix caches. Without `chunks` it holds nothing."""
 
-    def __init__(self, device: Device, chunks: Chunks | None) -> None:
+    def __init__(self, device: Device, chunks: Chunks | None, book: CostBook) -> None:
         self._device = device
         self._chunks = chunks
+        self._book = book
         size = device.slab_bytes if chunks is None else chunks.chunk_bytes
         self.blocks = HostBlocks(size, 0 if chunks is None else chunks.max_chunks)
         guess = device.backend.guess
@@ -146,12 +147,10 @@ class HostKv:
 
     def costs(self, member: _Member) -> BlockCosts:
         """Of one block, as measured by now."""
+        known, layout = self._book.of(member.name), member.layout
+        compute = Seconds(0.0) if known is None else compute_seconds(known.steps, layout.tokens_per_block)
         return block_costs(
-            member.layout.block_bytes,
-            member.layout.tokens_per_block,
-            prefill=member.prefill.value,
-            saving=self.saving.value,
-            fetching=self.fetching.value,
+            layout.block_bytes, compute, saving=self.saving.value, fetching=self.fetching.value
         )
 
     def block_seconds(self, model: ModelId) -> float:
@@ -170,15 +169,8 @@ class HostKv:
         member = self._members.get(model.name)
         if member is None or member.identity != identity:
             self.blocks.forget(model.name)
-            guess = Average(self._device.backend.guess.operations / profile.operations_per_token)
-            member = self._members[model.name] = _Member(model.name, profile.kv, identity, guess)
+            member = self._members[model.name] = _Member(model.name, profile.kv, identity)
         engine.scheduler.host = None if self._chunks is None else _Tier(self, member)
-
-    def prompts_ran(self, model: ModelId, num_tokens: int, seconds: float) -> None:
-        """A step with so many prompt tokens took so long."""
-        member = self._members.get(model)
-        if member is not None and num_tokens >= LEAST_TOKENS:
-            member.prefill.add(num_tokens, seconds)
 
     def tend(self, models: Mapping[str, Model]) -> None:
         """Take note of new chunks, and ask for as many as the device's caches could fill now."""

@@ -1,20 +1,22 @@
 """What moving a KV block costs and what computing it again does. Pure.
 
-Costs are measured while the worker runs; until then they are guessed from the model's shape and the kind of
-device. Attention is in the measured speed of prompts as it comes: late blocks of a long context cost more to
-compute than the average, and are worth a little more than is assumed here.
+Speeds of copies are measured while the worker runs; until then they are guessed from the kind of device. What
+computing costs is told by the model's steps (costs.py), for blocks of a typical prompt: late ones of a long
+context cost more than the average, and are worth a little more than is assumed here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prism.costs import StepCosts
 from prism.types import Bytes, Seconds
 
 WEIGHT = 0.2
 """Of the newest measurement in an average."""
-LEAST_TOKENS = 64
-"""Prompt tokens of a step whose time tells a model's speed: less is overhead."""
+TYPICAL_PROMPT = 1024
+"""Tokens of the prompt that a block is taken to be a part of: what a step costs apart from them is shared by
+all its blocks."""
 LEAST_BYTES = 1 << 20
 """Of a copy whose time tells the link's speed."""
 
@@ -57,13 +59,14 @@ class BlockCosts:
     """To compute its tokens as a part of a prompt."""
 
 
-def block_costs(
-    block_bytes: Bytes, num_tokens: int, *, prefill: float, saving: float, fetching: float
-) -> BlockCosts:
-    """`prefill` in tokens a second, the others in bytes a second."""
-    return BlockCosts(
-        Seconds(block_bytes / saving), Seconds(block_bytes / fetching), Seconds(num_tokens / prefill)
-    )
+def compute_seconds(steps: StepCosts, num_tokens: int) -> Seconds:
+    """Of a block of so many tokens, as a part of a prompt."""
+    return Seconds(steps.prefill(TYPICAL_PROMPT) * num_tokens / TYPICAL_PROMPT)
+
+
+def block_costs(block_bytes: Bytes, compute: Seconds, *, saving: float, fetching: float) -> BlockCosts:
+    """`saving` and `fetching` in bytes a second."""
+    return BlockCosts(Seconds(block_bytes / saving), Seconds(block_bytes / fetching), compute)
 
 
 def again(costs: BlockCosts, *, has_host: bool) -> float:

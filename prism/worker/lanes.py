@@ -68,11 +68,6 @@ class Flight:
         return self.step is not None and self.step.step.has_prompts
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of those chunks."""
-        return 0 if self.step is None else self.step.step.num_prompt_tokens
-
-    @property
     def is_launched(self) -> bool:
         """All of it is on the device."""
         if self.step is not None:

@@ -91,8 +91,8 @@ class Worker:
         self.models = _new_models(config, name, device.slab_bytes)
         self.requests = Requests()
         self.registrations = outside.registrations
-        self.host = HostKv(device, outside.chunks)
         self.costs = CostBook(device.rates, calibrated or {})
+        self.host = HostKv(device, outside.chunks, self.costs)
         self.accounts = Accounts(config.server.tenants, self.requests, self.costs)
         self.rules = RULES[config.scheduling.mode]
         self.tenancy = Tenancy(config.scheduling.quantum, outside.clock)

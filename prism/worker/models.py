@@ -31,8 +31,6 @@ class Profile:
     """Weights and rotary table, in whole slabs."""
     rotary_offset: Bytes
     weight_slabs: int
-    operations_per_token: float
-    """Floating-point operations of a prompt's token, attention apart."""
 
 
 def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
@@ -52,7 +50,7 @@ def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
             file=config.path,
         )
     rotary_offset = Bytes(-(-weights.total_bytes // 256) * 256)
-    arena = rotary_offset + spec.max_position * spec.head_dim * 4
+    arena = rotary_offset + spec.max_position * spec.position_bytes
     slabs = -(-arena // slab_bytes)
     return Profile(
         spec=spec,
@@ -61,7 +59,6 @@ def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
         arena_bytes=Bytes(slabs * slab_bytes),
         rotary_offset=rotary_offset,
         weight_slabs=slabs,
-        operations_per_token=2.0 * weights.num_parameters,
     )
 
 

@@ -303,7 +303,6 @@ class Stepper:
     ) -> StepAlone | None:
         """Note what a step took."""
         assert flight.step is not None
-        self._host.prompts_ran(flight.model, flight.num_prompt_tokens, seconds)
         expected = flight.expected or self._costs.expect(flight.model, flight.step.step)
         self._costs.ran(flight.model, expected, seconds, is_timed=is_timed)
         if not had_device_alone(flight, begin, lane, self._device.lanes):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 
-from hypothesis import given
+import pytest
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from prism.engine.host_blocks import HostPlace
@@ -273,17 +274,19 @@ def test_what_is_found_is_dropped_after_what_was_cached_later() -> None:
     scheduler.kv.check()
 
 
-@given(st.lists(st.integers(0, 99), min_size=20, max_size=120))
-def test_decodes_that_need_nothing_but_their_turn_need_nothing_else(actions: list[int]) -> None:
-    """What the scheduler notes in `ready_until` is what a closer look would find, whatever happened between.
+ACTIONS = st.lists(st.integers(0, 99), min_size=20, max_size=120)
 
-    Two steps are queued; sequences of different lengths, some with penalties, come, end, give way to others,
-    are renamed, and are cut by a shorter context.
+
+def play(actions: list[int], look: Callable[[Scheduler], None], max_entries: int = 100) -> list[object]:
+    """What steps of these actions want and are, two of them queued; `look` is called behind each.
+
+    Sequences of different lengths, some with penalties, come, end, give way to others, are renamed, and are
+    cut by a shorter context.
     """
     layout = KvLayout(tokens_per_block=4, block_bytes=Bytes(64), unit=Bytes(64), slab_bytes=Bytes(1024))
     kv = KvSpace(layout)
     kv.add_slab(SlabId(0))
-    scheduler, queued = Scheduler(kv, 8, Slots(8)), deque[Step]()
+    scheduler, queued, seen = Scheduler(kv, 8, Slots(8, max_entries)), deque[Step](), list[object]()
     for number, action in enumerate(actions):
         if action % 3 == 0:
             penalty = 0.5 if action % 7 == 0 else 0.0
@@ -298,15 +301,47 @@ def test_decodes_that_need_nothing_but_their_turn_need_nothing_else(actions: lis
         if action % 10 == 4:
             for running in scheduler.running:
                 running.limit(30 + action)
+        seen.append(scheduler.wants(1 + action))
         step = scheduler.schedule(1 + action)
         if step is not None:
             queued.append(step)
+            names = [[s.request_id for s in some] for some in (step.decodes, step.begun)]
+            chunks = [(c.sequence.request_id, c.start, c.length, c.samples) for c in step.chunks]
+            seen.append((names, chunks, step.positions.tolist(), step.context, step.new_blocks, step.dropped))
+            for chunk in step.chunks:
+                chunk.sequence.num_tabled = len(chunk.sequence.blocks)
         while len(queued) > (step is not None):
             _commit(scheduler, queued.popleft())
         kv.check()
+        look(scheduler)
+    return seen
+
+
+@given(ACTIONS)
+def test_decodes_that_need_nothing_but_their_turn_need_nothing_else(actions: list[int]) -> None:
+    """What the scheduler notes in `ready_until` is what a closer look finds, whatever happened between."""
+
+    def look(scheduler: Scheduler) -> None:
         for ready in (s for s in scheduler.running if s.num_computed < s.ready_until):
             assert ready.num_missing == 1 and ready.can_step and not ready.needs_history
             assert ready.num_computed < len(ready.blocks) * 4
+
+    play(actions, look)
+
+
+@given(ACTIONS, st.sampled_from((2, 3, 100)))
+def test_the_short_way_to_a_block_leads_where_the_long_one_does(actions: list[int], entries: int) -> None:
+    num_short = 0
+
+    def count(scheduler: Scheduler) -> None:
+        nonlocal num_short
+        num_short += any(s.needs_a_block for s in scheduler.running)
+
+    short = play(actions, count, entries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sequence, "needs_a_block", property(lambda _: False))
+        assert play(actions, lambda _: None, entries) == short
+    event("a short way was there" if num_short else "none was")
 
 
 def _commit(scheduler: Scheduler, step: Step) -> None:

@@ -22,7 +22,7 @@ LIMITS = replace(LIMITS, horizon=0.02, quantum=0.3, request_timeout=5.0, load_ah
 
 def served(index: int, slabs: int, kv: int, base: float, slope: float, tpot: float) -> Served:
     """A model of so many slabs of weights."""
-    shape = Shape(1e6, Bytes(slabs * SLAB), Bytes(slabs * SLAB), Bytes(kv), 1, 1)
+    shape = Shape(1e6, Bytes(slabs * SLAB), Bytes(slabs * SLAB), Bytes(kv), 1, 1, Bytes(0))
     steps = StepCosts(((1, base), (8, base * 1.1), (64, base * 2)), 1e-8, slope)
     costs = Costs(steps, LoadCosts(Seconds(0.01), 1e9), shape)
     return Served(ModelId(f"m{index}"), "test", costs, 400, Slo(20 * base, tpot))

@@ -38,7 +38,7 @@ IN_A_SERVER = [
 def decoding(name: str, batch: int) -> SimModel:
     """A model in the midst of decodes."""
     knots = tuple((size, ms / 1000) for size, ms in ALONE[name].items())
-    shape = Shape(1e9, Bytes(2 << 30), Bytes(2 << 30), Bytes(1 << 17), LAYERS[name], 4096)
+    shape = Shape(1e9, Bytes(2 << 30), Bytes(2 << 30), Bytes(1 << 17), LAYERS[name], 4096, Bytes(0))
     costs = Costs(StepCosts(knots, 1e-9, 0.0), LoadCosts(Seconds(0.01), 5e10), shape)
     model = SimModel(Served(ModelId(name), name, costs, 8192, Slo(Seconds(1), Seconds(1))), Bytes(2 << 20))
     model.state = ModelState.ACTIVE

@@ -18,7 +18,7 @@ from tests.support.local_worker import SLAB, LocalWorker
 from tests.support.steps import step_of
 
 NAME = ModelId("m")
-SHAPE = Shape(1e6, Bytes(2_000_000), Bytes(2_000_000), Bytes(1024), 2, 64)
+SHAPE = Shape(1e6, Bytes(2_000_000), Bytes(2_000_000), Bytes(1024), 2, 64, Bytes(0))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from prism.types import MiB, Stamp
 from prism.weights.client import PackedWeights, pack_here
 from prism.weights.protocol import WeightSource
 from prism.worker import host_kv
+from prism.worker.cost_book import Expected
 from prism.worker.gauges import Gauges
 from prism.worker.lanes import Lane
 from prism.worker.models import Model
@@ -369,15 +370,15 @@ def test_an_eviction_waits_for_so_many_copies_and_no_more(
     assert local.outbox.started["last"].cached_tokens > 0
 
 
-def test_speeds_are_measured(start: Any) -> None:
-    """Of prompts: from when a step is queued, or the one before it has run, to when it has run."""
+def test_blocks_are_worth_what_steps_take(start: Any) -> None:
     local = start("llama")
-    local.submit("r", "llama", prompts(1, 2, seed=1)[0] * 300, max_tokens=3)
-    clock, stepper = local.worker._clock, local.worker._stepper
-    stepper._clock = lambda: clock() + 0.25 * engine(local, "llama").num_queued + local.now % 0.01
+    local.submit("first", "llama", [1], max_tokens=1)
     local.run()
-    member = local.worker.host._members[model(local, "llama").name]
-    assert member.prefill.is_measured
+    host, name = local.worker.host, model(local, "llama").name
+    before = host.costs(host._members[name]).compute
+    for _ in range(50):
+        local.worker.costs.ran(name, Expected("prompt", 600, 0.001, 0.0), 0.005)
+    assert host.costs(host._members[name]).compute > 2 * before > 0
 
 
 # --- never stale -----------------------------------------------------------------------------------

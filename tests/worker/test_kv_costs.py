@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from prism.types import Bytes
-from prism.worker.kv_costs import Average, block_costs, is_worth_fetching, is_worth_saving
+from prism.costs import StepCosts
+from prism.types import Bytes, Seconds
+from prism.worker.kv_costs import (
+    Average,
+    block_costs,
+    compute_seconds,
+    is_worth_fetching,
+    is_worth_saving,
+)
 
 BLOCK = Bytes(2 << 20)
 
 
 def decisions(prefill: float, saving: float, fetching: float) -> tuple[bool, bool]:
-    costs = block_costs(BLOCK, 16, prefill=prefill, saving=saving, fetching=fetching)
+    costs = block_costs(BLOCK, Seconds(16 / prefill), saving=saving, fetching=fetching)
     return is_worth_saving(costs), is_worth_fetching(costs)
 
 
@@ -26,6 +33,13 @@ def decisions(prefill: float, saving: float, fetching: float) -> tuple[bool, boo
 )
 def test_decisions(prefill: float, saving: float, fetching: float, expected: tuple[bool, bool]) -> None:
     assert decisions(prefill, saving, fetching) == expected
+
+
+def test_a_blocks_part_of_a_step_is_that_of_a_long_prompt() -> None:
+    """A step of 48 tokens took three times as long a token as one of 500, and blocks were worth as much more:
+    a whole model was evicted for one slab, where a neighbour had seven cached blocks in one."""
+    steps = StepCosts(((1, 0.005), (64, 0.012), (1024, 0.108)), 0.0, 0.0)
+    assert compute_seconds(steps, 16) == pytest.approx(16 * 0.108 / 1024)
 
 
 def test_a_guess_gives_way_to_what_is_measured() -> None:

@@ -65,7 +65,7 @@ def test_sizes_and_costs(tmp_path: Path) -> None:
     local.run()
     half, whole = (local.worker.models[ModelId(name)].profile for name in ("half", "whole"))
     assert half is not None and whole is not None
-    assert half.operations_per_token == whole.operations_per_token and half.kv == whole.kv
+    assert half.weights.num_parameters == whole.weights.num_parameters and half.kv == whole.kv
     matrices = 8 * (64 * 64 * 3 + 3 * 64 * 2048)
     others = whole.weights.total_bytes - 4 * matrices
     assert half.weights.total_bytes == pytest.approx(matrices + others, rel=0.05)
