@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from prism.types import Address, Bytes, GiB, LaneId, MiB, ModelId
 from prism.worker.copies import Run
 from prism.worker.device import Device
 from prism.worker.host_chunks import HostChunks
-from prism.worker.kv_costs import Guess
 from prism.worker.needs import LEAST
 from tests.support.checkpoints import make_model, prompts, save
 
@@ -163,7 +163,7 @@ def slow_worker(paths: dict[str, Path], spare_slabs: int) -> Any:
     from tests.support.gpu_worker import gpu_worker
 
     local = gpu_worker(paths, lanes=2, spare_slabs=spare_slabs)
-    local.device.backend.guess = Guess(operations=1e9, bytes=2e10)
+    local.worker.costs._rates = replace(local.device.rates, flops=1e11)
     return local
 
 
