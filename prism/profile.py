@@ -66,7 +66,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_bytes_per_token: Count
     num_layers: Count
     attention_width: Count
-    position_bytes: Annotated[int, Meta(ge=0)] = 0
+    position_bytes: Annotated[int, Meta(ge=0)]
 
     def shape(self) -> Shape:
         """The same as the cost model takes it."""

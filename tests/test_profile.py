@@ -19,6 +19,7 @@ SHAPE = {
     "kv_bytes_per_token": 32768,
     "num_layers": 16,
     "attention_width": 2048,
+    "position_bytes": 256,
 }
 RAW: dict[str, Any] = {
     "version": 1,

@@ -81,7 +81,7 @@ def make_plan() -> Plan:
 def _size(name: str) -> ModelSize:
     path = demo_model_path(name)
     spec = read_spec(path)
-    rotary = spec.max_position * spec.head_dim * 4  # lies behind the weights, in fp32
+    rotary = spec.max_position * spec.position_bytes  # lies behind the weights, in fp32
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors")) + rotary
     tokens = mean(golden.num_prompt_tokens + len(golden.token_ids) for golden in golden_answers(name))
     return ModelSize(name, -(-weights // SLAB), Bytes(round(tokens * spec.kv_bytes_per_token)))

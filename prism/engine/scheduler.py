@@ -213,10 +213,11 @@ class Scheduler:
         return None if draft.is_empty else draft.step()
 
     def _begin_block(self, sequence: Sequence, draft: Draft) -> bool:
-        """A decode takes one more block, if that is to be had just so. `_go_on` does the same and takes longer,
-        and of hundreds of decodes some begin a block in each step.
+        """A decode takes one more block, if that is to be had just so.
+
+        `_go_on` does the same and takes longer, and of hundreds of decodes some begin a block in each step.
         """
-        if draft.entries <= 0 or sequence.num_tabled < len(sequence.blocks):
+        if len(sequence.blocks) + 1 - sequence.num_tabled > draft.entries:
             return False
         taken = self.kv.allocate(1)
         if taken is None:

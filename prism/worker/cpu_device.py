@@ -22,8 +22,7 @@ from prism.types import Bytes, DType, LaneId
 from prism.weights.copiers import Copier, HostCopier
 from prism.weights.registrations import Pinner
 from prism.worker.copies import CopyWork, Run
-from prism.worker.device import Device, GraphUsage
-from prism.worker.kv_costs import Guess
+from prism.worker.device import Device, GraphUsage, Guess
 from prism.worker.lanes import Work
 from prism.worker.notices import Notices
 

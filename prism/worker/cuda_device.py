@@ -35,8 +35,7 @@ from prism.weights.cuda_copier import CudaCopier
 from prism.weights.registrations import Pinner
 from prism.worker.copies import CopyWork, Run
 from prism.worker.cuda_copies import Copies, Leaving, SwapStream
-from prism.worker.device import Device, GraphUsage
-from prism.worker.kv_costs import Guess
+from prism.worker.device import Device, GraphUsage, Guess
 from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
 from prism.worker.notices import Notices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -29,9 +30,18 @@ from prism.weights.copiers import Copier
 from prism.weights.registrations import Pinner
 from prism.weights.views import view_weights
 from prism.worker.copies import CopyWork, Run
-from prism.worker.kv_costs import Guess
 from prism.worker.lanes import Deferred, Flight, Lane, Work
 from prism.worker.models import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """Speeds of a kind of device before anything has been measured."""
+
+    operations: float
+    """Floating-point operations a second of a prompt."""
+    bytes: float
+    """Bytes a second between device and host memory, each way."""
 
 
 class GraphUsage(NamedTuple):

@@ -3,8 +3,8 @@
     cached block dropped ──worth it?──> place in host memory ──copy out──> held there
     sequence starts ──the prefix's blocks not on the device, worth it?──> copy in, in front of its step
 
-The accounting is engine/host_blocks.py, the memory host_chunks.py, the decision costs.py, and the copying the
-backend's. A copy holds references to its places until it has run.
+The accounting is engine/host_blocks.py, the memory host_chunks.py, the decision kv_costs.py, and the copying
+the backend's. A copy holds references to its places until it has run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from prism.engine.host_blocks import Fetch, HostBlocks, HostPlace
 from prism.engine.kv_layout import KvLayout
 from prism.engine.kv_slab import BlockKey, Dropped, DroppedGroup, grouped
-from prism.types import Address, Bytes, LaneId, ModelId, Seconds, SlabId
+from prism.types import Address, Bytes, LaneId, ModelId, SlabId
 from prism.worker.copies import CopyWork, Grid, Run, cut, merged
 from prism.worker.cost_book import CostBook
 from prism.worker.device import Device
@@ -148,7 +148,8 @@ class HostKv:
     def costs(self, member: _Member) -> BlockCosts:
         """Of one block, as measured by now."""
         known, layout = self._book.of(member.name), member.layout
-        compute = Seconds(0.0) if known is None else compute_seconds(known.steps, layout.tokens_per_block)
+        assert known is not None, "nobody has told what it costs"
+        compute = compute_seconds(known.steps, layout.tokens_per_block)
         return block_costs(
             layout.block_bytes, compute, saving=self.saving.value, fetching=self.fetching.value
         )

@@ -21,16 +21,6 @@ LEAST_BYTES = 1 << 20
 """Of a copy whose time tells the link's speed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
-    """Speeds of a kind of device before anything has been measured."""
-
-    operations: float
-    """Floating-point operations a second of a prompt."""
-    bytes: float
-    """Bytes a second between device and host memory, each way."""
-
-
 class Average:
     """A speed: a guess until it is measured, then an exponential average."""
 

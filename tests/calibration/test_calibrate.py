@@ -20,8 +20,9 @@ from prism.config import Config
 from prism.errors import ConfigError, DriverError, OutOfSlabs
 from prism.profile import read_profile
 from prism.types import MiB, SamplingParams
-from prism.worker.cost_book import Work, work_of
+from prism.worker.cost_book import Work, shape_of, work_of
 from prism.worker.device import Device
+from prism.worker.models import read_profile as read_model
 from prism.worker.open_device import open_device
 from tests.support.checkpoints import make_model, save
 
@@ -214,6 +215,9 @@ def test_a_profile_is_written(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert status == 0
     profile = read_profile(tmp_path / "p.json")
     assert profile.models["a"] == profile.models["b"]  # one shape, measured once
+    config = config_of(folder)
+    described = read_model(config.models[0], config.devices[0].slab)
+    assert profile.models["a"].shape.shape() == shape_of(described)
     assert not any(line.startswith("b: ") for line in said)
     costs = profile.costs("a")
     assert [n for n, _ in costs.steps.knots][:3] == [1, 2, 4]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -10,8 +12,10 @@ from prism.attention.kernels import KvView
 from prism.attention.torch_kernels import TorchKernels
 from prism.engine.engine import Engine, EngineRequest
 from prism.engine.kv_blocks import KvSpace
-from prism.engine.kv_layout import plan_kv_layout
+from prism.engine.kv_layout import KvLayout, plan_kv_layout
+from prism.engine.sampler import Sampled
 from prism.engine.scheduler import Slots
+from prism.engine.step import Step
 from prism.engine.torch_runner import TorchRunner
 from prism.memory.host import HostDriver
 from prism.memory.pool import SlabPool
@@ -20,7 +24,7 @@ from prism.memory.tensors import torch_dtype
 from prism.models.decoder import Decoder
 from prism.models.rotary import rotary_table
 from prism.modelspec import read_spec
-from prism.types import Bytes, MiB, ModelId, RequestId, SamplingParams
+from prism.types import Bytes, MiB, ModelId, RequestId, SamplingParams, SlabId
 from prism.weights.client import pack_here
 from prism.weights.layout import plan_layout
 from prism.weights.protocol import WeightSource
@@ -67,3 +71,26 @@ def test_two_engines_alternate_over_one_window(tmp_path: Path) -> None:
                     outputs.setdefault(sequence.request_id, []).append(token)
             engine.kv.check()
     assert outputs == expected
+
+
+def test_drawn_tokens_are_counted_where_draws_depend_on_them() -> None:
+    layout = KvLayout(tokens_per_block=4, block_bytes=Bytes(64), unit=Bytes(64), slab_bytes=Bytes(1024))
+    engine = Engine(KvSpace(layout), FixedRunner(), Slots(8), max_len=100, max_batch_size=8)  # type: ignore[arg-type]
+    engine.kv.add_slab(SlabId(0))
+    for name, penalty in (("plain", 0.0), ("penalised", 0.5)):
+        params = SamplingParams(max_tokens=5, presence_penalty=penalty, seed=0)
+        engine.add(EngineRequest(RequestId(name), [1, 2], params))
+    for _ in range(2):
+        step = engine.schedule(100)
+        assert step is not None
+        engine.commit(engine.run(step))
+    counts = {s.request_id: (s.tokens, s.counts) for s in engine.scheduler.running}
+    assert counts == {"plain": ([1, 2, 7, 7], {}), "penalised": ([1, 2, 7, 7], {7: 2})}
+
+
+class FixedRunner:
+    """Draws sevens."""
+
+    def run(self, step: Step, *, is_apart: bool = False) -> Any:
+        draws = Sampled([7] * len(step.sampled), {})
+        return SimpleNamespace(step=step, sampled=step.sampled, draws=lambda: draws)

@@ -329,6 +329,24 @@ def test_decodes_that_need_nothing_but_their_turn_need_nothing_else(actions: lis
     play(actions, look)
 
 
+def test_a_decode_takes_the_short_way_to_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs, which keep no tables, it never did: their `num_tabled` is 0."""
+    scheduler = make(Slots(8))
+    monkeypatch.setattr(scheduler, "_go_on", None)
+    for tabled in (True, False):
+        new = sequence(f"r{tabled}", prompt=PROMPT[:4])
+        scheduler.add(new)
+        step = scheduler.schedule(100)
+        assert step is not None
+        new.num_tabled = tabled
+        _commit(scheduler, step)
+        step = scheduler.schedule(100)
+        assert step is not None and step.begun == (new,) and len(step.new_blocks) == 1 == len(new.blocks) - 1
+        _commit(scheduler, step)
+        scheduler.remove(new)
+    scheduler.kv.check()
+
+
 @given(ACTIONS, st.sampled_from((2, 3, 100)))
 def test_the_short_way_to_a_block_leads_where_the_long_one_does(actions: list[int], entries: int) -> None:
     num_short = 0

@@ -10,10 +10,12 @@ import pytest
 
 from prism.config import Config, ModelConfig
 from prism.costs import Costs, LoadCosts, StepCosts
-from prism.modes import RULES, Mode
+from prism.modes import RULES, Mode, least_kv
 from prism.sim.device import SimDevice
 from prism.sim.jobs import Job, Served
+from prism.sim.model import SimModel
 from prism.sim.modes import limits_of
+from prism.sim.placing import Room, fixed_shares
 from prism.sim.ticks import NEVER, to_seconds, to_ticks
 from prism.types import MiB, ModelId, RequestId, Seconds, Slo
 from prism.worker.cost_book import shape_of
@@ -21,7 +23,7 @@ from prism.worker.models import read_profile
 from tests.support.virtual import Asked, VirtualWorker, write_model
 
 SLAB = 2 * MiB
-CONTEXT = 2048
+CONTEXT = 8192
 AMPLE = 120
 """Slabs, of which all weights take 20."""
 NAMES = [ModelId(f"m{i}") for i in range(4)]
@@ -94,20 +96,30 @@ def simulated(
 
 
 def test_a_model_takes_as_many_slabs_in_both(folders: dict[ModelId, Path]) -> None:
-    """Tables of positions had no room in the simulator: of seven slabs for KV there were three."""
-    for name, costs in costs_of(folders).items():
-        config = ModelConfig(name=name, path=str(folders[name]), load_format="dummy")
-        served = Served(name, "test", costs, CONTEXT, Slo(1.0, 0.1))
-        for slab in (64 << 10, 1 << 20, SLAB):
-            assert served.weight_slabs(slab) == read_profile(config, slab).weight_slabs
+    """Rotary tables had no room in the simulator: seven slabs were left for KV where there were three."""
+    all_served = {
+        name: Served(name, "test", each, CONTEXT, SLOS[name]) for name, each in costs_of(folders).items()
+    }
+    for slab in (64 << 10, SLAB):
+        total = 0
+        for name, served in all_served.items():
+            config = ModelConfig(name=name, path=str(folders[name]), load_format="dummy")
+            slabs = read_profile(config, slab).weight_slabs
+            assert SimModel(served, slab).weight_slabs == slabs > served.costs.shape.weight_bytes / slab + 0.5
+            total += slabs
+        shares = fixed_shares(NAMES, all_served, dict.fromkeys(NAMES, 1.0), 10 * total, slab)
+        assert 0 <= 9 * total - sum(shares.values()) < len(NAMES)
+        assert Room(all_served, total + 5 * least_kv(total, slab), slab, Mode.ELASTIC).holds(NAMES)
+        assert not Room(all_served, total - 1, slab, Mode.ELASTIC).holds(NAMES)
 
 
-@pytest.mark.parametrize("mode", [Mode.PRISM, Mode.ELASTIC])
+@pytest.mark.parametrize("mode", [Mode.PRISM, Mode.ELASTIC, Mode.TIMESHARE])
 @pytest.mark.parametrize("seed", range(4))
 def test_where_all_models_fit_tokens_come_at_the_same_times(
     folders: dict[ModelId, Path], mode: Mode, seed: int
 ) -> None:
-    """But for ties: deadlines that are alike to the picosecond in the one are not quite in the other."""
+    """The first and the last of each request, to 10 ps; deadlines that are alike to the picosecond in the one
+    but not in the other are a tie there, which these have none of."""
     config, costs, asked = configured(folders, mode, AMPLE), costs_of(folders), bursts(seed, 20.0, 6.0)
     times = VirtualWorker(config, folders, costs).serve(asked, SLOS)
     apart = []
@@ -116,8 +128,7 @@ def test_where_all_models_fit_tokens_come_at_the_same_times(
         assert len(mine) == job.output and job.first_token is not None
         apart.append(abs(mine[0] - to_seconds(job.first_token)))
         apart.append(abs(mine[-1] - to_seconds(job.last_token)))
-    apart.sort()
-    assert apart[int(0.9 * len(apart))] < 1e-5 and apart[-1] < 0.04, apart[-20:]
+    assert max(apart) < 1e-9
 
 
 @pytest.mark.parametrize("num_slabs", [12, 16])

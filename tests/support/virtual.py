@@ -47,7 +47,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "num_hidden_layers": 4,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "hidden_act": "silu",
