@@ -1,7 +1,8 @@
 """Twenty long requests of all kinds, whose answers depend on nothing but themselves.
 
 The order of sums depends on the batch, so the logits of two runs differ by rounding, 1e-5 at most. The seeds
-were chosen among a few so that no draw is within 3e-4 of another token (as a share of the probability there).
+were chosen among a few so that no draw is within 1e-4 of another token (as a share of the probability there):
+one that was within 4e-7 gave the same text on one make of processor and not on another.
 """
 
 from __future__ import annotations
@@ -80,6 +81,6 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
     {**VARIED, "seed": 15, "min_p": 0.05, "text": True},
     {**VARIED, "seed": 36, "repetition_penalty": 1.05},
     {**VARIED, "seed": 37, "logprobs": True, "top_logprobs": 2},
-    {**VARIED, "seed": 58, "text": True, "logprobs": 0},
+    {**VARIED, "seed": 62, "text": True, "logprobs": 0},
     {**SAMPLED, "seed": 19, "temperature": 1.2, "top_k": 5},
 )
