@@ -6,6 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -152,31 +153,44 @@ class LocalModel:
         self.engine.add(EngineRequest(RequestId(name), prompt, SamplingParams(**settings)))
 
 
+@dataclass
+class Driven:
+    """What it took to run everything, in seconds."""
+
+    wall_s: float = 0.0
+    host_s: float = 0.0
+    """To schedule, launch and commit steps."""
+    steps: int = 0
+    decodes: list[tuple[int, float]] = field(default_factory=list)
+    """Steps without prompts: their rows, and the host's time for each."""
+
+
 def drive(
     models: list[LocalModel],
     budget: int = 8192,
     on_drawn: Callable[[LocalModel, Drawn, float], None] | None = None,
     depth: int = 2,
     around: Callable[[Callable[[], Any]], Any] = lambda launch: launch(),
-) -> dict[str, float]:
-    """Run everything to its end with at most `depth` steps queued for each model; host seconds and steps.
+) -> Driven:
+    """Run everything to its end with at most `depth` steps queued for each model.
 
     `around` is given what launches a step.
     """
-    flights: dict[int, deque[Any]] = {id(m): deque() for m in models}
-    stats = {"steps": 0, "host_s": 0.0, "wall_s": 0.0, "decodes": 0, "decode_host_s": 0.0}
+    flights: dict[int, deque[tuple[Any, float]]] = {id(m): deque() for m in models}
+    driven = Driven()
     begin = time.perf_counter()
     while True:
         busy = False
         for model in models:
             queue = flights[id(model)]
-            while queue and queue[0].is_done():
+            while queue and queue[0][0].is_done():
                 start = time.perf_counter()
-                flight = queue.popleft()
+                flight, made = queue.popleft()
                 drawn = model.engine.commit(flight)
                 now = time.perf_counter()
-                stats["host_s"] += now - start
-                stats["decode_host_s"] += (now - start) * (not flight.step.has_prompts)
+                driven.host_s += now - start
+                if not flight.step.has_prompts:
+                    driven.decodes.append((len(flight.step.decodes), made + now - start))
                 if on_drawn is not None:
                     on_drawn(model, drawn, now)
             if len(queue) < depth and model.engine.scheduler.has_work:
@@ -188,15 +202,13 @@ def drive(
                 if step is not None:
                     flight = model.engine.run(step)
                     around(flight.launch)
-                    queue.append(flight)
-                    stats["steps"] += 1
+                    driven.steps += 1
                 spent = time.perf_counter() - start
-                stats["host_s"] += spent
-                if step is not None and not step.has_prompts:
-                    stats["decodes"] += 1
-                    stats["decode_host_s"] += spent
+                driven.host_s += spent
+                if step is not None:
+                    queue.append((flight, spent))
             model.device.backend.work_aside(ASIDE_SECONDS, urgent_only=True)  # as the worker's loop does
             busy = busy or bool(queue) or not model.engine.is_idle
         if not busy:
-            stats["wall_s"] = time.perf_counter() - begin
-            return stats
+            driven.wall_s = time.perf_counter() - begin
+            return driven

@@ -43,13 +43,13 @@ def offline(
     """Output tokens a second of `count` requests that are all there at the start."""
     for i in range(count):
         model.add(f"o{i}", prompt(10_000 + first + i, inputs), outputs)
-    stats = drive([model])
+    driven = drive([model])
     return {
         "requests": count,
-        "output_tok_s": round(count * outputs / stats["wall_s"], 1),
-        "steps": stats["steps"],
-        "host_ms_per_step": round(stats["host_s"] / stats["steps"] * 1e3, 3),
-        "host_share": round(stats["host_s"] / stats["wall_s"], 3),
+        "output_tok_s": round(count * outputs / driven.wall_s, 1),
+        "steps": driven.steps,
+        "host_ms_per_step": round(driven.host_s / driven.steps * 1e3, 3),
+        "host_share": round(driven.host_s / driven.wall_s, 3),
     }
 
 
