@@ -32,7 +32,7 @@ def decode(
 ) -> dict[str, Any]:
     """Median milliseconds between tokens at `batch` sequences of about `CONTEXT` tokens.
 
-    Of the host's time for a step the mean, which all sequences' beginnings and ends are part of, and the median.
+    Of the host's time for a step the mean, which sequences that begin and end are part of, and the median.
     """
     times: list[float] = []
     for i in range(batch):
