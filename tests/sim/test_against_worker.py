@@ -25,7 +25,7 @@ from tests.support.virtual import Asked, VirtualWorker, write_model
 SLAB = 2 * MiB
 CONTEXT = 8192
 AMPLE = 120
-"""Slabs, of which all weights take 20."""
+"""Slabs, of which all weights take 24."""
 NAMES = [ModelId(f"m{i}") for i in range(4)]
 SMALL = StepCosts(((1, 0.005), (64, 0.012), (1024, 0.108)), 2e-7, 2e-6)
 LARGE = StepCosts(((1, 0.016), (64, 0.042), (1024, 0.5)), 4e-7, 5e-6)
@@ -118,8 +118,9 @@ def test_a_model_takes_as_many_slabs_in_both(folders: dict[ModelId, Path]) -> No
 def test_where_all_models_fit_tokens_come_at_the_same_times(
     folders: dict[ModelId, Path], mode: Mode, seed: int
 ) -> None:
-    """The first and the last of each request, to 10 ps; deadlines that are alike to the picosecond in the one
-    but not in the other are a tie there, which these have none of."""
+    """The first and the last of each request. Deadlines that are alike to the picosecond in one but not in
+    the other would part the two: these have none.
+    """
     config, costs, asked = configured(folders, mode, AMPLE), costs_of(folders), bursts(seed, 20.0, 6.0)
     times = VirtualWorker(config, folders, costs).serve(asked, SLOS)
     apart = []
@@ -136,7 +137,7 @@ def test_where_all_models_fit_tokens_come_at_the_same_times(
 def test_where_they_do_not_as_many_requests_are_in_time(
     folders: dict[ModelId, Path], num_slabs: int, seed: int
 ) -> None:
-    """Models come and go: 20 slabs are weights. The simulator knows no prefix caches."""
+    """Models come and go: 24 slabs are weights. The simulator knows no prefix caches."""
     config, costs, asked = (
         configured(folders, Mode.PRISM, num_slabs),
         costs_of(folders),

@@ -174,7 +174,6 @@ class VirtualWorker:
         self, config: Config, folders: Mapping[ModelId, Path], costs: Mapping[ModelId, Costs]
     ) -> None:
         self.now = 1000.0
-        self.config = config
         self.outbox, self.jobs = TimedOutbox(self), VirtualJobs(self, costs)
         self._folders = folders
         self._coming = deque[Asked]()
