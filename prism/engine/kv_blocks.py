@@ -232,9 +232,8 @@ class KvSpace:
         """So many blocks with one reference each, or None (and nothing taken) when fewer are free."""
         if count > self._num_free:
             return None
-        if self._gone:
-            self._tidy(TIDY * count)
         taken: list[BlockId] = []
+        self._tidy(TIDY * count)
         while len(taken) < count:
             taken += self._take_free(count - len(taken))
         return taken

@@ -223,7 +223,8 @@ class Scheduler:
         if taken is None:
             return False
         sequence.blocks += taken
-        draft.begin(sequence, taken[0], self.kv.layout.tokens_per_block)
+        draft.new_blocks += taken
+        draft.take(sequence, 1, self.kv.layout.tokens_per_block)
         return True
 
     def _go_on(self, sequence: Sequence, draft: Draft) -> None:

@@ -92,19 +92,6 @@ class Draft:
         """Nothing has been taken yet."""
         return not self.decodes and not self.prompts
 
-    def begin(self, sequence: Sequence, block: BlockId, tokens_per_block: int) -> None:
-        """The next token of a decode, the first in this block, which it has by now; as `take` does."""
-        start = sequence.num_computed
-        sequence.num_computed = start + 1
-        sequence.num_pending += 1
-        sequence.ready_until = min(start + tokens_per_block, sequence.end - 1)
-        self.decodes.append(sequence)
-        self.positions.append(start)
-        self.begun.append(sequence)
-        self.new_blocks.append(block)
-        self.budget -= 1
-        self.entries -= len(sequence.blocks) - sequence.num_tabled
-
     def take(self, sequence: Sequence, length: int, tokens_per_block: int) -> None:
         """The next `length` tokens of a sequence, counted as computed from now on; its blocks have room."""
         start = sequence.num_computed
