@@ -14,6 +14,7 @@ from prism.types import GatewayId, Incarnation, ModelId, SamplingParams, Slo, Wo
 from prism.weights.client import PackedWeights, pack_here
 from prism.weights.link import ThreadLink
 from prism.weights.protocol import WeightSource
+from prism.worker import garbage
 from prism.worker.loop import Worker
 from prism.worker.main import ThreadJobs
 from prism.worker.open_device import open_device
@@ -73,6 +74,7 @@ class BenchWorker:
             name=WorkerId("worker-0"),
             incarnation=Incarnation(1),
         )
+        garbage.take_over()
 
     def _fetch(self, model: ModelId) -> PackedWeights:
         return pack_here(WeightSource(model=model, path=str(Path(self.paths[model])), load_format="dummy"))

@@ -38,12 +38,15 @@ def fitting(model: LocalModel, batches: tuple[int, ...], steps: int = 128) -> li
 
 
 def offline(
-    model: LocalModel, first: int = 0, count: int = 1000, inputs: int = 512, outputs: int = 256
+    model: LocalModel, budget: int, first: int = 0, count: int = 1000, inputs: int = 512, outputs: int = 256
 ) -> dict[str, Any]:
-    """Output tokens a second of `count` requests that are all there at the start."""
+    """Output tokens a second of `count` requests that are all there at the start.
+
+    Their prompts are those from the `first` on, their steps have `budget` tokens at most.
+    """
     for i in range(count):
         model.add(f"o{i}", prompt(10_000 + first + i, inputs), outputs)
-    driven = drive([model])
+    driven = drive([model], budget)
     return {
         "requests": count,
         "output_tok_s": round(count * outputs / driven.wall_s, 1),
@@ -156,6 +159,12 @@ def main() -> None:
     parser.add_argument("--shapes", default="8b,1b")
     parser.add_argument("--count", type=int, default=2, help="of `together` and `processes`, with one shape")
     parser.add_argument("--lanes", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1, help="of `offline`, with other prompts each time")
+    parser.add_argument("--batch", type=int, default=512, help="sequences of a step of one model alone")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step in `offline`")
+    parser.add_argument(
+        "--kv", type=float, help="GiB of KV of one model alone; by default 80 (8b) and 20 (1b)"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     wanted = options.only.split(",")
@@ -176,11 +185,10 @@ def main() -> None:
         if set(wanted) & {"decode", "draws", "ttft", "offline", "busy"}:
             shapes = options.shapes.split(",")
             memory = min(124, torch.cuda.mem_get_info()[0] // GiB - 10)
-            device = open_device(Bytes(memory * GiB))
+            device = open_device(Bytes(memory * GiB), batch=options.batch, tokens=options.tokens)
             for shape in shapes:
-                model = LocalModel(
-                    device, shape, shape, folder, min(80, memory - 40) if shape == "8b" else 20
-                )
+                kv = options.kv or (min(80, memory - 40) if shape == "8b" else 20)
+                model = LocalModel(device, shape, shape, folder, kv, options.batch)
                 for batch in fitting(model, (1, 8, 64, 512)) if "decode" in wanted else ():
                     decode(model, batch, bandwidth)
                     model.settle()
@@ -192,9 +200,11 @@ def main() -> None:
                 for length in (512, 4000) if "ttft" in wanted else ():
                     note(f"ttft_{shape}", first_token(model, length))
                 if "offline" in wanted:
-                    offline(model, first=5000, count=600)  # other prompts: the cache finds none of these
+                    # always other prompts: the cache finds none of them
+                    offline(model, options.tokens, first=900_000, count=options.batch + 100)
                     model.settle()
-                    note(f"offline_{shape}", offline(model))
+                    for i in range(options.repeats):
+                        note(f"offline_{shape}", offline(model, options.tokens, first=1000 * i))
                 if "busy" in wanted:
                     note(f"busy_{shape}", busy_share(model))
         if "processes" in wanted:

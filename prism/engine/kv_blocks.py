@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from prism.engine.kv_layout import KvLayout
 from prism.engine.kv_slab import Block, BlockKey, Dropped, DroppedGroup, Slab, grouped
@@ -240,22 +240,25 @@ class KvSpace:
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Give up one reference to each. The last blocks of a sequence are the first to be dropped later."""
-        slabs, units = self._slabs, self._units_per_slab
+        slabs = cast("dict[int, Slab]", self._slabs)  # a long sequence has hundreds: no call for each block
+        units, cached, serial, num_unused = self._units_per_slab, self._cached, self._serial, 0
         for block in reversed(blocks):
-            home = slabs[SlabId(block // units)]  # as _slab_of: long sequences have hundreds
+            home = slabs[block // units]
             record = home.records[block]
             assert record.references > 0, block
             record.references -= 1
             if record.references:
                 continue
             home.num_used -= 1
-            self._num_used -= 1
+            num_unused += 1
             if record.key is not None:
-                self._serial += 1
-                home.last_use = record.last_use = self._serial
-                self._cached[record.key] = None
+                serial += 1
+                home.last_use = record.last_use = serial
+                cached[record.key] = None
             else:
                 self._put_free(block)
+        self._serial = serial
+        self._num_used -= num_unused
 
     def publish(self, block: BlockId, key: BlockKey) -> None:
         """The block is full and computed: others with the same prefix may use it. The first one wins."""

@@ -52,6 +52,7 @@ from prism.types import Bytes, GatewayId, Incarnation, ModelId, WorkerId
 from prism.weights.client import PackedWeights, fetch
 from prism.weights.link import ThreadLink
 from prism.weights.registrations import Registrations, RegistrationThread
+from prism.worker import garbage
 from prism.worker.device import Device
 from prism.worker.gauges import Gauges
 from prism.worker.host_chunks import ChunkThread, HostChunks
@@ -158,6 +159,8 @@ class Process:
                 has_work = True
             if not has_work:
                 self._check()
+                if not len(self._worker.requests):
+                    garbage.while_idle()
             self._report()
             self._worker.watch.end()
 
@@ -244,6 +247,7 @@ class Process:
         self._sockets.report(report)
         self._gauges.update(self._worker)
         self._worker.watch.tell()
+        garbage.while_busy()
 
 
 def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
@@ -281,6 +285,7 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     sockets.to_agent(Ready(role=Role.WORKER, name=name, incarnation=incarnation, address=address))
     registering = None if registrations is None else RegistrationThread(registrations)
     taking = None if chunks is None else ChunkThread(chunks)
+    garbage.take_over()
     process.run()
     link.close()
     if taking is not None:

@@ -168,7 +168,10 @@ def random_prompt(length: int, seed: int) -> list[int]:
 
 
 def test_five_hundred_rounds_leave_nothing_behind(paths: dict[str, Path]) -> None:
-    """Activations, evictions and bursts at random: the device's own account does not grow."""
+    """Activations, evictions and bursts at random: the device's own account does not grow.
+
+    That counts all processes, so nobody else may use the device meanwhile.
+    """
     from prism.worker.cuda_device import TORCH_RESERVE
     from tests.support.gpu_worker import gpu_worker, rest
 

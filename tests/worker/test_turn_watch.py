@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from prism.metrics import Metrics
+from prism.worker import garbage
 from prism.worker.gauges import Gauges
 from prism.worker.main import Process, Sockets, ThreadJobs
 from prism.worker.turn_watch import TurnWatch
@@ -173,3 +174,16 @@ def test_a_cpu_computes_in_its_loop(start: Any) -> None:
     turns.process._is_stopping = False
     turns.run(1)
     assert (turns.stalls.num_stalls, turns.stalls.seconds) == (1, 0.375)
+
+
+def test_garbage_is_looked_for_by_a_loop_that_has_nothing_to_do(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = list[str]()
+    monkeypatch.setattr(garbage, "while_idle", lambda: looks.append("idle"))
+    monkeypatch.setattr(garbage, "while_busy", lambda: looks.append("busy"))
+    start().run(3)
+    assert looks == ["busy"]  # with the first report
+    looks.clear()
+    start().run(3, has_more=False)
+    assert looks.count("idle") == 3
