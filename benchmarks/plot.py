@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib import rc_context
@@ -59,7 +60,10 @@ def legend(made: Figure, axis: Axes) -> None:
 
 
 def engine() -> Figure:
-    results, decodes = read("engine", "results-h200-columns.json"), read("engine", "results-h200-decode.json")
+    beside, decodes = (
+        read("engine", "results-h200-beside-vllm.json"),
+        read("engine", "results-h200-decode.json"),
+    )
     made, (floor, offline, together) = figure(f"The engine on {H200}, bf16", (3.6, 3.6, 4.2))
     for shape, color in (("8b", BLUE), ("1b", ORANGE)):
         steps = decodes[f"decode_{shape}"]
@@ -76,9 +80,13 @@ def engine() -> Figure:
     )
     floor.set_ylabel("step / floor")
     floor.legend(fontsize=8, frameon=False)
-    ours = [results[f"offline_{shape}"][0]["output_tok_s"] for shape in SHAPES]
-    theirs = [read("engine", f"results-h200-vllm-0.26-{s}.json")["offline_output_tok_s"] for s in SHAPES]
-    bars(offline, ["8B", "1B"], {"Prism": (ours, BLUE), "vLLM 0.26": (theirs, GREY)}, ",.0f")
+    runs = {"Prism": ("prism", BLUE), "Prism, steps as vLLM's": ("prism_steps_as_vllm", GREEN)}
+    rates = {
+        label: ([median(run["output_tok_s"] for run in beside[key][f"offline_{s}"]) for s in SHAPES], color)
+        for label, (key, color) in runs.items()
+    }
+    rates["vLLM 0.26"] = ([beside["vllm"][shape]["offline_output_tok_s"] for shape in SHAPES], GREY)
+    bars(offline, ["8B", "1B"], rates, ",.0f")
     offline.set(title="1,000 requests, 512 in, 256 out,\noffline, without a server", xlabel="output tokens/s")
     offline.legend(fontsize=8, frameon=False)
     offline.xaxis.set_major_locator(MaxNLocator(4))
@@ -204,7 +212,10 @@ def elastic() -> Figure:
 
 def sharing() -> Figure:
     results = read("sharing", "results-h200.json")["modes"]
-    title = f"Eight models of 1B and 8B share 30 GiB of {H200}, 342 requests, by mode in 30 or 75 s"
+    runs = [mode["measured"] for mode in results.values()]
+    (count,), seconds = {run["num_prompts"] for run in runs}, {round(run["duration"]) for run in runs}
+    took = " or ".join(map(str, sorted(seconds)))
+    title = f"Eight models of 1B and 8B share 30 GiB of {H200}, {count} requests, by mode in {took} s"
     made, axes = figure(title, (2.9, 2.9, 2.9, 2.9))
     for axis, mode in zip(axes, ("prism", "elastic", "static", "timeshare"), strict=True):
         compared = results[mode]["compared"]

@@ -1,7 +1,7 @@
 """What a decode step costs the worker's loop in Python, measured without a GPU.
 
 Usage: python benchmarks/engine/host.py [--batches 64,512] [--steps 160] [--temperature 1.0] [--churn]
-       [--profile]
+       [--pause MS] [--profile]
 
 The worker is the real one: scheduler, blocks, bookkeeping, messages. Steps of its small model draw random
 tokens at once, which are told when the step behind them has been queued, as those of a busy GPU are. Inputs
@@ -311,10 +311,13 @@ class Host:
         )
         self.worker.on_submit(GATEWAY, submit)
 
-    def run(self, batch: int, num_steps: int, temperature: float, *, churn: bool) -> list[dict[str, float]]:
+    def run(
+        self, batch: int, num_steps: int, temperature: float, *, churn: bool, pause: float
+    ) -> list[dict[str, float]]:
         """Seconds by phase of each step of (nearly) `batch` sequences.
 
         All begin at once and draw `num_steps` tokens each; with `churn` those that have ended are replaced.
+        Behind each step the loop turns for `pause` seconds, as it does while a GPU computes.
         """
         steps, runner, usage = [], self._engine.runner, self.worker.models[MODEL].usage
         least = 0.95 * batch if churn else batch
@@ -328,6 +331,9 @@ class Host:
             self.worker.advance()
             if runner.num_steps == before[0] + 1 and usage.decoded_tokens - before[1] >= least:
                 steps.append(dict(self.times.seconds))
+            end = clock() + pause * (runner.num_steps - before[0])
+            while clock() < end:
+                pass
         self.worker.check()
         return steps
 
@@ -349,6 +355,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--churn", action="store_true", help="some end at each step, and others come")
+    parser.add_argument("--pause", type=float, default=0.0, help="milliseconds that a GPU would compute")
     parser.add_argument("--profile", action="store_true", help="functions by their own time")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -358,7 +365,8 @@ def main() -> None:
             profile = cProfile.Profile()
             if options.profile:
                 profile.enable()
-            steps = host.run(batch, options.steps, options.temperature, churn=options.churn)
+            pause = options.pause / 1e3
+            steps = host.run(batch, options.steps, options.temperature, churn=options.churn, pause=pause)
             profile.disable()
         print(json.dumps({"batch": batch} | figures(steps)), flush=True)
         if options.profile:
