@@ -26,40 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from llama import SHAPES
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": LLAMA
-    | {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "intermediate_size": 14336,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-    },
-    "1b": LLAMA
-    | {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "intermediate_size": 8192,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-}
-"""Those of local.py, which needs Prism."""
 LONG, SHORT = 128, 16
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from local import SHAPES
+from llama import SHAPES
 
 from prism.memory import memfd
 from prism.memory.slabs import WeightsOwner

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from local import SHAPES, LocalModel
+from llama import SHAPES
+from local import LocalModel
 
 from prism.attention.gpu.decode import choose_split
 from prism.attention.gpu.kernels import GpuPlan
