@@ -60,10 +60,8 @@ def legend(made: Figure, axis: Axes) -> None:
 
 
 def engine() -> Figure:
-    beside, decodes = (
-        read("engine", "results-h200-beside-vllm.json"),
-        read("engine", "results-h200-decode.json"),
-    )
+    beside = read("engine", "results-h200-beside-vllm.json")
+    decodes = read("engine", "results-h200-decode.json")
     made, (floor, offline, together) = figure(f"The engine on {H200}, bf16", (3.6, 3.6, 4.2))
     for shape, color in (("8b", BLUE), ("1b", ORANGE)):
         steps = decodes[f"decode_{shape}"]
@@ -213,9 +211,9 @@ def elastic() -> Figure:
 def sharing() -> Figure:
     results = read("sharing", "results-h200.json")["modes"]
     runs = [mode["measured"] for mode in results.values()]
-    (count,), seconds = {run["num_prompts"] for run in runs}, {round(run["duration"]) for run in runs}
-    took = " or ".join(map(str, sorted(seconds)))
-    title = f"Eight models of 1B and 8B share 30 GiB of {H200}, {count} requests, by mode in {took} s"
+    took = " or ".join(map(str, sorted({round(run["duration"]) for run in runs})))
+    requests = f"{runs[0]['num_prompts']} requests, by mode in {took} s"
+    title = f"Eight models of 1B and 8B share 30 GiB of {H200}, {requests}"
     made, axes = figure(title, (2.9, 2.9, 2.9, 2.9))
     for axis, mode in zip(axes, ("prism", "elastic", "static", "timeshare"), strict=True):
         compared = results[mode]["compared"]

@@ -27,6 +27,7 @@ from prism.engine.gpu.draw_table import DrawPlaces
 from prism.engine.gpu.runner import GpuRunner
 from prism.types import Bytes, GiB, RequestId
 from prism.weights.link import SWITCH_SECONDS
+from prism.worker import garbage
 
 SLICE_SECONDS = 0.0005
 
@@ -174,6 +175,7 @@ def main() -> None:
         folder = Path(name)
         model = LocalModel(device, "1b", "c", folder, 2)
         b = LocalModel(device, "8b", "b", folder, 2)
+    garbage.take_over()
     c = Decoding(model)
     model.add("warm", prompt(0, 512), 100)
     aside = Capturing(device.backend, SLICE_SECONDS)

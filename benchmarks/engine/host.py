@@ -43,6 +43,7 @@ from prism.weights.copiers import Copier
 from prism.weights.link import Traffic
 from prism.weights.protocol import WeightSource
 from prism.weights.transfers import Transfer
+from prism.worker import garbage
 from prism.worker.cpu_device import TorchBackend
 from prism.worker.device import Device
 from prism.worker.loop import Worker
@@ -362,6 +363,7 @@ def main() -> None:
     for batch in map(int, options.batches.split(",")):
         with tempfile.TemporaryDirectory() as name:
             host = Host(Path(name), batch)
+            garbage.take_over()
             profile = cProfile.Profile()
             if options.profile:
                 profile.enable()

@@ -20,7 +20,6 @@ from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.models.decoder import Decoder
 from prism.models.rotary import rotary_table
 from prism.types import Bytes, GiB, MiB, ModelId, Quantization, RequestId, SamplingParams
-from prism.worker import garbage
 from prism.worker.cuda_device import open_cuda
 from prism.worker.device import Device
 from prism.worker.lanes import Lane
@@ -37,16 +36,11 @@ def prompt(seed: int, length: int) -> list[int]:
 
 
 def open_device(memory: Bytes, *, lanes: int = 1, batch: int = 512, tokens: int = 8192) -> Device:
-    """A GPU with a pool of `memory`, for steps of so many sequences and tokens.
-
-    From now on garbage is not looked for: busy workers do not.
-    """
+    """A GPU with a pool of `memory`, for steps of so many sequences and tokens."""
     config = DeviceConfig(
         kind="cuda", memory=memory, lanes=lanes, max_batch_size=batch, max_batch_tokens=tokens, slab=32 * MiB
     )
-    device = open_cuda(config, ModelNeeds(8192, 128256))
-    garbage.take_over()
-    return device
+    return open_cuda(config, ModelNeeds(8192, 128256))
 
 
 def fill(tensors: dict[str, torch.Tensor]) -> None:

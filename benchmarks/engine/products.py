@@ -80,11 +80,13 @@ def main() -> None:
     parser.add_argument("--rows", default="8,16,24,32,48,64,96,112,128")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    rows = [int(count) for count in options.rows.split(",")]
+    rows, shapes = [int(count) for count in options.rows.split(",")], options.shapes.split(",")
+    if unknown := set(shapes) - set(MATRICES):
+        parser.error(f"--shapes: nothing is called {', '.join(sorted(unknown))}")
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     print("rows", *rows)
     with torch.inference_mode():
-        for shape in options.shapes.split(","):
+        for shape in shapes:
             figures = results[shape] = measure(shape, rows)
             for name, pairs in (*figures.items(), ("layer", layer(figures, rows))):
                 print(shape, name, *(f"{plain:.1f}/{lt:.1f}" for plain, lt in pairs.values()), flush=True)

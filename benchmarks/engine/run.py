@@ -1,8 +1,9 @@
 """Prism's engine on one GPU: decode steps, first tokens, offline throughput, models side by side.
 
 Usage: scripts/bench engine [--only decode,draws,ttft,offline,busy,together,processes] [--shapes 8b,1b]
-                            [--output results.json]
+                            [--output results.json] [...]
 Weights and prompts are random. A floor is the bytes that a step reads over the bandwidth of a device copy.
+Garbage is not looked for while steps run, as in a worker.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ from typing import Any
 
 import torch
 from figures import CONTEXT, copy_bandwidth, decode, first_token
+from llama import SHAPES
 from local import LocalModel, drive, open_device, prompt
 
 from prism.engine.engine import Drawn
 from prism.engine.gpu.runner import GpuRunner
 from prism.types import Bytes, GiB
+from prism.worker import garbage
+from prism.worker.device import Device
 
+ALONE = {"decode", "draws", "ttft", "offline", "busy"}
+KV_GIB = {"8b": 80, "1b": 20}
+"""Unless 40 GiB of the pool would not be left."""
+Report = Callable[[str, dict[str, Any]], None]
 DRAWS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.7},
@@ -31,10 +39,10 @@ DRAWS: tuple[dict[str, Any], ...] = (
 
 
 def fitting(model: LocalModel, batches: tuple[int, ...], steps: int = 128) -> list[int]:
-    """Batches whose contexts fit the model's KV, all at a time."""
-    layout = model.profile.kv
-    blocks = -(-(CONTEXT + steps) // layout.tokens_per_block)
-    return [batch for batch in batches if batch * blocks <= model.engine.kv.num_free]
+    """Batches that are no larger than a step, and whose contexts fit the model's KV, all at a time."""
+    blocks = model.profile.kv.num_blocks(CONTEXT + steps)
+    most = min(model.engine.scheduler.max_batch_size, model.engine.kv.num_free // blocks)
+    return [batch for batch in batches if batch <= most]
 
 
 def offline(
@@ -134,6 +142,7 @@ def decode_together(
     """Times at which each model's tokens came."""
     device = open_device(memory, lanes=lanes, batch=64)
     models = [LocalModel(device, shape, f"{shape}-{i}", folder, 4, 64) for i in range(count)]
+    garbage.take_over()
     times: dict[int, list[float]] = {}
 
     def note(model: LocalModel, drawn: Drawn, now: float) -> None:
@@ -152,65 +161,82 @@ def decode_together(
     return list(times.values())
 
 
-def main() -> None:
-    """Prints one line a figure, and all of them as JSON."""
+def alone(shape: str, device: Device, folder: Path, options: argparse.Namespace, report: Report) -> None:
+    """Figures of one model with nobody beside it."""
+    bandwidth, wanted = options.bandwidth, options.only
+    kv = options.kv or (
+        min(80, device.pool.num_slabs * device.slab_bytes // GiB - 40) if shape == "8b" else 20
+    )
+    model = LocalModel(device, shape, shape, folder, kv, options.batch)
+    for batch in fitting(model, (1, 8, 64, 512)) if "decode" in wanted else ():
+        decode(model, batch, bandwidth)
+        model.settle()
+        report(f"decode_{shape}", decode(model, batch, bandwidth))
+    for batch in fitting(model, (1, 64)) if "draws" in wanted else ():
+        for params in DRAWS:
+            report(f"draws_{shape}", params | decode(model, batch, bandwidth, **params))
+    for length in (512, 4000) if "ttft" in wanted else ():
+        report(f"ttft_{shape}", first_token(model, length))
+    if "offline" in wanted:
+        # always other prompts: the cache finds none of them
+        offline(model, options.tokens, first=900_000, count=options.batch + 100)
+        model.settle()
+        for i in range(options.repeats):
+            report(f"offline_{shape}", offline(model, options.tokens, first=1000 * i))
+    if "busy" in wanted:
+        report(f"busy_{shape}", busy_share(model))
+
+
+def parsed() -> argparse.Namespace:
+    """Options, `only` and `shapes` as lists."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="decode,ttft,offline,busy")
     parser.add_argument("--shapes", default="8b,1b")
-    parser.add_argument("--count", type=int, default=2, help="of `together` and `processes`, with one shape")
-    parser.add_argument("--lanes", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=1, help="of `offline`, with other prompts each time")
-    parser.add_argument("--batch", type=int, default=512, help="sequences of a step of one model alone")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step in `offline`")
-    parser.add_argument(
-        "--kv", type=float, help="GiB of KV of one model alone; by default 80 (8b) and 20 (1b)"
-    )
     parser.add_argument("--output", type=Path)
+    one = parser.add_argument_group("one model alone (decode, draws, ttft, offline, busy)")
+    one.add_argument("--repeats", type=int, default=1, help="of `offline`, with other prompts each time")
+    one.add_argument("--batch", type=int, default=512, help="sequences of a step")
+    one.add_argument("--tokens", type=int, default=8192, help="tokens of a step in `offline`")
+    one.add_argument("--kv", type=float, help="GiB of KV; by default 80 (8b) and 20 (1b)")
+    more = parser.add_argument_group("several of one shape (together, processes)")
+    more.add_argument("--count", type=int, default=2)
+    more.add_argument("--lanes", type=int, default=2, help="of `together`")
     options = parser.parse_args()
-    wanted = options.only.split(",")
-    bandwidth = copy_bandwidth()
+    options.only, options.shapes = options.only.split(","), options.shapes.split(",")
+    if unknown := set(options.only) - ALONE - {"together", "processes"}:
+        parser.error(f"--only: nothing is called {', '.join(sorted(unknown))}")
+    if unknown := set(options.shapes) - set(SHAPES):
+        parser.error(f"--shapes: nothing is called {', '.join(sorted(unknown))}")
+    return options
+
+
+def main() -> None:
+    """Prints one line a figure, and all of them as JSON."""
+    options = parsed()
+    options.bandwidth = copy_bandwidth()
     torch.cuda.empty_cache()
     results: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "copy_tb_s": round(bandwidth / 1e12, 3),
+        "copy_tb_s": round(options.bandwidth / 1e12, 3),
     }
 
-    def note(name: str, value: dict[str, Any]) -> None:
+    def report(name: str, value: dict[str, Any]) -> None:
         results.setdefault(name, []).append(value)
         print(name, json.dumps(value), flush=True)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if set(wanted) & {"decode", "draws", "ttft", "offline", "busy"}:
-            shapes = options.shapes.split(",")
+        if set(options.only) & ALONE:
             memory = min(124, torch.cuda.mem_get_info()[0] // GiB - 10)
             device = open_device(Bytes(memory * GiB), batch=options.batch, tokens=options.tokens)
-            for shape in shapes:
-                kv = options.kv or (min(80, memory - 40) if shape == "8b" else 20)
-                model = LocalModel(device, shape, shape, folder, kv, options.batch)
-                for batch in fitting(model, (1, 8, 64, 512)) if "decode" in wanted else ():
-                    decode(model, batch, bandwidth)
-                    model.settle()
-                    note(f"decode_{shape}", decode(model, batch, bandwidth))
-                for batch in (1, 64) if "draws" in wanted else ():
-                    for params in DRAWS:
-                        figures = decode(model, batch, bandwidth, **params)
-                        note(f"draws_{shape}", params | figures)
-                for length in (512, 4000) if "ttft" in wanted else ():
-                    note(f"ttft_{shape}", first_token(model, length))
-                if "offline" in wanted:
-                    # always other prompts: the cache finds none of them
-                    offline(model, options.tokens, first=900_000, count=options.batch + 100)
-                    model.settle()
-                    for i in range(options.repeats):
-                        note(f"offline_{shape}", offline(model, options.tokens, first=1000 * i))
-                if "busy" in wanted:
-                    note(f"busy_{shape}", busy_share(model))
-        if "processes" in wanted:
-            note("processes", processes(options.shapes, options.count))
-        if "together" in wanted:
-            note("together", together(options.shapes, options.count, options.lanes, folder))
+            garbage.take_over()
+            for shape in options.shapes:
+                alone(shape, device, folder, options, report)
+        if "processes" in options.only:
+            report("processes", processes(options.shapes[0], options.count))
+        if "together" in options.only:
+            report("together", together(options.shapes[0], options.count, options.lanes, folder))
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ import torch
 from llama import SHAPES
 
 LONG, SHORT = 128, 16
+
+
+def processor() -> str:
+    """What the host says of itself."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}"
 
 
 def fill(model: Any) -> None:
@@ -66,6 +74,8 @@ class Bench:
         config = self._llm.llm_engine.vllm_config
         return {
             "vllm": self.version,
+            "gpu": torch.cuda.get_device_name(),
+            "host": processor(),
             "start_s": round(self.start_s, 1),
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
@@ -89,7 +99,7 @@ class Bench:
             raise SystemExit(f"asked for {count} times {outputs} tokens, got {sorted(set(lengths))}")
         return taken
 
-    def ttft(self, _repeats: int) -> dict[str, Any]:
+    def ttft(self) -> dict[str, Any]:
         """Milliseconds to the first token of one prompt."""
         figures = {}
         for inputs in (512, 4000):
@@ -97,7 +107,7 @@ class Bench:
             figures[f"ttft_{inputs}_ms"] = round(statistics.median(times) * 1e3, 3)
         return figures
 
-    def decode(self, _repeats: int) -> dict[str, Any]:
+    def decode(self) -> dict[str, Any]:
         """Milliseconds of a step, and those of each run."""
         figures: dict[str, Any] = {}
         for batch in (1, 64):
@@ -127,18 +137,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    wanted = options.only.split(",")
+    if unknown := set(wanted) - {"ttft", "decode", "offline"}:
+        parser.error(f"--only: nothing is called {', '.join(sorted(unknown))}")
     # `apply_model` sends a function to the engine's process
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(options.shape, Path(name), options.seed)
-        parts: dict[str, Callable[[int], dict[str, Any]]] = {
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
             "ttft": bench.ttft,
             "decode": bench.decode,
-            "offline": bench.offline,
+            "offline": partial(bench.offline, options.repeats),
         }
         results: dict[str, Any] = {"shape": options.shape} | bench.about()
-        for part in options.only.split(","):
-            results |= parts[part](options.repeats)
+        for part in wanted:
+            results |= parts[part]()
             print(json.dumps(results), flush=True)
             if options.output:
                 options.output.write_text(json.dumps(results, indent=1) + "\n")

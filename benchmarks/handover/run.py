@@ -9,7 +9,6 @@ once more all at once, as for an activation.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
@@ -26,6 +25,7 @@ from local import ASIDE_SECONDS, LocalModel, open_device, prompt
 
 from prism.memory.slabs import KvOwner
 from prism.types import Bytes, GiB, RequestId
+from prism.worker import garbage
 
 STEP_TOKENS = 8192
 """Of a step, at most: a worker's default."""
@@ -134,7 +134,7 @@ def main() -> None:
         folder = Path(name)
         a, c = LocalModel(device, "8b", "a", folder, options.gib), LocalModel(device, "1b", "c", folder, 4)
         b = LocalModel(device, "8b", "b", folder, 0.5)
-    gc.freeze()  # as the worker's process does
+    garbage.take_over()
     count = options.gib * GiB // device.slab_bytes
     decoding = Decoding(c)
     c.add("warm", prompt(0, 512), 300)

@@ -28,6 +28,7 @@ from prism.engine.kv_blocks import KvSpace
 from prism.memory.slabs import KvOwner
 from prism.memory.tensors import tensor_at
 from prism.types import Bytes, GiB
+from prism.worker import garbage
 from prism.worker.cost_book import CostBook
 from prism.worker.holdings import Holdings
 from prism.worker.host_chunks import HostChunks
@@ -219,6 +220,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), 2 * GiB)
+    garbage.take_over()
     result = {
         "gpu": torch.cuda.get_device_name(),
         "pin_s_per_gib": round(bench.pin_seconds / 2, 3),

@@ -240,9 +240,9 @@ class KvSpace:
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Give up one reference to each. The last blocks of a sequence are the first to be dropped later."""
-        slabs = cast("dict[int, Slab]", self._slabs)  # a long sequence has hundreds: no call for each block
+        slabs = cast("dict[int, Slab]", self._slabs)  # SlabId() would be a call for each
         units, cached, serial, num_unused = self._units_per_slab, self._cached, self._serial, 0
-        for block in reversed(blocks):
+        for block in reversed(blocks):  # long sequences have hundreds
             home = slabs[block // units]
             record = home.records[block]
             assert record.references > 0, block

@@ -155,7 +155,8 @@ class Load:
         try:
             self._load()
         except Exception as error:  # the loop must learn of any failure, or the model loads for ever
-            return Loaded(self._plan.model, self._clock() - begin, error)
+            failure = error.with_traceback(None)  # its frames hold the transfer, which holds the error
+            return Loaded(self._plan.model, self._clock() - begin, failure)
         return Loaded(self._plan.model, self._clock() - begin, None)
 
     def _load(self) -> None:

@@ -56,6 +56,7 @@ from prism.worker import garbage
 from prism.worker.device import Device
 from prism.worker.gauges import Gauges
 from prism.worker.host_chunks import ChunkThread, HostChunks
+from prism.worker.housekeeping import Housekeeping
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker, index_of
 from prism.worker.open_device import open_device
@@ -66,8 +67,6 @@ from prism.worker.stepper import LOOK_SECONDS
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.5
-CHECK_SECONDS = 10.0
-"""The books are checked when the loop goes idle, but not more often: it takes a while with many blocks."""
 
 
 class ThreadJobs:
@@ -144,7 +143,7 @@ class Process:
             self._poller.register(source, zmq.POLLIN)
         self._is_stopping = False
         self._report_due = 0.0
-        self._check_due = 0.0
+        self._housekeeping = Housekeeping(worker.check, self._clock.now)
         self._last_states: tuple[str, ...] = ()
 
     def run(self) -> None:
@@ -157,10 +156,10 @@ class Process:
             if not has_work and self._worker.is_device_busy:
                 time.sleep(LOOK_SECONDS)
                 has_work = True
-            if not has_work:
-                self._check()
-                if not len(self._worker.requests):
-                    garbage.while_idle()
+            if has_work or len(self._worker.requests):
+                self._housekeeping.busy()
+            else:
+                self._housekeeping.idle()
             self._report()
             self._worker.watch.end()
 
@@ -228,12 +227,6 @@ class Process:
                 self._report_due = 0.0
             case _:
                 log.error("unexpected message dropped", extra={"sender": sender})
-
-    def _check(self) -> None:
-        now = self._clock.now()
-        if now >= self._check_due:
-            self._check_due = now + CHECK_SECONDS
-            self._worker.check()
 
     def _report(self) -> None:
         """Every `REPORT_SECONDS`, and whenever a model's state has changed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,28 @@ class Queued:
 
     def is_done(self) -> bool:
         return False
+
+
+def test_a_load_that_has_failed_leaves_nothing_to_be_looked_for(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Busy workers look for no garbage."""
+    transfers = list[weakref.ref[Transfer]]()
+
+    def fail(transfer: Transfer, _checksums: Any) -> None:
+        transfers.append(weakref.ref(transfer))
+        raise DriverError("cuMemcpy", "injected")
+
+    monkeypatch.setattr(Transfer, "verify", fail)
+    gc.disable()
+    try:
+        local = start()
+        local.submit("r", A, PROMPT)
+        local.run()
+        assert "injected" in local.outbox.rejected["r"].error.message
+        assert transfers and all(transfer() is None for transfer in transfers)
+    finally:
+        gc.enable()
 
 
 # --- what may be read ------------------------------------------------------------------------------

@@ -39,7 +39,9 @@ def test_python_does_not_look_by_itself() -> None:
 
 @pytest.mark.usefixtures("taken_over")
 @pytest.mark.parametrize(
-    ("limit", "look"), [("FEW", garbage.while_idle), ("MANY", garbage.while_busy)], ids=["idle", "busy"]
+    ("limit", "look"),
+    [("NEW_WHEN_IDLE", garbage.while_idle), ("NEW_WHEN_BUSY", garbage.while_busy)],
+    ids=["idle", "busy"],
 )
 def test_a_worker_looks_when_there_is_much_that_is_new(
     monkeypatch: pytest.MonkeyPatch, limit: str, look: Callable[[], None]
@@ -59,8 +61,8 @@ def test_only_an_idle_worker_looks_at_all(monkeypatch: pytest.MonkeyPatch) -> No
     gc.collect(0)  # older now than what is looked at while something runs
     found = weakref.ref(ring)
     del ring
-    monkeypatch.setattr(garbage, "MANY", 0)
-    monkeypatch.setattr(garbage, "FEW", 0)
+    monkeypatch.setattr(garbage, "NEW_WHEN_BUSY", 0)
+    monkeypatch.setattr(garbage, "NEW_WHEN_IDLE", 0)
     _new = [[each] for each in range(10)]
     garbage.while_busy()
     assert found() is not None

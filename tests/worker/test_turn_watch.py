@@ -13,7 +13,6 @@ import pytest
 import zmq
 
 from prism.metrics import Metrics
-from prism.worker import garbage
 from prism.worker.gauges import Gauges
 from prism.worker.main import Process, Sockets, ThreadJobs
 from prism.worker.turn_watch import TurnWatch
@@ -176,14 +175,15 @@ def test_a_cpu_computes_in_its_loop(start: Any) -> None:
     assert (turns.stalls.num_stalls, turns.stalls.seconds) == (1, 0.375)
 
 
-def test_garbage_is_looked_for_by_a_loop_that_has_nothing_to_do(
-    start: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("has_more", "num_waiting", "told"), [(True, 0, "busy"), (False, 1, "busy"), (False, 0, "idle")]
+)
+def test_housekeeping_is_told_whether_there_is_time_for_it(
+    has_more: bool, num_waiting: int, told: str, start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks = list[str]()
-    monkeypatch.setattr(garbage, "while_idle", lambda: looks.append("idle"))
-    monkeypatch.setattr(garbage, "while_busy", lambda: looks.append("busy"))
-    start().run(3)
-    assert looks == ["busy"]  # with the first report
-    looks.clear()
-    start().run(3, has_more=False)
-    assert looks.count("idle") == 3
+    turns, looks = start(), list[str]()
+    keeping = SimpleNamespace(busy=lambda: looks.append("busy"), idle=lambda: looks.append("idle"))
+    turns.process._housekeeping = keeping
+    monkeypatch.setattr(type(turns.worker.requests), "__len__", lambda _: num_waiting)
+    turns.run(3, has_more=has_more)
+    assert looks == 3 * [told]
