@@ -99,6 +99,11 @@ class TorchBackend:
         """See `Backend.graph_usage`."""
         return GraphUsage(0, Bytes(0))
 
+    @property
+    def torch_bytes(self) -> Bytes:
+        """See `Backend.torch_bytes`: those are none of the driver's."""
+        return Bytes(0)
+
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`."""
         if spec.quantization == "fp8":

@@ -186,6 +186,11 @@ class GpuBackend:
         usages = [graphs.usage for graphs in self._graphs]
         return GraphUsage(sum(u.num_graphs for u in usages), Bytes(sum(u.num_bytes for u in usages)))
 
+    @property
+    def torch_bytes(self) -> Bytes:
+        """See `Backend.torch_bytes`."""
+        return Bytes(torch.cuda.memory_reserved(self._device))
+
     def check(self, spec: ModelSpec) -> None:
         """See `Backend.check`. The lanes' tables are made when the worker starts."""
         shape = self._lanes[0].shape

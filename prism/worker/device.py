@@ -19,6 +19,7 @@ from prism.engine.scheduler import Slots
 from prism.engine.step import Step
 from prism.memory.arena import Arena
 from prism.memory.driver import Driver
+from prism.memory.ledger import Ledger
 from prism.memory.pool import SlabPool
 from prism.memory.slabs import LaneOwner
 from prism.memory.tensors import tensor_at, torch_dtype
@@ -113,6 +114,11 @@ class Backend(Protocol):
         """Memory beside the pool that captured steps take."""
         ...
 
+    @property
+    def torch_bytes(self) -> Bytes:
+        """Memory beside the pool that torch's allocator holds, intermediate results of graphs included."""
+        ...
+
     def check(self, spec: ModelSpec) -> None:
         """Raises `DeviceTooSmall` if the device, as it was laid out, cannot serve the model."""
         ...
@@ -200,6 +206,20 @@ class Device:
         """Slabs that models can have: all but the lanes' workspaces."""
         held = sum(len(self.pool.owned(LaneOwner(lane.lane_id))) for lane in self.lanes)
         return self.pool.num_slabs - held
+
+    def ledger(self) -> Ledger:
+        """All memory that is counted: the pool's, graphs', torch's."""
+        pool = self.pool
+        return Ledger(
+            slab_bytes=pool.slab_bytes,
+            num_slabs=pool.num_slabs,
+            num_free=pool.num_free,
+            num_retiring=pool.num_retiring,
+            slabs_by_owner=pool.owners(),
+            pool_bytes=pool.physical_bytes,
+            graph_bytes=self.backend.graph_usage.num_bytes,
+            reserves={"torch": self.backend.torch_bytes},
+        )
 
     def new_arena(self, size: Bytes) -> Arena:
         """Addresses for one model's weights; no memory yet."""

@@ -30,6 +30,7 @@ class Gauges:
         graphs = worker.device.backend.graph_usage
         self._metrics.graphs.labels(self._worker_name).set(graphs.num_graphs)
         self._metrics.graph_bytes.labels(self._worker_name).set(graphs.num_bytes)
+        self._metrics.unaccounted_bytes.labels(self._worker_name).set(worker.memory.unaccounted)
         for model in worker.models.values():
             tickets = worker.requests.of_model(model.name)
             running = sum(ticket.is_running for ticket in tickets)

@@ -44,6 +44,7 @@ from prism.worker.entry import check_submit
 from prism.worker.holdings import Holdings
 from prism.worker.host_kv import HostKv
 from prism.worker.loading import JobEvent
+from prism.worker.memory_watch import MemoryWatch
 from prism.worker.models import Model, limit_slabs, slabs_up
 from prism.worker.outside import Outside
 from prism.worker.rate import MOST_SECONDS, CompletionRate
@@ -99,6 +100,7 @@ class Worker:
         self.owed_to_late = 0.0
         """Seconds that late requests may take before others (worker/admission.py)."""
         self.watch = TurnWatch(name, computes_steps=device.device.type == "cpu")
+        self.memory = MemoryWatch(device, name)
         self._outbox = outside.outbox
         self._clock = outside.clock
         self._needs_admission = False

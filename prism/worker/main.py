@@ -143,7 +143,7 @@ class Process:
             self._poller.register(source, zmq.POLLIN)
         self._is_stopping = False
         self._report_due = 0.0
-        self._housekeeping = Housekeeping(worker.check, self._clock.now)
+        self._housekeeping = Housekeeping(self._check, self._clock.now)
         self._last_states: tuple[str, ...] = ()
 
     def run(self) -> None:
@@ -227,6 +227,10 @@ class Process:
                 self._report_due = 0.0
             case _:
                 log.error("unexpected message dropped", extra={"sender": sender})
+
+    def _check(self) -> None:
+        self._worker.check()
+        self._worker.memory.look()
 
     def _report(self) -> None:
         """Every `REPORT_SECONDS`, and whenever a model's state has changed."""
