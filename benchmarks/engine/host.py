@@ -341,6 +341,10 @@ class Host:
 
 def figures(steps: list[dict[str, float]]) -> dict[str, float]:
     """Medians in milliseconds."""
+    if not steps:
+        raise SystemExit(
+            "no step had all sequences: with more --steps the first do not end before the last begin"
+        )
     phases = ("schedule", "inputs", "commit", "publish", "rest")
     found = {
         phase: round(statistics.median(step.get(phase, 0.0) for step in steps) * 1e3, 3) for phase in phases

@@ -3,7 +3,8 @@
 Usage: scripts/bench handover [--gib 10] [--output results.json]
 A (8B shape) leaves its prefix cache; B (8B) takes the slabs; C (1B) decodes on another lane all the while.
 B takes them as a worker's models do, so many as a step of 8,192 tokens fills before each of its steps; then
-once more all at once, as for an activation.
+once more all at once, as for an activation. Last it does so while it decodes itself, four sequences, and C's
+gaps around are to be seen beside those a moment before.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from prism.worker import garbage
 
 STEP_TOKENS = 8192
 """Of a step, at most: a worker's default."""
+OWN_GIB = 2.0
+"""KV that giver and taker have besides what is handed over, for what they compute."""
 
 
 class Decoding:
@@ -52,10 +55,18 @@ class Decoding:
                 self.flights[-1].launch()
         self.model.device.backend.work_aside(ASIDE_SECONDS, urgent_only=False)
 
-    def run_for(self, seconds: float) -> None:
-        """Go on for a while."""
+    def run_for(self, seconds: float, *others: Decoding) -> None:
+        """Go on for a while, in turns with others."""
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
+            for each in (self, *others):
+                each.work()
+
+    def stop(self) -> None:
+        """Drop all requests, once what is queued has run."""
+        for sequence in (*self.model.engine.scheduler.running, *self.model.engine.scheduler.waiting):
+            self.model.engine.cancel(sequence.request_id)
+        while self.flights:
             self.work()
 
     def gaps_ms(self, begin: float, end: float) -> list[float]:
@@ -111,6 +122,37 @@ def handed_over(a: LocalModel, b: LocalModel, decoding: Decoding, slabs: int, po
     }
 
 
+def handed_to_busy(a: Decoding, b: Decoding, neighbour: Decoding, slabs: int, portion: int, runs: int) -> Any:
+    """The same while the taker decodes, too; milliseconds."""
+    loop, before, gaps = [], [], []
+    for turn in range(runs):
+        giver, taker = (a, b) if turn % 2 == 0 else (b, a)
+        giver.stop()
+        fill(giver.model)
+        start_neighbour(neighbour.model)
+        for i in range(4):
+            taker.model.add(f"busy{turn}.{i}", prompt(100 * turn + i, 256), 3000)
+        neighbour.run_for(0.3, taker)
+        quiet = time.perf_counter()
+        neighbour.run_for(0.05, taker)
+        begin, spent = time.perf_counter(), 0.0
+        before.append(max(neighbour.gaps_ms(quiet, begin)))
+        for first in range(0, slabs, portion):
+            spent += pass_on(giver.model, taker.model, min(portion, slabs - first))
+            neighbour.work()
+            taker.work()
+        loop.append(1e3 * spent)
+        neighbour.run_for(0.05, taker)
+        gaps.append(max(neighbour.gaps_ms(begin, begin + 0.05)))
+        taker.stop()
+    return {
+        "slabs_at_a_time": portion,
+        "handover_ms": spread(loop),
+        "neighbour_worst_gap_before_ms": spread(before),
+        "neighbour_worst_gap_around_ms": spread(gaps),
+    }
+
+
 def start_neighbour(c: LocalModel) -> None:
     """A new request in the place of the one before, whose context has an end."""
     c.engine.cancel(RequestId("c"))
@@ -130,10 +172,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        device = open_device(Bytes(56 * GiB), lanes=2, batch=64)
+        device = open_device(Bytes(60 * GiB), lanes=2, batch=64)
         folder = Path(name)
-        a, c = LocalModel(device, "8b", "a", folder, options.gib), LocalModel(device, "1b", "c", folder, 4)
-        b = LocalModel(device, "8b", "b", folder, 0.5)
+        a = LocalModel(device, "8b", "a", folder, options.gib + OWN_GIB)
+        c = LocalModel(device, "1b", "c", folder, 4)
+        b = LocalModel(device, "8b", "b", folder, OWN_GIB)
     garbage.take_over()
     count = options.gib * GiB // device.slab_bytes
     decoding = Decoding(c)
@@ -154,6 +197,9 @@ def main() -> None:
         "in_steps": handed_over(a, b, decoding, count, portion, options.runs),
         "at_once": handed_over(a, b, decoding, count, count, options.runs),
     }
+    c.settle()
+    busy = Decoding(a), Decoding(b)
+    result["to_busy_in_steps"] = handed_to_busy(*busy, decoding, count, portion, options.runs)
     print(json.dumps(result))
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")

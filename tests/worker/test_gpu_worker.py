@@ -103,6 +103,38 @@ def test_evictions_under_pressure_keep_texts(models: dict) -> None:
     local.close()
 
 
+def test_what_idle_and_evicted_models_hold(models: dict) -> None:
+    """Idle: weights, and a cache that could go at once. Evicted: graphs alone."""
+    from tests.support.gpu_worker import gpu_worker, rest
+
+    local = gpu_worker({name: path for name, (_, path) in models.items()}, lanes=2)
+    pool = local.device.pool
+
+    def serve(turn: int) -> int:
+        """Bytes of the device that nobody counts, once all of them have been asked."""
+        for name in models:
+            for i, prompt in enumerate(prompts(4, 300, seed=turn)):
+                local.submit(f"{name}{turn}.{i}", name, prompt, max_tokens=20)
+        local.run(rounds=10**6)
+        rest(local)
+        return local.device.ledger().unaccounted(local.device.driver.memory_info())
+
+    serve(0)  # kernels come as they are used
+    before = serve(1)
+    for model in local.worker.models.values():
+        assert model.kv is not None and model.kv.num_used == 0
+        assert model.kv.num_gatherable >= model.kv.num_slabs - 1
+        local.worker.evict(model)
+    rest(local)
+    local.run(rounds=10**3)
+    assert pool.num_free == local.device.num_slabs
+    graphs = local.device.backend.graph_usage
+    assert 0 < graphs.num_bytes <= graphs.num_graphs * 2**20
+    after = local.device.ledger().unaccounted(local.device.driver.memory_info())
+    assert abs(after - before) <= 4 * 2**20
+    local.close()
+
+
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
 def test_no_kernel_is_compiled_while_models_serve(models: dict, quantization: str) -> None:
     """Odd places of a step's inputs made Triton compile kernels anew, half a second each, on the loop."""
