@@ -84,6 +84,8 @@ def engine() -> Figure:
         for label, (key, color) in runs.items()
     }
     rates["vLLM 0.26"] = ([beside["vllm"][shape]["offline_output_tok_s"] for shape in SHAPES], GREY)
+    before = [read("engine", f"results-h200-vllm-0.26-{shape}.json") for shape in SHAPES]
+    rates["vLLM 0.26, other machine"] = ([run["offline_output_tok_s"] for run in before], ORANGE)
     bars(offline, ["8B", "1B"], rates, ",.0f")
     offline.set(title="1,000 requests, 512 in, 256 out,\noffline, without a server", xlabel="output tokens/s")
     offline.legend(fontsize=8, frameon=False)
