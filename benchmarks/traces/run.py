@@ -45,7 +45,12 @@ def planner(options: argparse.Namespace, mode: Mode, scale: float, target: float
 
 def values(trial: Trial) -> dict[str, Any]:
     """A trial as JSON."""
-    return {"ttft": trial.ttft, "tpot": trial.tpot, "is_controlled": trial.is_controlled}
+    return {
+        "ttft": trial.ttft,
+        "tpot": trial.tpot,
+        "both": trial.both,
+        "is_controlled": trial.is_controlled,
+    }
 
 
 def modes(options: argparse.Namespace) -> list[Mode]:
@@ -66,7 +71,7 @@ def over_load(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     def tell(key: tuple[float, Mode], devices: int, trial: Trial) -> None:
         scale, mode = key
         print(
-            f"load x {scale:<5g} {mode:9} TTFT {trial.ttft:.3f} TPOT {trial.tpot:.3f}"
+            f"load x {scale:<5g} {mode:9} TTFT {trial.ttft:.3f} TPOT {trial.tpot:.3f} both {trial.both:.3f}"
             f" after {time.monotonic() - begin:.0f} s",
             flush=True,
         )

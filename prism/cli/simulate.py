@@ -206,11 +206,17 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "devices": plan.num_devices,
         "ttft_attainment": chosen.ttft,
         "tpot_attainment": chosen.tpot,
+        "attainment": chosen.both,
         "placement": [list(models) for models in chosen.placement.devices],
         "unplaced": list(chosen.placement.unplaced),
         "is_controlled": chosen.is_controlled,
         "tried": [
-            {"devices": n, "ttft_attainment": trial.ttft, "tpot_attainment": trial.tpot}
+            {
+                "devices": n,
+                "ttft_attainment": trial.ttft,
+                "tpot_attainment": trial.tpot,
+                "attainment": trial.both,
+            }
             for n, trial in sorted(plan.trials.items())
         ],
     }

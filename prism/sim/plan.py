@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import or_
+from typing import NamedTuple
 
 from prism.modes import RULES, Mode
 from prism.sim.cluster import Cluster
@@ -42,7 +44,10 @@ class Trial:
     placement: Placement
     """Where the models are; under the controller, where they are in the end."""
     ttft: float
+    """Share of the requests whose first token is in time."""
     tpot: float
+    """Of those whose other tokens are."""
+    both: float
     is_controlled: bool = False
     """The controller moved the models meanwhile."""
 
@@ -88,6 +93,14 @@ def steps(target: Target, most: int) -> Generator[int, Trial, Plan]:
         trials[middle] = yield middle
         low, high = (low, middle) if trials[middle].meets(target) else (middle, high)
     return Plan(trials, high)
+
+
+class Missed(NamedTuple):
+    """Requests that miss objectives."""
+
+    ttft: int
+    tpot: int
+    either: int
 
 
 class Planner:
@@ -143,34 +156,30 @@ class Planner:
     def _try(self, placement: Placement) -> Trial:
         return Trial(placement, *self._met(self._missed(placement.devices, placement.unplaced)))
 
-    def _met(self, missed: tuple[int, int]) -> tuple[float, float]:
+    def _met(self, missed: Missed) -> tuple[float, float, float]:
         total = len(self._cluster.load.requests)
-        return 1 - missed[0] / total, 1 - missed[1] / total
+        return 1 - missed.ttft / total, 1 - missed.tpot / total, 1 - missed.either / total
 
-    def _missed(
-        self, devices: tuple[tuple[ModelId, ...], ...], unplaced: tuple[ModelId, ...] = ()
-    ) -> tuple[int, int]:
-        """Requests that miss their first token's objective, and the others'."""
+    def _missed(self, devices: tuple[tuple[ModelId, ...], ...], unplaced: tuple[ModelId, ...] = ()) -> Missed:
         lost = sum(row.model in unplaced for row in self._cluster.load.requests) if unplaced else 0
         for models in devices:
             if models not in self._results:
                 self._results[models] = self._cluster.run_device(models)
-        first, rest = self._misses([self._results[models] for models in devices])
-        return lost + first, lost + rest
+        return Missed(*(lost + n for n in self._misses([self._results[models] for models in devices])))
 
-    def _misses(self, results: Iterable[DeviceResult]) -> tuple[int, int]:
+    def _misses(self, results: Iterable[DeviceResult]) -> Missed:
         served = self._cluster.load.served
         outcomes = [outcome for result in results for outcome in result.outcomes]
-        first = sum(not is_ttft_met(outcome, served[outcome.model]) for outcome in outcomes)
-        rest = sum(not is_tpot_met(outcome, served[outcome.model]) for outcome in outcomes)
-        return first, rest
+        first = [not is_ttft_met(outcome, served[outcome.model]) for outcome in outcomes]
+        rest = [not is_tpot_met(outcome, served[outcome.model]) for outcome in outcomes]
+        return Missed(sum(first), sum(rest), sum(map(or_, first, rest)))
 
     def _changes(self, placement: Placement) -> Iterator[Placement]:
         """Moves from the worst device to the best one, and exchanges between them, a few of each."""
         devices = placement.devices
         if len(devices) < 2:
             return
-        order = sorted(range(len(devices)), key=lambda i: (sum(self._missed((devices[i],))), -i))
+        order = sorted(range(len(devices)), key=lambda i: (sum(self._missed((devices[i],))[:2]), -i))
         best, worst = order[0], order[-1]
         load: Mapping[ModelId, float] = self._cluster.demand
         for model in sorted(devices[worst], key=lambda m: (-load[m], m))[:4]:

@@ -36,6 +36,7 @@ def test_the_plan_meets_the_target_and_one_device_less_does_not() -> None:
     again = report(made.load, placement, made.setup, made.run(placement))
     assert again["ttft_attainment"] == plan.trials[plan.num_devices].ttft
     assert again["tpot_attainment"] == plan.trials[plan.num_devices].tpot
+    assert again["attainment"] == plan.trials[plan.num_devices].both < again["ttft_attainment"]
 
 
 def test_the_controller_is_tried_where_it_moves_models() -> None:
