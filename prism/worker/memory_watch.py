@@ -10,7 +10,7 @@ from prism.worker.device import Device
 log = logging.getLogger(__name__)
 
 MOST_GROWTH = Bytes(256 * MiB)
-"""Since it was last told."""
+"""Since it was told, or was least."""
 
 
 class MemoryWatch:
@@ -28,8 +28,7 @@ class MemoryWatch:
         """Compare both; the log tells when much has come."""
         unaccounted = self._device.ledger().unaccounted(self._device.driver.memory_info())
         self.unaccounted = Bytes(max(0, unaccounted))  # less than counted: pages that nobody has touched
-        if self._told is None:
-            self._told = self.unaccounted
+        self._told = self.unaccounted if self._told is None else min(self._told, self.unaccounted)
         growth = self.unaccounted - self._told
         if growth > MOST_GROWTH:
             self._told = self.unaccounted

@@ -49,6 +49,16 @@ def test_memory_that_nobody_counts_is_told_once(caplog: pytest.LogCaptureFixture
     assert len(caplog.records) == 1 and told in caplog.text
 
 
+def test_what_comes_again_after_it_had_gone_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    account: Any = Account()
+    watch = MemoryWatch(account, "worker-0")
+    with caplog.at_level(logging.WARNING):
+        for more in (GiB, 0, GiB):
+            account.used = Bytes(8 * SLAB + more)
+            watch.look()
+    assert len(caplog.records) == 1
+
+
 def test_slabs_whose_pages_nobody_has_touched_are_no_memory(caplog: pytest.LogCaptureFixture) -> None:
     account: Any = Account()
     watch = MemoryWatch(account, "worker-0")
