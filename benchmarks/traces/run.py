@@ -139,7 +139,8 @@ def main() -> None:
             mode: [(float(scale), point["ttft"], point["tpot"]) for scale, point in points.items()]
             for mode, points in loads.items()
         }
-        plot_attainment(curves, "times the trace's load", target.with_suffix(".png"))
+        if curves:
+            plot_attainment(curves, "times the trace's load", target.with_suffix(".png"))
 
 
 if __name__ == "__main__":
