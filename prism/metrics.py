@@ -89,7 +89,8 @@ class Metrics:
         self.graphs = self._of_worker("graphs", "CUDA graphs of decode steps")
         self.graph_bytes = self._of_worker("graph_bytes", "Device memory that the driver took for them")
         self.unaccounted_bytes = self._of_worker(
-            "unaccounted_bytes", "Device memory in use that no slab, graph or allocator of the worker holds"
+            "unaccounted_bytes",
+            "Device memory that no slab, graph or allocator of the worker held when it was last quiet",
         )
         self.activations = self._counter("activations", "Models brought into device memory")
         self.activation_seconds = self._histogram("activation_seconds", _LONG)

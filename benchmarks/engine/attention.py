@@ -2,7 +2,8 @@
 
 Usage: python benchmarks/engine/attention.py [--batches 1,8,64] [--context 1088] [--output results.json]
 KV of a Llama-3-8B shape, 32 layers in bf16, normal random numbers; blocks of 16 tokens in a shuffled order. A
-CUDA graph has one attention for each layer, as a step has; medians of 20 replays.
+CUDA graph has one attention for each layer, as a step has; medians of 20 replays. One sequence has 143 MB, of
+which a cache may hold a part.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def attention(batch: int, context: int) -> dict[str, Any]:
         batch * blocks, LAYERS, 2, TOKENS, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda"
     ).normal_()
     places = torch.randperm(batch * blocks, dtype=torch.int32, device="cuda")
-    tables = torch.zeros(batch + 1, blocks, dtype=torch.int32, device="cuda")  # row 0 is padding's
-    tables[1:] = places.view(batch, blocks)
+    width = -(-blocks // 16) * 16  # as a lane's tables
+    tables = torch.zeros(batch + 1, width, dtype=torch.int32, device="cuda")  # row 0 is padding's
+    tables[1:, :blocks] = places.view(batch, blocks)
     slots = torch.arange(1, batch + 1, dtype=torch.int32, device="cuda")
     positions = torch.full((batch,), context - 1, dtype=torch.int32, device="cuda")
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device="cuda")

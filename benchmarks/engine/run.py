@@ -40,8 +40,11 @@ DRAWS: tuple[dict[str, Any], ...] = (
 
 def fitting(model: LocalModel, batches: tuple[int, ...], steps: int = 128) -> list[int]:
     """Batches that are no larger than a step, and whose contexts fit the model's KV, all at a time."""
-    blocks = model.profile.kv.num_blocks(CONTEXT + steps)
-    most = min(model.engine.scheduler.max_batch_size, model.engine.kv.num_free // blocks)
+    kv, blocks = model.engine.kv, model.profile.kv.num_blocks(CONTEXT + steps)
+    most = min(model.engine.scheduler.max_batch_size, (kv.num_free + kv.num_cached) // blocks)
+    for batch in batches:
+        if batch > most:
+            print(f"{model.name}: no batch of {batch}, {most} at most", flush=True)
     return [batch for batch in batches if batch <= most]
 
 
@@ -164,9 +167,8 @@ def decode_together(
 def alone(shape: str, device: Device, folder: Path, options: argparse.Namespace, report: Report) -> None:
     """Figures of one model with nobody beside it."""
     bandwidth, wanted = options.bandwidth, options.only
-    kv = options.kv or (
-        min(80, device.pool.num_slabs * device.slab_bytes // GiB - 40) if shape == "8b" else 20
-    )
+    room = device.pool.num_slabs * device.slab_bytes // GiB - 40
+    kv = min(KV_GIB[shape], room) if options.kv is None else options.kv
     model = LocalModel(device, shape, shape, folder, kv, options.batch)
     for batch in fitting(model, (1, 8, 64, 512)) if "decode" in wanted else ():
         decode(model, batch, bandwidth)
@@ -207,6 +209,10 @@ def parsed() -> argparse.Namespace:
         parser.error(f"--only: nothing is called {', '.join(sorted(unknown))}")
     if unknown := set(options.shapes) - set(SHAPES):
         parser.error(f"--shapes: nothing is called {', '.join(sorted(unknown))}")
+    if set(options.only) - ALONE and len(options.shapes) != 1:
+        parser.error("--shapes: together and processes take one")
+    if options.kv is not None and options.kv <= 0:
+        parser.error("--kv: must be more than 0")
     return options
 
 

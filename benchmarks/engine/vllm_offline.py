@@ -36,7 +36,7 @@ def processor() -> str:
     """What the host says of itself."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}"
+    return f"{os.cpu_count()} x {names[0] if names else os.uname().machine}"
 
 
 def fill(model: Any) -> None:

@@ -49,6 +49,8 @@ class Decoding:
             if engine.commit(self.flights.pop(0)):
                 self.times.append(time.perf_counter())
         if len(self.flights) < 2 and engine.scheduler.has_work:
+            missing = sum(w.num_blocks for w in engine.scheduler.wants(STEP_TOKENS)) - engine.kv.num_free
+            engine.kv.drop_cached(max(0, missing))
             step = engine.schedule(STEP_TOKENS)
             if step is not None:
                 self.flights.append(engine.run(step))
@@ -127,7 +129,6 @@ def handed_to_busy(a: Decoding, b: Decoding, neighbour: Decoding, slabs: int, po
     loop, before, gaps = [], [], []
     for turn in range(runs):
         giver, taker = (a, b) if turn % 2 == 0 else (b, a)
-        giver.stop()
         fill(giver.model)
         start_neighbour(neighbour.model)
         for i in range(4):
@@ -136,6 +137,7 @@ def handed_to_busy(a: Decoding, b: Decoding, neighbour: Decoding, slabs: int, po
         quiet = time.perf_counter()
         neighbour.run_for(0.05, taker)
         begin, spent = time.perf_counter(), 0.0
+        assert len(taker.model.engine.scheduler.running) == 4 and taker.gaps_ms(quiet, begin)
         before.append(max(neighbour.gaps_ms(quiet, begin)))
         for first in range(0, slabs, portion):
             spent += pass_on(giver.model, taker.model, min(portion, slabs - first))
@@ -168,9 +170,11 @@ def main() -> None:
     """Prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=int, default=10)
-    parser.add_argument("--runs", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=16, help="to and fro, so an even number")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.runs < 2 or options.runs % 2:
+        parser.error("--runs: must be even, and not 0")
     with tempfile.TemporaryDirectory() as name:
         device = open_device(Bytes(60 * GiB), lanes=2, batch=64)
         folder = Path(name)

@@ -185,7 +185,8 @@ def run_plan(
         tasks = {mode: progress.add_task(mode.value, total=None) for mode in modes}
 
         def tell(mode: Mode, devices: int, trial: Trial) -> None:
-            text = f"{mode}: {devices} devices, TTFT {trial.ttft:.1%}, TPOT {trial.tpot:.1%}"
+            shares = f"TTFT {trial.ttft:.1%}, TPOT {trial.tpot:.1%}, both {trial.both:.1%}"
+            text = f"{mode}: {devices} devices, {shares}"
             progress.update(tasks[mode], advance=1, description=text)
 
         plans = carry_out(searches, num_cores(), tell)
@@ -224,12 +225,12 @@ def plan_values(plan: Plan) -> dict[str, Any]:
 
 def _print_plans(plans: dict[Mode, Plan], target: Target) -> None:
     table = Table(title=f"TTFT {target.ttft:.1%}, TPOT {target.tpot:.1%}", box=None, pad_edge=False)
-    for name in ("MODE", "DEVICES", "TTFT", "TPOT"):
+    for name in ("MODE", "DEVICES", "TTFT", "TPOT", "BOTH"):
         table.add_column(name, justify="left" if name == "MODE" else "right")
     for mode, plan in plans.items():
         trial = plan.chosen
         devices = str(plan.num_devices) if plan.num_devices is not None else f"> {max(plan.trials)}"
-        table.add_row(mode.value, devices, f"{trial.ttft:.2%}", f"{trial.tpot:.2%}")
+        table.add_row(mode.value, devices, f"{trial.ttft:.2%}", f"{trial.tpot:.2%}", f"{trial.both:.2%}")
     Console(stderr=True).print(table)
 
 

@@ -36,6 +36,6 @@ class Housekeeping:
             return
         garbage.while_idle()
         if now >= self._check_due:
+            begin = self._clock()
             self._check()
-            took = self._clock() - now
-            self._check_due = now + max(CHECK_SECONDS, took / CHECK_SHARE)
+            self._check_due = now + max(CHECK_SECONDS, (self._clock() - begin) / CHECK_SHARE)

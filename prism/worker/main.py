@@ -229,6 +229,7 @@ class Process:
                 log.error("unexpected message dropped", extra={"sender": sender})
 
     def _check(self) -> None:
+        """The books, and the device's account beside them."""
         self._worker.check()
         self._worker.memory.look()
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 
+from prism.errors import DriverError
 from prism.types import Bytes, MiB
 from prism.worker.device import Device
 
 log = logging.getLogger(__name__)
 
 MOST_GROWTH = Bytes(256 * MiB)
-"""Since it was told, or was least."""
+"""Since the last warning, or since the least that was seen after it."""
 
 
 class MemoryWatch:
-    """Notices memory that nobody counts: other programs have it, or it is lost."""
+    """Notices memory that nobody counts: other programs have it, the driver has it, or it is lost."""
 
     def __init__(self, device: Device, name: str) -> None:
         self._device = device
@@ -25,8 +26,13 @@ class MemoryWatch:
         As of the last look."""
 
     def look(self) -> None:
-        """Compare both; the log tells when much has come."""
-        unaccounted = self._device.ledger().unaccounted(self._device.driver.memory_info())
+        """Compare both; the log tells when much has come. A device that does not answer fails elsewhere."""
+        try:
+            reported = self._device.driver.memory_info()
+        except DriverError:
+            log.exception("%s: the device does not say how much of its memory is used", self._name)
+            return
+        unaccounted = self._device.ledger().unaccounted(reported)
         self.unaccounted = Bytes(max(0, unaccounted))  # less than counted: pages that nobody has touched
         self._told = self.unaccounted if self._told is None else min(self._told, self.unaccounted)
         growth = self.unaccounted - self._told
@@ -34,7 +40,7 @@ class MemoryWatch:
             self._told = self.unaccounted
             log.warning(
                 "%s: %d MiB of the device are used that nobody counts, %d MiB more than before:"
-                " by another program, or they are lost",
+                " by another program, by the driver for kernels or registered memory, or they are lost",
                 self._name,
                 self.unaccounted // MiB,
                 growth // MiB,

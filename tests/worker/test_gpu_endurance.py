@@ -169,7 +169,7 @@ def random_prompt(length: int, seed: int) -> list[int]:
 
 
 def test_five_hundred_rounds_leave_nothing_behind(paths: dict[str, Path]) -> None:
-    """Activations, evictions and bursts at random: ours of the device's memory is that of the device.
+    """Activations, evictions and bursts at random: our account of the device's memory agrees with its own.
 
     That counts all processes, so nobody else may use the device meanwhile.
     """
@@ -194,10 +194,11 @@ def test_five_hundred_rounds_leave_nothing_behind(paths: dict[str, Path]) -> Non
     evictions = sum(model.num_evictions for model in local.worker.models.values())
     assert evictions > 150
     print([(each - unaccounted[0]) // MiB for each in unaccounted[::20]])
-    settled = Bytes(max(unaccounted[100:200]))  # the context, and kernels, which come as they are used
-    ledger = local.device.ledger()
-    ledger = replace(ledger, reserves={**ledger.reserves, "context and kernels": settled})
-    ledger.check(local.device.driver.memory_info(), Bytes(4 * MiB))
+    settled = max(unaccounted[100:200])  # the context, and kernels, which come as they are used
     assert settled - unaccounted[50] <= 64 * MiB
+    assert max(unaccounted[300:]) - settled <= 4 * MiB
+    ledger = local.device.ledger()
+    ledger = replace(ledger, reserves={**ledger.reserves, "context and kernels": Bytes(settled)})
+    ledger.check(local.device.driver.memory_info(), Bytes(16 * MiB))  # what is counted twice, too
     assert torch.cuda.memory_reserved() <= TORCH_RESERVE // 4
     local.close()

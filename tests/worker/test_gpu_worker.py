@@ -104,7 +104,10 @@ def test_evictions_under_pressure_keep_texts(models: dict) -> None:
 
 
 def test_what_idle_and_evicted_models_hold(models: dict) -> None:
-    """Idle: weights, and a cache that could go at once. Evicted: graphs alone."""
+    """Idle: weights, and a cache that could go at once. Evicted: graphs alone.
+
+    The device's own account counts all processes, so nobody else may use it meanwhile.
+    """
     from tests.support.gpu_worker import gpu_worker, rest
 
     local = gpu_worker({name: path for name, (_, path) in models.items()}, lanes=2)
@@ -122,16 +125,15 @@ def test_what_idle_and_evicted_models_hold(models: dict) -> None:
     serve(0)  # kernels come as they are used
     before = serve(1)
     for model in local.worker.models.values():
-        assert model.kv is not None and model.kv.num_used == 0
-        assert model.kv.num_gatherable >= model.kv.num_slabs - 1
+        assert model.kv is not None and model.kv.num_used == 0 < model.kv.num_cached
         local.worker.evict(model)
     rest(local)
     local.run(rounds=10**3)
     assert pool.num_free == local.device.num_slabs
     graphs = local.device.backend.graph_usage
-    assert 0 < graphs.num_bytes <= graphs.num_graphs * 2**20
+    assert graphs.num_graphs > 0 and graphs.num_bytes <= graphs.num_graphs * 2**20
     after = local.device.ledger().unaccounted(local.device.driver.memory_info())
-    assert abs(after - before) <= 4 * 2**20
+    assert after - before <= 4 * 2**20
     local.close()
 
 

@@ -25,7 +25,8 @@ class Kept:
 
     def idle_for(self, seconds: float) -> None:
         """The loop looks every half second."""
-        for _ in range(round(2 * seconds)):
+        end = self.now + seconds
+        while self.now < end:
             self.housekeeping.idle()
             self.now += 0.5
 
@@ -37,7 +38,12 @@ class Kept:
 def keep(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Kept]:
     def make(check_seconds: float = 0.0) -> Kept:
         kept = Kept(check_seconds)
-        monkeypatch.setattr(garbage, "while_idle", lambda: kept.done.append("garbage"))
+
+        def look() -> None:
+            kept.done.append("garbage")
+            kept.now += 0.0625
+
+        monkeypatch.setattr(garbage, "while_idle", look)
         return kept
 
     return make

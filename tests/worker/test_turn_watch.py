@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import zmq
 
+from prism.memory.driver import MemoryInfo
 from prism.metrics import Metrics
+from prism.types import Bytes, GiB, MiB
+from prism.worker import housekeeping
 from prism.worker.gauges import Gauges
 from prism.worker.main import Process, Sockets, ThreadJobs
 from prism.worker.turn_watch import TurnWatch
@@ -187,3 +190,19 @@ def test_housekeeping_is_told_whether_there_is_time_for_it(
     monkeypatch.setattr(type(turns.worker.requests), "__len__", lambda _: num_waiting)
     turns.run(3, has_more=has_more)
     assert looks == 3 * [told]
+
+
+def test_memory_that_nobody_counts_is_a_metric(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = start()
+    device = turns.worker.device
+    used = device.pool.physical_bytes + 5 * MiB
+    monkeypatch.setattr(device.driver, "memory_info", lambda: MemoryInfo(Bytes(GiB - used), GiB))
+    monkeypatch.setattr(housekeeping, "QUIET_SECONDS", 0.0)
+    turns.run(1, has_more=False)
+    assert f'prism:unaccounted_bytes{{worker="worker-0"}} {float(5 * MiB)!r}' in _numbers(turns)
+
+
+def _numbers(turns: Turns) -> str:
+    """Metrics, with numbers as Python writes them."""
+    lines = (line.rpartition(" ") for line in turns.metrics.text().decode().splitlines() if line[0] != "#")
+    return "\n".join(f"{name} {float(value)!r}" for name, _, value in lines)
