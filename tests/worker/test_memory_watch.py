@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from prism.errors import DriverError
 from prism.memory.driver import MemoryInfo
 from prism.memory.ledger import Ledger
 from prism.types import Bytes, GiB, MiB
@@ -66,6 +67,20 @@ def test_slabs_whose_pages_nobody_has_touched_are_no_memory(caplog: pytest.LogCa
         account.used = Bytes(used)
         watch.look()
         assert watch.unaccounted == 0
+
+
+def test_a_device_that_does_not_answer_is_told_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    account: Any = Account()
+    watch = MemoryWatch(account, "worker-0")
+    account.used = 8 * SLAB + MiB
+    watch.look()
+
+    def fail() -> MemoryInfo:
+        raise DriverError("cuMemGetInfo", "injected")
+
+    account.memory_info = fail
+    watch.look()
+    assert watch.unaccounted == MiB and "does not say how much" in caplog.text
 
 
 @pytest.fixture
