@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from figures import copy_bandwidth
+from figures import copy_bandwidth, replay_ms
 
 from prism.attention.gpu.decode import SCRATCH_BYTES, choose_split, decode_attention
 
 LAYERS, HEADS, KV_HEADS, DIM, TOKENS = 32, 32, 8, 128, 16
-REPLAYS = 20
 
 
 def attention(batch: int, context: int) -> dict[str, Any]:
@@ -49,15 +47,7 @@ def attention(batch: int, context: int) -> dict[str, Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    times = list[float]()
-    for _ in range(REPLAYS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    seconds = statistics.median(times[2:]) / 1e3
+    seconds = replay_ms(graph) / 1e3
     read = batch * context * LAYERS * 2 * KV_HEADS * DIM * 2
     return {
         "batch": batch,

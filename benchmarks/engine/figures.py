@@ -27,6 +27,19 @@ def copy_bandwidth() -> float:
     return 3 * 2 * (4 << 30) / seconds
 
 
+def replay_ms(graph: torch.cuda.CUDAGraph, replays: int = 20) -> float:
+    """Median milliseconds of a graph, after two replays that do not count."""
+    times = list[float]()
+    for _ in range(replays + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[2:])
+
+
 def decode(
     model: LocalModel, batch: int, bandwidth: float, steps: int = 128, **params: Any
 ) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from figures import replay_ms
 from torch import Tensor
 
 MATRICES = {
@@ -25,7 +25,6 @@ MATRICES = {
 """Outputs and inputs: Llama-3-8B, Llama-3.2-1B, Qwen3-14B."""
 TOTAL = 1 << 29
 """Bytes of all copies of a matrix; an H200's cache has 50 MB."""
-REPLAYS = 20
 Pairs = dict[int, tuple[float, float]]
 """Microseconds by number of rows, without a bias and with one."""
 
@@ -39,15 +38,7 @@ def product_us(x: Tensor, weights: Tensor, bias: Tensor | None) -> float:
     with torch.cuda.graph(graph):
         for weight in weights:
             F.linear(x, weight, bias)
-    times = list[float]()
-    for _ in range(REPLAYS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[2:]) / len(weights) * 1e3
+    return replay_ms(graph) / len(weights) * 1e3
 
 
 def measure(shape: str, rows: list[int]) -> dict[str, Pairs]:
