@@ -16,6 +16,7 @@ from llama import SHAPES
 from prism.config import DeviceConfig, ModelConfig
 from prism.engine.engine import Drawn, Engine, EngineRequest
 from prism.engine.kv_blocks import KvSpace
+from prism.engine.step import Step
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.models.decoder import Decoder
 from prism.models.rotary import rotary_table
@@ -136,6 +137,13 @@ class Driven:
     """Steps without prompts: their rows, and the host's time for each."""
 
 
+def next_step(engine: Engine, budget: int) -> Step | None:
+    """With room for it, which caches make."""
+    missing = sum(want.num_blocks for want in engine.scheduler.wants(budget)) - engine.kv.num_free
+    engine.kv.drop_cached(max(0, missing))
+    return engine.schedule(budget)
+
+
 def drive(
     models: list[LocalModel],
     budget: int = 8192,
@@ -166,10 +174,7 @@ def drive(
                     on_drawn(model, drawn, now)
             if len(queue) < depth and model.engine.scheduler.has_work:
                 start = time.perf_counter()
-                engine = model.engine
-                missing = sum(want.num_blocks for want in engine.scheduler.wants(budget)) - engine.kv.num_free
-                engine.kv.drop_cached(max(0, missing))
-                step = engine.schedule(budget)
+                step = next_step(model.engine, budget)
                 if step is not None:
                     flight = model.engine.run(step)
                     around(flight.launch)

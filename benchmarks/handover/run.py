@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from local import ASIDE_SECONDS, LocalModel, open_device, prompt
+from local import ASIDE_SECONDS, LocalModel, next_step, open_device, prompt
 
 from prism.memory.slabs import KvOwner
 from prism.types import Bytes, GiB, RequestId
@@ -49,9 +49,7 @@ class Decoding:
             if engine.commit(self.flights.pop(0)):
                 self.times.append(time.perf_counter())
         if len(self.flights) < 2 and engine.scheduler.has_work:
-            missing = sum(w.num_blocks for w in engine.scheduler.wants(STEP_TOKENS)) - engine.kv.num_free
-            engine.kv.drop_cached(max(0, missing))
-            step = engine.schedule(STEP_TOKENS)
+            step = next_step(engine, STEP_TOKENS)
             if step is not None:
                 self.flights.append(engine.run(step))
                 self.flights[-1].launch()

@@ -6,12 +6,13 @@ A slab passes from owner to owner by accounting alone (slabs.py); only growing a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
 from prism.errors import DriverError, StillMapped
 from prism.memory.driver import Driver, Handle
+from prism.memory.ledger import Ledger
 from prism.memory.slabs import Owner, SlabAccounts
 from prism.types import Address, Bytes, LaneId, SlabId, Stamp
 
@@ -192,6 +193,19 @@ class SlabPool:
         strays, self._stray = self._stray, []
         for stray in strays:
             self._release(stray)
+
+    def ledger(self, graph_bytes: Bytes, reserves: Mapping[str, Bytes]) -> Ledger:
+        """The pool's part of the device's memory, and what its owner counts beside."""
+        return Ledger(
+            slab_bytes=self.slab_bytes,
+            num_slabs=self.num_slabs,
+            num_free=self.num_free,
+            num_retiring=self.num_retiring,
+            slabs_by_owner=self.owners(),
+            pool_bytes=self.physical_bytes,
+            graph_bytes=graph_bytes,
+            reserves=reserves,
+        )
 
     # --- laws and end ------------------------------------------------------------------------------
 

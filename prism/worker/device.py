@@ -209,17 +209,7 @@ class Device:
 
     def ledger(self) -> Ledger:
         """All memory that is counted: the pool's, graphs', torch's."""
-        pool = self.pool
-        return Ledger(
-            slab_bytes=pool.slab_bytes,
-            num_slabs=pool.num_slabs,
-            num_free=pool.num_free,
-            num_retiring=pool.num_retiring,
-            slabs_by_owner=pool.owners(),
-            pool_bytes=pool.physical_bytes,
-            graph_bytes=self.backend.graph_usage.num_bytes,
-            reserves={"torch": self.backend.torch_bytes},
-        )
+        return self.pool.ledger(self.backend.graph_usage.num_bytes, {"torch": self.backend.torch_bytes})
 
     def new_arena(self, size: Bytes) -> Arena:
         """Addresses for one model's weights; no memory yet."""

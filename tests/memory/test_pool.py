@@ -27,14 +27,7 @@ OWNER = KvOwner(ModelId("a"))
 
 
 def ledger(pool: SlabPool) -> Ledger:
-    return Ledger(
-        slab_bytes=pool.slab_bytes,
-        num_slabs=pool.num_slabs,
-        num_free=pool.num_free,
-        num_retiring=pool.num_retiring,
-        slabs_by_owner=pool.owners(),
-        pool_bytes=pool.physical_bytes,
-    )
+    return pool.ledger(Bytes(0), {})
 
 
 def test_slabs_lie_side_by_side_in_one_window() -> None:
