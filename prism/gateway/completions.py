@@ -21,13 +21,13 @@ from prism.errors import WireError
 from prism.gateway.errors import JsonResponse, error_body, error_response
 from prism.gateway.observer import Observer
 from prism.gateway.prepare import parse_body, read_body, slo_of, tokenize
-from prism.gateway.requests import Failed, Request
+from prism.gateway.requests import Request
 from prism.gateway.responses import ChatFormat, CompletionFormat, Format, Head, Usage
 from prism.gateway.sampling import output_limit, sampling_params
 from prism.gateway.schema import CommonRequest
 from prism.gateway.schema_chat import ChatRequest
 from prism.gateway.service import Gateway
-from prism.gateway.streams import Mailbox, Stream
+from prism.gateway.streams import Batch, Mailbox, Stream
 from prism.gateway.texts import Piece
 from prism.gateway.tokenizers import TextModel
 from prism.types import RequestId, Tenant
@@ -127,32 +127,32 @@ class Answer:
         self._watcher = asyncio.create_task(self._watch())
         for number, request in enumerate(self._requests):
             self._open(request, number * self._request.num_choices)
-        pieces = self._mailbox.pieces()
+        batches = self._mailbox.batches()
         if self._request.stream:
-            return await self._respond_stream(pieces)
-        return await self._respond_whole(pieces)
+            return await self._respond_stream(batches)
+        return await self._respond_whole(batches)
 
-    async def _respond_whole(self, pieces: AsyncIterator[Piece | Failed]) -> Response:
-        collected = []
-        async for piece in pieces:
-            if isinstance(piece, Failed):
+    async def _respond_whole(self, batches: AsyncIterator[Batch]) -> Response:
+        collected: list[Piece] = []
+        async for batch in batches:
+            if batch.failure is not None:
                 self.close()
-                return error_response(self._translated(piece.error))
-            collected.append(piece)
+                return error_response(self._translated(batch.failure.error))
+            collected += batch.pieces
         self.close()
         num_choices = len(self._requests) * self._request.num_choices
         whole = self._format.whole(collected, num_choices, self._usage())
         return JsonResponse(whole, headers=self._queue_headers())
 
-    async def _respond_stream(self, pieces: AsyncIterator[Piece | Failed]) -> Response:
-        first = await anext(pieces)
-        if isinstance(first, Failed):
+    async def _respond_stream(self, batches: AsyncIterator[Batch]) -> Response:
+        first = await anext(batches)
+        if first.failure is not None and not first.pieces:
             self.close()
-            return error_response(self._translated(first.error))
+            return error_response(self._translated(first.failure.error))
         self._gateway.http_begun()
         limits = self._gateway.config.limits
         seconds = self._arrival + limits.request_timeout + _LAST_BYTES - self._gateway.clock.now()
-        return EventStream(self._events(first, pieces), self._close_stream, seconds, self._queue_headers())
+        return EventStream(self._events(first, batches), self._close_stream, seconds, self._queue_headers())
 
     def _queue_headers(self) -> dict[str, str]:
         """How long the slowest of its prompts waited, beside its place and the estimate when it came."""
@@ -166,15 +166,18 @@ class Answer:
             "x-prism-estimated-queue-ms": f"{longest.estimated_seconds * 1e3:.0f}",
         }
 
-    async def _events(self, first: Piece, pieces: AsyncIterator[Piece | Failed]) -> AsyncIterator[bytes]:
+    async def _events(self, first: Batch, batches: AsyncIterator[Batch]) -> AsyncIterator[bytes]:
+        """What has come together is sent together, each piece as an event of its own."""
         options = self._request.stream_options
         with_usage = options is not None and bool(options.include_usage)
-        yield self._event(first, with_usage)
-        async for piece in pieces:
-            if isinstance(piece, Failed):
-                yield _event(error_body(self._translated(piece.error)))
+        batch: Batch | None = first
+        while batch is not None:
+            events = [self._event(piece, with_usage) for piece in batch.pieces]
+            if batch.failure is not None:
+                yield b"".join([*events, _event(error_body(self._translated(batch.failure.error)))])
                 return
-            yield self._event(piece, with_usage)
+            yield b"".join(events)
+            batch = await anext(batches, None)
         if with_usage:
             yield _event(self._format.usage_chunk(self._usage()))
         yield b"data: [DONE]\n\n"

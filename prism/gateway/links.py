@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import Protocol
 
 import zmq.asyncio
@@ -36,6 +37,9 @@ from prism.types import Incarnation, WorkerId
 
 WorkerMessage = Outputs | Started | Rejected | Returned | Report
 log = logging.getLogger(__name__)
+
+MOST_READING = 0.005
+"""Seconds for which a worker's messages are read before others have a turn, those who send to clients too."""
 
 
 class Listener(Protocol):
@@ -175,10 +179,15 @@ class ProcessLinks:
                 self._heard.on_routes(envelope.message)
 
     async def _read_worker(self, placement: Placement, socket: zmq.asyncio.Socket) -> None:
+        """Messages that are there are read without a rest: then what they bring goes out together."""
+        rested = monotonic()
         async for envelope in areceive(socket):
             message = envelope.message
             if isinstance(message, WorkerMessage):
                 self._heard.on_worker_message(placement, message)
+            if monotonic() - rested > MOST_READING:
+                await asyncio.sleep(0)
+                rested = monotonic()
 
     @property
     def _heard(self) -> Listener:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 from prism.gateway.observer import Observer
 from prism.gateway.requests import Accepted, Ending, Failed, Finished
@@ -14,33 +14,45 @@ from prism.messages import Started
 from prism.types import FinishReason
 
 
+class Batch(NamedTuple):
+    """What has come together: of a client that reads, or a gateway that sends, more slowly than tokens come."""
+
+    pieces: list[Piece]
+    failure: Failed | None
+    """Behind the pieces; nothing follows."""
+
+
 class Mailbox:
     """Pieces in the order in which they came, until all prompts of an HTTP request have ended."""
 
     def __init__(self, num_requests: int) -> None:
         self._num_open = num_requests
-        self._items: deque[Piece | Failed] = deque()
+        self._pieces: list[Piece] = []
+        self._failure: Failed | None = None
         self._wake = asyncio.Event()
 
     def put(self, item: Piece | Failed | Finished) -> None:
         """Called by sinks."""
-        if not isinstance(item, Piece):
+        if isinstance(item, Piece):
+            self._pieces.append(item)
+        else:
             self._num_open -= 1
-        if not isinstance(item, Finished):
-            self._items.append(item)
+        if isinstance(item, Failed) and self._failure is None:
+            self._failure = item
         self._wake.set()
 
-    async def pieces(self) -> AsyncIterator[Piece | Failed]:
-        """Everything; a failure is the last item."""
-        while self._items or self._num_open:
-            if not self._items:
+    async def batches(self) -> AsyncIterator[Batch]:
+        """Everything, each time all that has come since."""
+        while self._failure is None:
+            if self._pieces:
+                pieces, self._pieces = self._pieces, []
+                yield Batch(pieces, None)
+            elif self._num_open:
                 self._wake.clear()
                 await self._wake.wait()
-                continue
-            item = self._items.popleft()
-            yield item
-            if isinstance(item, Failed):
+            else:
                 return
+        yield Batch(self._pieces, self._failure)
 
 
 class Stream:

@@ -16,6 +16,9 @@ from prism.types import ModelId, ModelState, RequestId
 from prism.worker.on_time import select
 from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, WaitingRequest
 
+LATE_PART = 0.03
+"""Of the tightest TTFT objective, the prompts that late ones may make up in engines. Enough of them for steps
+that use the device well, where objectives are loose: one by one a burst of late ones has half of the tokens."""
 LATE_SHARE = 0.1
 """Of the time that prompts take, the share that late ones are owed while others go first."""
 _AGE = attrgetter("arrival", "request_id")
@@ -59,9 +62,9 @@ def decide(snapshot: AdmissionSnapshot, now: float) -> Admission:
     6. Batch size and memory bound what enters; a request that does not fit holds back those behind it in its
        model, so that small ones cannot starve a large one. An idle model always takes one, and one that is
        stuck one that is older than all it has: memory may be there for that and not for them.
-    7. Prompts enter as long as those in the engines take less than the horizon; a late one only when they
-       hold none, unless it is owed its place: an engine computes in the order of arrival, so whoever comes in
-       time would be behind all late ones that are in there, and late, too.
+    7. Prompts enter as long as those in the engines take less than the horizon; a late one only while they
+       take less than `room_for_late`, unless it is owed its place: an engine computes in the order of
+       arrival, so whoever comes in time is behind all late ones that are in there.
     """
     expired = tuple(Expire(r.request_id) for r in snapshot.waiting if r.expires <= now)  # 1
     waiting: Sequence[WaitingRequest] = snapshot.waiting
@@ -180,13 +183,14 @@ def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Pl
     memory = Memory(snapshot.models.values())
     idle = {name for name, load in open_models.items() if not load.num_sequences}
     stuck = {name: load.stuck for name, load in open_models.items() if load.stuck is not None}
-    work = snapshot.busy
+    work, room_for_late = snapshot.busy, min(snapshot.room_for_late, snapshot.horizon)
     for place in service:
         request = place.request
         model = request.model
         if model not in open_models:
             continue
-        has_room = work <= 0 if place.is_late and not place.is_owed else work < snapshot.horizon
+        is_behind = place.is_late and not place.is_owed
+        has_room = work <= 0 or work < (room_for_late if is_behind else snapshot.horizon)
         fits = request.num_sequences <= places[model] and memory.fits(model, request.num_blocks)  # 6
         is_older = model in stuck and (request.arrival, request.request_id, 0) < stuck[model]
         if model in idle or is_older or (fits and has_room):  # 7
@@ -202,6 +206,15 @@ def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Pl
             del open_models[model]
         if not open_models or (work >= snapshot.horizon and not idle and not stuck):
             return
+
+
+def room_for_late(objectives: Iterable[float]) -> float:
+    """Seconds of prompts beside which a late one may enter, by the TTFT objectives of a device's models.
+
+    Whoever comes next, and is in time, is computed behind them: it loses no more than `LATE_PART` of its
+    objective, and the whole of the last of them.
+    """
+    return LATE_PART * min(objectives, default=0.0)
 
 
 class Memory:

@@ -72,6 +72,8 @@ class AdmissionSnapshot:
     """How much longer a prompt takes beside the decodes that run."""
     horizon: float = float("inf")
     """Seconds of prompts that engines may hold."""
+    room_for_late: float = 0.0
+    """Seconds of prompts that engines may hold when a late one enters; with none it may always."""
     owed_to_late: float = 0.0
     """Seconds that late requests may take before those that are on time."""
     over_share: frozenset[str | None] = frozenset()

@@ -9,6 +9,7 @@ import numpy as np
 
 from prism.engine.kv_layout import KvLayout
 from prism.types import ModelId, ModelState, Rank
+from prism.worker.admission import room_for_late
 from prism.worker.candidates import decodes
 from prism.worker.foresight import GROWTH
 from prism.worker.models import Model
@@ -42,6 +43,7 @@ def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
         busy=_busy(worker, active) if by_deadline else 0.0,
         stretch=_stretch(worker, active) if by_deadline else 1.0,
         horizon=_horizon(worker, active) if by_deadline else float("inf"),
+        room_for_late=room_for_late(model.ttft for model in active),
         owed_to_late=worker.owed_to_late,
         over_share=worker.accounts.over_share,
     )

@@ -26,15 +26,15 @@ LIKELY_SIZES = (1, 8, 2, 4, 16, 32, 64)
 """Captured ahead, in this order: the first ones serve most others too."""
 MOST_PADDING = 4
 """While a size has no graph, a larger one's serves up to so many times the size."""
-DECODES_BESIDE = (8, 32, 128, 256)
+DECODES_BESIDE = (8, 32, 128, 256, 384, 512)
 """Rows of decodes in steps with prompts; few more or less make no difference there."""
-PROMPT_ROWS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536)
+PROMPT_ROWS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 1792, 2048)
 """Prompt tokens of steps that have graphs. None serves another number: what is padded, and with it the last
 bits of results, would depend on what has been captured."""
 MAX_CHUNKS = 8
 """Prompts of such a step; with more it fills the device in any case."""
-LAUNCH_BOUND = 1.2e11
-"""Weights of a layer times tokens up to which a step waits for its launches: 2,000 tokens of a 1B, 550 of an
+LAUNCH_BOUND = 1.3e11
+"""Weights of a layer times tokens up to which a step waits for its launches: 2,100 tokens of a 1B, 600 of an
 8B. Launching a layer takes 0.3 ms or more, in which an H100 multiplies so much (`benchmarks/engine`)."""
 LIKELY_PROMPTS = tuple(
     (beside, rows) for beside in (8, 32) for rows in (128, 512, 256, 32, 384, 64, 768, 1024, 1536)
@@ -94,6 +94,11 @@ def padded_size(batch: int, limit: int) -> int:
 def padded_prompts(num_rows: int, limit: int) -> int | None:
     """The least number of prompt tokens that has graphs and holds these; None beyond the limit."""
     return next((rows for rows in PROMPT_ROWS if num_rows <= rows <= limit), None)
+
+
+def padded_beside(decodes: int, limit: int) -> int | None:
+    """The least number of decode rows that steps with prompts have graphs for; None beyond the limit."""
+    return next((rows for rows in (*DECODES_BESIDE, limit) if decodes <= rows <= limit), None)
 
 
 class Graphs:

@@ -13,6 +13,7 @@ from prism.attention.gpu.kernels import GpuKernels
 from prism.attention.gpu.sampling import draw_random
 from prism.engine.gpu.draw_table import DrawPlaces, DrawTable
 from prism.engine.gpu.flight import Event
+from prism.engine.gpu.graphs import MAX_CHUNKS
 from prism.engine.kv_layout import BLOCK_TOKENS
 from prism.memory.cuda_calls import CudaCalls
 from prism.types import Address, Bytes
@@ -35,6 +36,11 @@ class LaneShape(NamedTuple):
     """Of one step."""
 
     @property
+    def max_rows(self) -> int:
+        """Of one step's logits. A graph of a step with prompts has places for so many of these besides."""
+        return self.max_batch + MAX_CHUNKS
+
+    @property
     def max_entries(self) -> int:
         """Blocks that one step may enter into the tables; those of one sequence always."""
         return max(MAX_ENTRIES, self.max_blocks)
@@ -43,22 +49,23 @@ class LaneShape(NamedTuple):
     def staging_words(self) -> int:
         """Words of 32 bits that a step may bring along.
 
-        Two for each entry, those that its own tokens add included; for each token its id, place and row, and
-        its share of prefill's work list; for each sequence what a draw takes; and the gaps between all these.
+        Two for each entry, those that its own tokens add included; for each token, and each row that pads
+        decodes, its id, place and row, and its share of prefill's work list; for each row of logits what a draw
+        takes; and the gaps between all these.
         """
-        entries = self.max_entries + self.max_tokens // BLOCK_TOKENS.start + self.max_batch
-        return 2 * entries + 4 * self.max_tokens + 32 * self.max_batch + 1024
+        entries = self.max_entries + self.max_tokens // BLOCK_TOKENS.start + self.max_rows
+        return 2 * entries + 4 * (self.max_tokens + self.max_rows) + 32 * self.max_rows + 1024
 
 
 class Buffers:
     """Pinned words for a step's inputs, and for its tokens."""
 
-    def __init__(self, num_words: int, max_batch: int) -> None:
+    def __init__(self, num_words: int, max_rows: int) -> None:
         self._pinned = torch.empty(num_words, dtype=torch.int32, pin_memory=True)
         self.address = Address(self._pinned.data_ptr())
         self.words = self._pinned.numpy()
         """The inputs, to be written."""
-        self.tokens = torch.empty(max_batch, dtype=torch.int32, pin_memory=True)
+        self.tokens = torch.empty(max_rows, dtype=torch.int32, pin_memory=True)
 
 
 class LaneBytes(NamedTuple):
@@ -77,9 +84,9 @@ class LaneBytes(NamedTuple):
         sizes = (
             slots * shape.max_blocks * 4,
             slots * 4,
-            shape.max_batch * shape.max_vocab * 2,
+            shape.max_rows * shape.max_vocab * 2,
             shape.staging_words * 4,
-            shape.max_batch * (1 + 2 * PARTS) * 4,
+            shape.max_rows * (1 + 2 * PARTS) * 4,
         )
         return cls(*(-(-size // 256) * 256 for size in sizes))
 
@@ -108,7 +115,7 @@ class GpuLane:
         self._logits = logits
         words = shape.staging_words
         self.staging = staging.view(torch.int32)[:words]
-        sizes = [shape.max_batch, shape.max_batch * PARTS, shape.max_batch * PARTS]
+        sizes = [shape.max_rows, shape.max_rows * PARTS, shape.max_rows * PARTS]
         self.drawn, best, place = drawn.view(torch.int32)[: sum(sizes)].split(sizes)  # type: ignore[no-untyped-call]
         self._staging_address, self._drawn_address = self.staging.data_ptr(), self.drawn.data_ptr()
         self.best, self.place = best.view(torch.float32).view(-1, PARTS), place.view(-1, PARTS)
@@ -117,9 +124,9 @@ class GpuLane:
             self.tables[0].zero_()
             self.kernels = GpuKernels(device, self.tables, scratch)
         self.draws = DrawTable(slots)
-        self._buffers = [Buffers(words, shape.max_batch) for _ in range(RING)]
+        self._buffers = [Buffers(words, shape.max_rows) for _ in range(RING)]
         self._turn = 0
-        self.apart_buffers = Buffers(words, shape.max_batch)
+        self.apart_buffers = Buffers(words, shape.max_rows)
         """Those of the one step that is launched while others pass it by."""
         self._give_workspaces()
         self._anchor = self._anchored_pool()

@@ -22,13 +22,13 @@ from prism.engine.gpu.columns import DecodeRows, slots_of, stage_columns
 from prism.engine.gpu.draw_table import DrawPlaces
 from prism.engine.gpu.flight import GpuFlight
 from prism.engine.gpu.graphs import (
-    DECODES_BESIDE,
     LAUNCH_BOUND,
     LIKELY_PROMPTS,
     LIKELY_SIZES,
     MAX_CHUNKS,
     Graphs,
     Key,
+    padded_beside,
     padded_prompts,
     padded_size,
 )
@@ -173,7 +173,7 @@ class GpuRunner:
     def _prompt_key(self, decodes: int, prompt_rows: int, longest: int) -> Key | None:
         shape = self.lane.shape
         rows = padded_prompts(prompt_rows, min(self._most_prompt_rows, shape.max_tokens))
-        beside = next((n for n in DECODES_BESIDE if decodes <= n <= shape.max_batch - MAX_CHUNKS), None)
+        beside = padded_beside(decodes, shape.max_rows - MAX_CHUNKS)
         if rows is None or beside is None:
             return None
         return Key(id(self), beside, self._split(beside, longest), rows)

@@ -15,6 +15,7 @@ from prism.engine.gpu.graphs import (
     Graphs,
     Key,
     Wish,
+    padded_beside,
     padded_prompts,
     padded_size,
 )
@@ -44,6 +45,11 @@ def test_likely_sizes_are_sizes() -> None:
 def test_prompts_have_graphs_up_to_a_limit() -> None:
     assert [padded_prompts(n, 512) for n in (1, 32, 33, 400, 512, 513)] == [32, 32, 64, 512, 512, None]
     assert padded_prompts(300, 300) is None, "the next size is larger than any step may be"
+
+
+def test_full_batches_have_graphs_beside_prompts() -> None:
+    assert [padded_beside(n, 256) for n in (0, 8, 9, 129, 256, 257)] == [8, 8, 32, 256, 256, None]
+    assert [padded_beside(n, 60) for n in (33, 60, 61)] == [60, 60, None]
 
 
 class FakeCaptures:
