@@ -1,8 +1,9 @@
 """Activations through the whole server on one NVIDIA GPU: ten models in host memory, few on the device.
 
 Usage: scripts/bench activation [--memory 21GiB] [--output results.json] [--rehearse]
-Two 8B shapes, of which the device holds one at a time, and eight 1B shapes; all weights are random. Prompts
-have 512 tokens. Times are a client's, from sending the request to the first token.
+Two 8B shapes, of which the device holds one at a time, and eight 1B shapes; all weights are random. Then
+a second server, whose device holds two of the 1B shapes at a time. Prompts have 512 tokens. Times are a
+client's, from sending the request to the first token.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import signal
 import statistics
 import subprocess
@@ -26,16 +28,20 @@ from client import stream
 from shapes import write_shape
 
 PORT, ADMIN = 8360, 8361
+FOR_TWO_SMALL = "5300MiB"
+"""Of device memory: weights of two 1B shapes, workspaces, and a little KV."""
 LARGE = ("8b-0", "8b-1")
 SMALL = tuple(f"1b-{i}" for i in range(8))
 
 
-def config(folder: Path, memory: str, *, is_rehearsal: bool) -> Path:
-    """Ten models, none loaded at the start; rehearsals do without those that are never asked for."""
+def config(folder: Path, memory: str, *, is_rehearsal: bool, has_large: bool = True) -> Path:
+    """All models, none loaded at the start, or the small ones; rehearsals do without those nobody asks for."""
     large, small = ("rehearsal",) * 2 if is_rehearsal else ("llama-3-8b", "llama-3.2-1b")
     for name in {large, small}:
         write_shape(name, folder)
-    shapes = dict.fromkeys(LARGE, large) | dict.fromkeys(SMALL[:4] if is_rehearsal else SMALL, small)
+    shapes = dict.fromkeys(SMALL[:4] if is_rehearsal else SMALL, small)
+    if has_large:
+        shapes = dict.fromkeys(LARGE, large) | shapes
     models = [
         {"name": name, "path": str(folder / shape), "load_format": "dummy"} for name, shape in shapes.items()
     ]
@@ -121,11 +127,31 @@ def _spread(times: list[float]) -> dict[str, Any]:
     }
 
 
-async def measure_server(runs: int) -> dict[str, Any]:
-    """`measure` with a client of its own."""
+async def measure_small(client: httpx.AsyncClient, runs: int) -> dict[str, Any]:
+    """1B shapes in turn, more than the device holds: each makes room for the next."""
+    models = SMALL[:4]
+    for model in models:
+        await stream(client, model, 512, 2, 0)
+    before = evictions()
+    times = [(await stream(client, models[turn % 4], 512, 2, 10 + turn))["ttft"] for turn in range(runs)]
+    return {
+        "1b_while_another_1b_leaves_s": _spread(times),
+        "evictions_for_that": evictions() - before,
+    }
+
+
+def evictions() -> int:
+    """Of all models so far."""
+    text = httpx.get(f"http://127.0.0.1:{PORT}/metrics").text
+    return sum(int(float(n)) for n in re.findall(r"prism:evictions_total\{[^}]*\} ([0-9.]+)", text))
+
+
+async def with_client(measured: Any, runs: int) -> dict[str, Any]:
+    """`measure` or `measure_small` with a client of its own."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", limits=limits) as client:
-        return await measure(client, runs)
+        figures: dict[str, Any] = await measured(client, runs)
+        return figures
 
 
 def link_bandwidth() -> float:
@@ -144,6 +170,26 @@ def link_bandwidth() -> float:
     return source.numel() / min(times)
 
 
+def with_server(path: Path, log: Path, measured: Any, runs: int, registered: float) -> dict[str, Any]:
+    """Start, wait until so many bytes are registered, measure, stop."""
+    command = [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(path)]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, stderr=stderr)
+    try:
+        result: dict[str, Any] = {"start_to_healthy_s": wait_for(is_healthy, process, 120)}
+        if registered:
+            seconds = wait_for(lambda: registered_bytes() >= 0.99 * registered, process, 240)
+            result["healthy_to_all_registered_s"] = seconds
+            result["registered_gb"] = registered_bytes() / 1e9
+        return result | asyncio.run(with_client(measured, runs))
+    except BaseException:
+        print(log.read_text()[-6000:])
+        raise
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
 def main() -> None:
     """Runs everything and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -152,31 +198,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU: tests this script")
     options = parser.parse_args()
+    is_rehearsal = options.rehearse
     with tempfile.TemporaryDirectory() as name:
-        path = config(Path(name), options.memory, is_rehearsal=options.rehearse)
-        log = Path(name) / "log"
-        command = [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(path)]
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(command, stderr=stderr)
-        try:
-            result: dict[str, Any] = {"start_to_healthy_s": wait_for(is_healthy, process, 120)}
-            if not options.rehearse:
-                total = 2 * 15.9e9 + 8 * 2.4e9
-                registered = wait_for(lambda: registered_bytes() >= 0.99 * total, process, 240)
-                result["healthy_to_all_registered_s"] = registered
-                result["registered_gb"] = registered_bytes() / 1e9
-            result |= asyncio.run(measure_server(options.runs))
-        except BaseException:
-            print(log.read_text()[-6000:])
-            raise
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+        folder = Path(name)
+        log = folder / "log"
+        path = config(folder, options.memory, is_rehearsal=is_rehearsal)
+        result = with_server(path, log, measure, options.runs, 0 if is_rehearsal else 2 * 15.9e9 + 8 * 2.4e9)
         kept = (" active after ", " is up", " is packed")
         lines = [line for line in log.read_text().splitlines() if any(text in line for text in kept)]
         result["log"] = lines[:14] + lines[-14:]
-    if not options.rehearse:
-        result["link_gb_per_s"] = round(link_bandwidth() / 1e9, 1)
+        if not is_rehearsal:
+            path = config(folder, FOR_TWO_SMALL, is_rehearsal=False, has_large=False)
+            small = with_server(path, log, measure_small, 2 * options.runs, 8 * 2.4e9)
+            result |= {key: value for key, value in small.items() if key not in result}
+            result["link_gb_per_s"] = round(link_bandwidth() / 1e9, 1)
     text = json.dumps(result, indent=2)
     print(text)
     if options.output:

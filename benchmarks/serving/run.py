@@ -1,10 +1,10 @@
-"""One model through the whole server on one NVIDIA GPU: decodes, and many requests at once, all of them streams.
+"""One model through the whole server on one NVIDIA GPU: decodes, and many requests at once, all streams.
 
 Usage: scripts/bench serving [--shapes 8b,1b] [--gateways 1,4] [--batches 1,8,64] [--output results.json]
-       [--watch FOLDER] [--rehearse]
+       [--batch 256] [--tokens 2048] [--requests 1000] [--rehearse]
 
-The counterpart of ../engine: the same shapes, lengths and steps, with gateway, worker, messages and HTTP between.
-The client is that of `prism bench`. --watch has py-spy sample worker and gateway meanwhile.
+The counterpart of ../engine: the same shapes and lengths, with gateway, worker, messages and HTTP in between.
+The client is that of `prism bench`.
 """
 
 from __future__ import annotations
@@ -105,33 +105,6 @@ async def measure(batches: list[int], requests: int, scale: int) -> dict[str, An
     return result
 
 
-def children(process: int) -> dict[str, int]:
-    """Process ids of the server's worker and first gateway, by their command lines."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        for role in ("worker", "gateway"):
-            if any(word == f"{role}-0".encode() for word in words):
-                found[role] = int(path.name)
-    return found
-
-
-def watch(process: int, folder: Path, label: str, seconds: int) -> list[subprocess.Popen[bytes]]:
-    """Samples of where the server's processes are."""
-    return [
-        subprocess.Popen(
-            ["py-spy", "record", "-r", "500", "-d", str(seconds), "-f", "raw", "-p", str(pid)]
-            + ["-o", str(folder / f"{label}-{role}.txt")],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for role, pid in children(process).items()
-    ]
-
-
 def serve(config: Path, log: Path) -> subprocess.Popen[bytes]:
     """A server whose model is loaded."""
     command = [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(config)]
@@ -154,19 +127,13 @@ def one_server(shape: str, gateways: int, options: argparse.Namespace, folder: P
     steps = {"max_batch_size": options.batch, "max_batch_tokens": options.tokens}
     process = serve(write_config(shape, gateways, folder, steps), log)
     scale = 16 if shape == "rehearsal" else 1
-    watchers = []
     try:
         asyncio.run(send(1, 64, 2, 999))
-        if options.watch:
-            watchers = watch(process.pid, options.watch, f"{shape}-{gateways}", 40)
         return asyncio.run(measure(options.batches, options.requests, scale))
     except BaseException:
         print(log.read_text()[-4000:])
         raise
     finally:
-        for watcher in watchers:
-            watcher.send_signal(signal.SIGINT)
-            watcher.wait(30)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
 
@@ -176,11 +143,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default="8b,1b", type=lambda text: text.split(","))
     parser.add_argument("--gateways", default="1", type=lambda text: [int(n) for n in text.split(",")])
-    parser.add_argument("--batches", default="1,8,64", type=lambda text: [int(n) for n in text.split(",") if n])
+    parser.add_argument(
+        "--batches", default="1,8,64", type=lambda text: [int(n) for n in text.split(",") if n]
+    )
     parser.add_argument("--batch", type=int, default=256, help="sequences of a step at most")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a step at most")
     parser.add_argument("--requests", type=int, default=1000, help="of 512 tokens in, 256 out, all at once")
-    parser.add_argument("--watch", type=Path, help="a folder for py-spy's samples")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rehearse", action="store_true", help="a tiny shape on the CPU: tests this script")
     options = parser.parse_args()

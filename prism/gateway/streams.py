@@ -15,7 +15,7 @@ from prism.types import FinishReason
 
 
 class Batch(NamedTuple):
-    """What has come together: of a client that reads, or a gateway that sends, more slowly than tokens come."""
+    """What has come together: more than a piece if the client reads, or the gateway sends, too slowly."""
 
     pieces: list[Piece]
     failure: Failed | None

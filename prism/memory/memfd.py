@@ -6,7 +6,6 @@ Thin calls of the C library that Python's own modules lack. All raise `OSError` 
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
 
@@ -20,7 +19,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000  # Python 3.11 names none of them
-_POPULATE_READ, _POPULATE_WRITE = 22, 23  # Linux 5.14
+_POPULATE_READ, _POPULATE_WRITE = 22, 23
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
 _NOWHERE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
@@ -70,11 +69,11 @@ def unmap_file(address: Address, size: Bytes) -> None:
 
 
 def touch(address: Address, size: Bytes, *, writable: bool) -> None:
-    """Have each page of a mapping looked up now. Linux before 5.14 leaves that to the first use of each."""
-    if _libc.madvise(address, size, _POPULATE_WRITE if writable else _POPULATE_READ) != 0:
-        error = _error()
-        if error.errno != errno.EINVAL:
-            raise error
+    """Have all pages of a mapping looked up at once, instead of each one when it is first used.
+
+    Where that fails, on Linux before 5.14 in any case, it is left to their first use.
+    """
+    _libc.madvise(address, size, _POPULATE_WRITE if writable else _POPULATE_READ)
 
 
 def _mmap(address: Address | None, size: Bytes, protection: int, flags: int, fd: int, offset: int) -> Address:

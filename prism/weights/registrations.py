@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from prism.errors import DriverError, HostMemoryError
+from prism.memory import memfd
 from prism.types import Address, Bytes, MiB, ModelId
 from prism.weights.client import PackedWeights
 
 log = logging.getLogger(__name__)
 
 REGISTER_BYTES = Bytes(16 * MiB)
-"""Registered at once, in 0.7 ms: meanwhile nobody else gets into the driver or changes the address space."""
+"""Registered at once, in a millisecond: meanwhile nobody else gets into the driver or changes the address
+space. Of pages that have not been touched it takes 3 ms, of new ones 6 to 8."""
 PAUSE = 1.0
 """Seconds of rest for each second of work: without any, launches of the loop waited for 50 ms on an H200."""
 
@@ -277,6 +279,7 @@ class Registrations:
     def _register(self, entry: _Entry) -> None:
         size = self._chunk(entry)
         address = Address(entry.loan.address + entry.registered)
+        memfd.touch(address, size, writable=False)
         try:
             self._pinner.register_host(address, size, read_only=not self._maps_writable)
         except DriverError as error:

@@ -115,8 +115,9 @@ def _register(pinner: Pinner, address: Address, size: Bytes) -> None:
     try:
         for begin in _pieces(size):
             start = time.monotonic()
-            place = Address(address + begin)
-            pinner.register_host(place, Bytes(min(REGISTER_BYTES, size - begin)))
+            place, length = Address(address + begin), Bytes(min(REGISTER_BYTES, size - begin))
+            memfd.touch(place, length, writable=True)
+            pinner.register_host(place, length)
             done.append(place)
             time.sleep(PAUSE * (time.monotonic() - start))
     except DriverError:

@@ -68,7 +68,7 @@ log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.5
 MOST_READING = 0.002
-"""Seconds for which requests are taken in before steps have a turn: a thousand that come at once take 0.2 s."""
+"""Seconds for which requests are taken in before steps have a turn: a thousand at once take 0.2 s."""
 
 
 class ThreadJobs:

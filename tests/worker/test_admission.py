@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism.types import ModelId, ModelState, RequestId
-from prism.worker.admission import LATE_SHARE, AdmissionDecision, Admit, Expire, decide
+from prism.worker.admission import LATE_SHARE, AdmissionDecision, Admit, Expire, decide, room_for_late
 from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, WaitingRequest
 
 A, B = ModelId("a"), ModelId("b")
@@ -142,6 +142,17 @@ def test_late_ones_enter_when_engines_hold_nothing() -> None:
     assert decisions(replace(base, busy=0.1), 5.0) == ()
     owed = replace(base, busy=0.1, owed_to_late=0.5)
     assert decisions(owed, 5.0) == (Admit(RequestId("l0"), is_late=True),), "its share is its own"
+
+
+def test_late_ones_enter_in_groups_where_objectives_are_loose() -> None:
+    """One by one a burst of them had half of the tokens that its device could compute."""
+    late = [waiting(f"l{i}", deadline=1.0, seconds=0.02) for i in range(9)]
+    snap = replace(snapshot(*late, num_sequences=1), horizon=10.0, room_for_late=room_for_late([2.0, 5.0]))
+    assert [len(decisions(replace(snap, busy=busy), 5.0)) for busy in (0.0, 0.03, 0.06)] == [3, 2, 0]
+    assert len(decisions(replace(snap, horizon=0.03), 5.0)) == 2, "no more than prompts in time"
+    tight = replace(snap, room_for_late=room_for_late([2.0, 0.1]))
+    assert len(decisions(tight, 5.0)) == 1
+    assert room_for_late([]) == 0.0
 
 
 def test_engines_hold_no_more_than_the_horizon() -> None:

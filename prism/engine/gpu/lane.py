@@ -50,8 +50,8 @@ class LaneShape(NamedTuple):
         """Words of 32 bits that a step may bring along.
 
         Two for each entry, those that its own tokens add included; for each token, and each row that pads
-        decodes, its id, place and row, and its share of prefill's work list; for each row of logits what a draw
-        takes; and the gaps between all these.
+        decodes, its id, place and row, and its share of prefill's work list; for each row of logits what a
+        draw takes; and the gaps between all these.
         """
         entries = self.max_entries + self.max_tokens // BLOCK_TOKENS.start + self.max_rows
         return 2 * entries + 4 * (self.max_tokens + self.max_rows) + 32 * self.max_rows + 1024

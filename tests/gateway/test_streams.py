@@ -1,0 +1,52 @@
+"""What waits in a mailbox comes out together."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from prism.errors import EngineFailure
+from prism.gateway.requests import Failed, Finished
+from prism.gateway.streams import Batch, Mailbox
+from prism.gateway.texts import Piece
+from prism.types import FinishReason
+
+pytestmark = pytest.mark.anyio
+
+
+def piece(text: str, finish: FinishReason | None = None) -> Piece:
+    return Piece(0, text, (), finish)
+
+
+async def test_what_has_come_meanwhile_is_one_batch() -> None:
+    mailbox = Mailbox(1)
+    batches = mailbox.batches()
+    mailbox.put(piece("a"))
+    assert await anext(batches) == Batch([piece("a")], None)
+    waiting = asyncio.ensure_future(anext(batches))
+    await asyncio.sleep(0)
+    for text in "bcd":
+        mailbox.put(piece(text))
+    assert await waiting == Batch([piece("b"), piece("c"), piece("d")], None)
+    mailbox.put(piece("e", FinishReason.STOP))
+    mailbox.put(Finished())
+    assert [batch async for batch in batches] == [Batch([piece("e", FinishReason.STOP)], None)]
+
+
+async def test_a_failure_comes_behind_what_was_said_before_and_nothing_after_it() -> None:
+    mailbox = Mailbox(2)
+    first, second = (Failed(EngineFailure(text).wire()) for text in ("first", "second"))
+    mailbox.put(piece("a"))
+    mailbox.put(first)
+    mailbox.put(second)
+    assert [batch async for batch in mailbox.batches()] == [Batch([piece("a")], first)]
+
+
+async def test_a_failure_wakes_who_waits() -> None:
+    mailbox = Mailbox(2)
+    waiting = asyncio.ensure_future(anext(mailbox.batches()))
+    await asyncio.sleep(0)
+    failed = Failed(EngineFailure("gone").wire())
+    mailbox.put(failed)
+    assert await waiting == Batch([], failed)
