@@ -96,21 +96,11 @@ def engine() -> Figure:
 
 
 def _side_by_side(axis: Axes) -> None:
-    models = (("2 x 8b", "2-8b", 2), ("4 x 1b", "4-1b", 4))
-    series = {}
-    for label, color in (
-        ("a process each", GREY),
-        ("one process, 1 lane", GREEN),
-        ("one process, a lane each", BLUE),
-    ):
-        values = []
-        for _, name, count in models:
-            lanes = 1 if "1 lane" in label else count
-            file, key = (f"together-{name}-lanes-{lanes}", "together")
-            if label.startswith("a process"):
-                file, key = f"processes-{name}", "processes"
-            values.append(read("engine", f"results-h200-{file}.json")[key][0]["tok_s"])
-        series[label] = (values, color)
+    pairs = [read("engine", f"results-h200-pairs-{name}.json") for name in ("2-8b", "4-1b")]
+    series = {
+        "a process each": ([pair["processes"][0]["tok_s"] for pair in pairs], GREY),
+        "one process, a lane each": ([pair["together"][0]["tok_s"] for pair in pairs], BLUE),
+    }
     bars(axis, ["2 x 8B", "4 x 1B"], series, ",.0f")
     axis.set(title="models side by side,\nbatch 4 each", xlabel="output tokens/s, all together")
     axis.legend(fontsize=8, frameon=False)
@@ -122,7 +112,8 @@ def activation() -> Figure:
     made, (client, phases) = figure(f"Activations through the whole server, {H200}, bf16", (5.6, 4.6))
     cases = {
         "8B while another 8B leaves": "8b_while_another_8b_leaves_s",
-        "1B after an eviction": "1b_evicted_s",
+        "1B, unloaded before": "1b_evicted_s",
+        "1B while another 1B leaves,\nor still there": "1b_while_another_1b_leaves_s",
         "each of four 1B at once": "four_1b_at_once_s",
         "8B while loaded": "8b_loaded_s",
         "1B while loaded": "1b_loaded_s",
@@ -168,19 +159,23 @@ def _phases(axis: Axes, log: Sequence[str]) -> None:
 def handover() -> Figure:
     made, (loop, gaps) = figure(f"10 GiB of KV pass to another model, {H200}", (3.8, 5.6))
     found = read("handover", "results-h200.json")
-    ways = {"in steps of 32 slabs": found["in_steps"], "all at once": found["at_once"]}
-    colors = dict(zip(ways, (BLUE, GREY), strict=True))
+    ways = {
+        "in steps of 32 slabs": found["in_steps"],
+        "the same, to a model that decodes": found["to_busy_in_steps"],
+        "all at once": found["at_once"],
+    }
+    colors = dict(zip(ways, (BLUE, ORANGE, GREY), strict=True))
     kinds = ("median", "worst")
     times = {
         label: ([way["handover_ms"][kind] for kind in kinds], colors[label]) for label, way in ways.items()
     }
     bars(loop, kinds, times, ".2f")
     loop.set(title="time of the loop", xlabel="milliseconds")
-    before = [found["neighbour_gap_ms"][kind] for kind in kinds]
-    around = {
-        label: ([*before, *(way["neighbour_worst_gap_around_ms"][kind] for kind in kinds)], colors[label])
-        for label, way in ways.items()
-    }
+    around = {}
+    for label, way in ways.items():
+        before = way.get("neighbour_worst_gap_before_ms", found["neighbour_gap_ms"])
+        gaps_of = (before, way["neighbour_worst_gap_around_ms"])
+        around[label] = ([gap[kind] for gap in gaps_of for kind in kinds], colors[label])
     bars(
         gaps,
         ["before, median", "before, worst", "largest around one,\nmedian", "largest around one,\nworst"],
@@ -231,23 +226,54 @@ def sharing() -> Figure:
 
 
 def fp8() -> Figure:
-    results = read("fp8", "results-h200-activation.json")
-    made, axes = figure(f"fp8 weights beside bf16, {H200}, random weights", (3.3, 3.3, 3.3))
-    for axis, (key, title, unit) in zip(
-        axes,
-        (
-            ("weights_gb", "weights", "GB"),
-            ("activation_s", "activation", "seconds"),
-            ("packing_s", "packing, once, in host memory", "seconds"),
-        ),
-        strict=True,
-    ):
-        values = {
-            name: [results[f"activation_{shape}"][name][key] for shape in SHAPES] for name in ("none", "fp8")
+    results = read("fp8", "results-h200.json")
+    made, axes = figure(f"fp8 weights beside bf16, {H200}, random weights", (2.9, 2.9, 2.9, 2.9))
+    cases: tuple[tuple[str, str, Callable[[str, str], float]], ...] = (
+        ("weights", "GB", lambda shape, name: results[f"activation_{shape}"][name]["weights_gb"]),
+        ("activation", "seconds", lambda shape, name: results[f"activation_{shape}"][name]["activation_s"]),
+        ("decode step, one row", "milliseconds", lambda *of: _fp8_steps(results, *of)["decode_1"]["step_ms"]),
+        ("prompt of 4,000", "milliseconds", lambda *of: _fp8_steps(results, *of)["prompt_4000"]["ttft_ms"]),
+    )
+    for axis, (title, unit, value) in zip(axes, cases, strict=True):
+        series = {
+            label: ([value(shape, name) for shape in SHAPES], color)
+            for label, name, color in (("bf16", "none", GREY), ("fp8", "fp8", BLUE))
         }
-        bars(axis, ["8B", "1B"], {"bf16": (values["none"], GREY), "fp8": (values["fp8"], BLUE)}, ".3g")
+        bars(axis, ["8B", "1B"], series, ".3g")
         axis.set(title=title, xlabel=unit)
     legend(made, axes[0])
+    return made
+
+
+def _fp8_steps(results: Any, shape: str, name: str) -> Any:
+    return results[f"steps_{shape}"][name]
+
+
+def serving() -> Figure:
+    alone = read("engine", "results-h200-slow-host.json")
+    made, (large, small) = figure(f"1,000 requests, 512 in, 256 out, all at once, {H200}", (4.2, 4.2))
+    now = {
+        shape: {run["gateways"]: run for run in read("serving", f"results-h200-{shape}.json")}
+        for shape in SHAPES
+    }
+    before = {
+        shape: {run["gateways"]: run for run in read("serving", f"results-h200-before-{shape}.json")}
+        for shape in SHAPES
+    }
+    for axis, shape in ((large, "8b"), (small, "1b")):
+        rows = {"engine alone": alone[f"offline_{shape}"][0]["output_tok_s"]}
+        rows |= {
+            f"server, {n} gateways": run["offline"]["output_tok_s"] for n, run in sorted(now[shape].items())
+        }
+        rows |= {
+            f"before, {n} gateways, another machine": run["offline"]["output_tok_s"]
+            for n, run in sorted(before[shape].items())
+        }
+        names = [name.replace("1 gateways", "1 gateway") for name in rows]
+        bars(axis, names, {"": (list(rows.values()), BLUE)}, ",.0f")
+        axis.set(title=SHAPES[shape], xlabel="output tokens/s", xlim=(0, 1.25 * max(rows.values())))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_major_locator(MaxNLocator(3))
     return made
 
 
@@ -298,6 +324,7 @@ PLOTS: dict[str, Callable[[], Figure]] = {
     "engine": engine,
     "activation": activation,
     "handover": handover,
+    "serving": serving,
     "elastic": elastic,
     "sharing": sharing,
     "fp8": fp8,
