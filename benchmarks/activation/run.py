@@ -35,7 +35,7 @@ SMALL = tuple(f"1b-{i}" for i in range(8))
 
 
 def config(folder: Path, memory: str, *, is_rehearsal: bool, has_large: bool = True) -> Path:
-    """All models, none loaded at the start, or the small ones; rehearsals do without those nobody asks for."""
+    """All models, or the small ones, none loaded at the start; rehearsals have only those asked for."""
     large, small = ("rehearsal",) * 2 if is_rehearsal else ("llama-3-8b", "llama-3.2-1b")
     for name in {large, small}:
         write_shape(name, folder)

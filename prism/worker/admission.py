@@ -18,7 +18,7 @@ from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, WaitingRequest
 
 LATE_PART = 0.03
 """Of the tightest TTFT objective, the prompts beside which a late one may enter. Where objectives are loose
-that makes steps which use the device well: one by one a burst of late ones has three quarters of the tokens."""
+that makes steps which use the device well: one by one, a burst has three quarters of the tokens."""
 LATE_SHARE = 0.1
 """Of the time that prompts take, the share that late ones are owed while others go first."""
 _AGE = attrgetter("arrival", "request_id")
