@@ -112,7 +112,7 @@ def spread(gaps: list[float]) -> dict[str, float]:
 
 
 def captured(device: Any, c: Decoding, b: LocalModel, runs: int, seconds: float) -> dict[str, Any]:
-    """C's gaps while all likely graphs of B are captured, again and again."""
+    """C's gaps while all likely graphs of B are captured, so many times."""
     runner = b.engine.runner
     assert isinstance(runner, GpuRunner)
     gaps, slices, spans, graphs = [], [], [], 0
@@ -183,7 +183,7 @@ def main() -> None:
     go_on(c)
     c.run(after(1.0), aside.work)
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "alone": spread(c.run(after(1.5)))}
-    captured(device, c, b, 1, SLICE_SECONDS)
+    result["captured_first"] = captured(device, c, b, 1, SLICE_SECONDS)
     result["captured_in_slices"] = captured(device, c, b, options.runs, SLICE_SECONDS)
     result["first_replays_ms"] = first_replays(b)
     result["graph_usage"] = device.backend.graph_usage._asdict()
