@@ -12,9 +12,7 @@ import argparse
 import asyncio
 import json
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
 from client import stream
+from running import is_healthy, running
 from shapes import write_shape
 
 PORT, ADMIN = 8360, 8361
@@ -56,24 +55,6 @@ def config(folder: Path, memory: str, *, is_rehearsal: bool, has_large: bool = T
     }
     path.write_text(json.dumps(settings))
     return path
-
-
-def wait_for(is_done: Any, process: subprocess.Popen[bytes], seconds: float) -> float:
-    """Seconds until it is."""
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds and process.poll() is None:
-        try:
-            if is_done():
-                return time.perf_counter() - begin
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.02)
-    raise SystemExit("the server does not get that far")
-
-
-def is_healthy() -> bool:
-    """Requests are accepted."""
-    return httpx.get(f"http://127.0.0.1:{PORT}/health").status_code == 200
 
 
 def registered_bytes() -> int:
@@ -172,22 +153,14 @@ def link_bandwidth() -> float:
 
 def with_server(path: Path, log: Path, measured: Any, runs: int, registered: float) -> dict[str, Any]:
     """Start, wait until so many bytes are registered, measure, stop."""
-    command = [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(path)]
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(command, stderr=stderr)
-    try:
-        result: dict[str, Any] = {"start_to_healthy_s": wait_for(is_healthy, process, 120)}
+    with running(path, log) as server:
+        healthy = server.wait_for(lambda: is_healthy(PORT), 120)
+        result: dict[str, Any] = {"start_to_healthy_s": healthy}
         if registered:
-            seconds = wait_for(lambda: registered_bytes() >= 0.99 * registered, process, 240)
-            result["healthy_to_all_registered_s"] = seconds
+            seconds = server.wait_for(lambda: registered_bytes() >= 0.99 * registered, 240)
+            result["healthy_to_all_registered_s"] = seconds - healthy
             result["registered_gb"] = registered_bytes() / 1e9
         return result | asyncio.run(with_client(measured, runs))
-    except BaseException:
-        print(log.read_text()[-6000:])
-        raise
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 def main() -> None:

@@ -9,17 +9,14 @@ import argparse
 import asyncio
 import json
 import re
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 from client import stream
+from running import is_healthy, running
 from shapes import write_shape
 
 HERE = Path(__file__).parent
@@ -89,8 +86,8 @@ async def handover(client: httpx.AsyncClient, scale: int) -> dict[str, Any]:
     }
 
 
-def serve(folder: Path, memory: str, is_rehearsal: bool) -> tuple[subprocess.Popen[bytes], Path, float]:
-    """Starts the server; its process, its log and the seconds until it was healthy."""
+def write_config(folder: Path, memory: str, is_rehearsal: bool) -> Path:
+    """Both models, with their directories."""
     large, small = ("rehearsal",) * 2 if is_rehearsal else ("llama-3-8b", "llama-3.2-1b")
     for name in {large, small}:
         write_shape(name, folder)
@@ -98,20 +95,7 @@ def serve(folder: Path, memory: str, is_rehearsal: bool) -> tuple[subprocess.Pop
     device = "kind: cpu, threads: 1" if is_rehearsal else "kind: cuda"
     text = CONFIG.format(memory=memory, device=device, large=large, small=small, port=PORT, admin=ADMIN)
     config.write_text(text)
-    log = folder / "log"
-    begin = time.perf_counter()
-    command = [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(config)]
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(command, stderr=stderr)
-    while time.perf_counter() - begin < 300 and process.poll() is None:
-        try:
-            if httpx.get(f"http://127.0.0.1:{PORT}/health").status_code == 200:
-                return process, log, time.perf_counter() - begin
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.1)
-    print(log.read_text()[-5000:])
-    raise SystemExit("the server did not come up")
+    return config
 
 
 async def measure_server(log: Path, scale: int) -> dict[str, Any]:
@@ -129,15 +113,11 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU: tests this script")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        process, log, healthy = serve(Path(name), options.memory, options.rehearse)
-        try:
+        folder = Path(name)
+        log = folder / "log"
+        with running(write_config(folder, options.memory, options.rehearse), log) as server:
+            healthy = server.wait_for(lambda: is_healthy(PORT), 300)
             result = asyncio.run(measure_server(log, 20 if options.rehearse else 1))
-        except BaseException:
-            print(log.read_text()[-6000:])
-            raise
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
     result["start_to_healthy_s"] = healthy
     text = json.dumps(result, indent=2)
     print(text)

@@ -12,15 +12,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from prism.bench.outcomes import Record
 from prism.bench.replay import Replay
@@ -29,6 +24,7 @@ from prism.bench.wire import Style, encode_all
 from prism.bench.workload import Planned
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
+from running import is_healthy, running
 from shapes import write_shape
 
 PORT = 8370
@@ -105,37 +101,14 @@ async def measure(batches: list[int], requests: int, scale: int) -> dict[str, An
     return result
 
 
-def serve(config: Path, log: Path) -> subprocess.Popen[bytes]:
-    """A server whose model is loaded."""
-    command = [sys.executable, "-c", "from prism.cli.main import main; main()", "serve", str(config)]
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(command, stderr=stderr)
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < 120 and process.poll() is None:
-        try:
-            if httpx.get(f"{URL}/health").status_code == 200:
-                return process
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.1)
-    raise SystemExit(f"the server does not come up:\n{log.read_text()[-4000:]}")
-
-
 def one_server(shape: str, gateways: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Start, measure, stop."""
-    log = folder / "log"
     steps = {"max_batch_size": options.batch, "max_batch_tokens": options.tokens}
-    process = serve(write_config(shape, gateways, folder, steps), log)
     scale = 16 if shape == "rehearsal" else 1
-    try:
+    with running(write_config(shape, gateways, folder, steps), folder / "log") as server:
+        server.wait_for(lambda: is_healthy(PORT), 120)
         asyncio.run(send(1, 64, 2, 999))
         return asyncio.run(measure(options.batches, options.requests, scale))
-    except BaseException:
-        print(log.read_text()[-4000:])
-        raise
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 def main() -> None:
