@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from running import is_healthy, running
 from shapes import write_shape
 
 PORT, ADMIN = 8360, 8361
+Measured = Callable[[httpx.AsyncClient, int], Awaitable[dict[str, Any]]]
 FOR_TWO_SMALL = "5300MiB"
 """Of device memory: weights of two 1B shapes, workspaces, and a little KV."""
 LARGE = ("8b-0", "8b-1")
@@ -127,12 +129,11 @@ def evictions() -> int:
     return sum(int(float(n)) for n in re.findall(r"prism:evictions_total\{[^}]*\} ([0-9.]+)", text))
 
 
-async def with_client(measured: Any, runs: int) -> dict[str, Any]:
+async def with_client(measured: Measured, runs: int) -> dict[str, Any]:
     """`measure` or `measure_small` with a client of its own."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", limits=limits) as client:
-        figures: dict[str, Any] = await measured(client, runs)
-        return figures
+        return await measured(client, runs)
 
 
 def link_bandwidth() -> float:
@@ -151,7 +152,7 @@ def link_bandwidth() -> float:
     return source.numel() / min(times)
 
 
-def with_server(path: Path, log: Path, measured: Any, runs: int, registered: float) -> dict[str, Any]:
+def with_server(path: Path, log: Path, measured: Measured, runs: int, registered: float) -> dict[str, Any]:
     """Start, wait until so many bytes are registered, measure, stop."""
     with running(path, log) as server:
         healthy = server.wait_for(lambda: is_healthy(PORT), 120)
@@ -180,10 +181,11 @@ def main() -> None:
         kept = (" active after ", " is up", " is packed")
         lines = [line for line in log.read_text().splitlines() if any(text in line for text in kept)]
         result["log"] = lines[:14] + lines[-14:]
+        print(json.dumps(result), flush=True)
+        path = config(folder, FOR_TWO_SMALL, is_rehearsal=is_rehearsal, has_large=False)
+        small = with_server(path, log, measure_small, 2 * options.runs, 0 if is_rehearsal else 8 * 2.4e9)
+        result |= {key: value for key, value in small.items() if key not in result}
         if not is_rehearsal:
-            path = config(folder, FOR_TWO_SMALL, is_rehearsal=False, has_large=False)
-            small = with_server(path, log, measure_small, 2 * options.runs, 8 * 2.4e9)
-            result |= {key: value for key, value in small.items() if key not in result}
             result["link_gb_per_s"] = round(link_bandwidth() / 1e9, 1)
     text = json.dumps(result, indent=2)
     print(text)

@@ -14,6 +14,7 @@ import asyncio
 import json
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,20 @@ async def send(count: int, prompt: int, output: int, seed: int) -> tuple[list[Re
 
 
 def steady_step(records: list[Record]) -> dict[str, Any]:
-    """From when the last stream has begun to when the first one ends, all of them decode."""
+    """From when the last stream has begun to when the first one ends, all of them decode: a piece is a token.
+
+    Gaps are those of that time, too.
+    """
     begin = max(record.times[0] for record in records)
     end = min(record.times[-1] for record in records)
-    ended = [sum(begin < at <= end for at in record.times) for record in records]
-    gaps = sorted(gap for record in records for gap in record.itls)
+    pairs = [pair for record in records for pair in pairwise(record.times)]
+    gaps = sorted(after - before for before, after in pairs if begin <= before and after <= end)
+    if not gaps:
+        raise SystemExit(f"{len(records)} streams never decode all at a time: more than --batch?")
+    ended = sum(begin < at <= end for record in records for at in record.times)
     return {
         "batch": len(records),
-        "step_ms": round(1000 * (end - begin) * len(records) / sum(ended), 3),
+        "step_ms": round(1000 * (end - begin) * len(records) / ended, 3),
         "gap_p50_ms": round(1000 * gaps[len(gaps) // 2], 3),
         "gap_p99_ms": round(1000 * gaps[int(0.99 * len(gaps))], 3),
     }

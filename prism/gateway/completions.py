@@ -146,7 +146,7 @@ class Answer:
 
     async def _respond_stream(self, batches: AsyncIterator[Batch]) -> Response:
         first = await anext(batches)
-        if first.failure is not None and not first.pieces:
+        if first.failure is not None:  # nothing has been sent, so the error may have a status
             self.close()
             return error_response(self._translated(first.failure.error))
         self._gateway.http_begun()

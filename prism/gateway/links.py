@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 MOST_READING = 0.005
 """Seconds for which a worker's messages are read before others have a turn, those who send to clients too."""
+WAITED = 0.001
+"""Seconds after a message behind which the next one was not there yet: others have had their turn."""
 
 
 class Listener(Protocol):
@@ -180,14 +182,17 @@ class ProcessLinks:
 
     async def _read_worker(self, placement: Placement, socket: zmq.asyncio.Socket) -> None:
         """Messages that are there are read without a rest: then what they bring goes out together."""
-        rested = monotonic()
+        begun = ended = monotonic()
         async for envelope in areceive(socket):
+            if monotonic() - ended > WAITED:
+                begun = monotonic()
             message = envelope.message
             if isinstance(message, WorkerMessage):
                 self._heard.on_worker_message(placement, message)
-            if monotonic() - rested > MOST_READING:
+            ended = monotonic()
+            if ended - begun > MOST_READING:
                 await asyncio.sleep(0)
-                rested = monotonic()
+                begun = ended = monotonic()
 
     @property
     def _heard(self) -> Listener:

@@ -107,9 +107,9 @@ def _milliseconds(headers: Mapping[str, str], name: str, default: float) -> floa
     if (text := headers.get(name)) is None:
         return default
     try:
-        value = float(text)
+        seconds = float(text) / 1000
     except ValueError:
-        value = math.nan
-    if not 0 < value <= 86_400_000:
+        seconds = math.nan
+    if not 0 < seconds <= 86_400:
         raise InvalidRequest(f"{name} must be a positive number of milliseconds", param=name)
-    return value / 1000
+    return seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from prism.gateway.observer import Observer
 from prism.gateway.requests import Accepted, Ending, Failed, Finished
@@ -12,6 +12,9 @@ from prism.gateway.texts import ChoiceText, Piece
 from prism.gateway.tokenizers import TextModel
 from prism.messages import Started
 from prism.types import FinishReason
+
+MOST_PIECES = 64
+"""In one batch: others would wait while all is written at once for a client that has not read for long."""
 
 
 class Batch(NamedTuple):
@@ -32,27 +35,32 @@ class Mailbox:
         self._wake = asyncio.Event()
 
     def put(self, item: Piece | Failed | Finished) -> None:
-        """Called by sinks."""
-        if isinstance(item, Piece):
-            self._pieces.append(item)
-        else:
-            self._num_open -= 1
-        if isinstance(item, Failed) and self._failure is None:
-            self._failure = item
+        """Called by sinks. What comes behind a failure is not shown."""
+        match item:
+            case Piece():
+                if self._failure is None:
+                    self._pieces.append(item)
+            case Failed():
+                self._num_open -= 1
+                self._failure = self._failure or item
+            case Finished():
+                self._num_open -= 1
+            case never:
+                assert_never(never)
         self._wake.set()
 
     async def batches(self) -> AsyncIterator[Batch]:
-        """Everything, each time all that has come since."""
-        while self._failure is None:
-            if self._pieces:
-                pieces, self._pieces = self._pieces, []
-                yield Batch(pieces, None)
-            elif self._num_open:
+        """Everything, each time what has come since, `MOST_PIECES` at most."""
+        while self._pieces or self._num_open or self._failure is not None:
+            pieces, self._pieces = self._pieces[:MOST_PIECES], self._pieces[MOST_PIECES:]
+            failure = None if self._pieces else self._failure
+            if pieces or failure is not None:
+                yield Batch(pieces, failure)
+                if failure is not None:
+                    return
+            else:
                 self._wake.clear()
                 await self._wake.wait()
-            else:
-                return
-        yield Batch(self._pieces, self._failure)
 
 
 class Stream:

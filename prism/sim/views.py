@@ -46,7 +46,9 @@ def admission_snapshot(
         else 0.0,
         stretch=_stretch(active) if rules.by_deadline else 1.0,
         horizon=limits.horizon if rules.by_deadline else float("inf"),
-        room_for_late=room_for_late(model.served.slo.ttft for model in models.values() if model.is_active),
+        room_for_late=room_for_late(
+            model.served.slo.ttft for name, model in models.items() if name in names or model.is_active
+        ),
         owed_to_late=owed_to_late,
     )
 

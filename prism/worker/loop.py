@@ -182,7 +182,6 @@ class Worker:
         deadline = submit.arrival + (submit.slo.ttft if self.rules.by_deadline else FAR)
         model = self.models[ticket.model]
         ticket.queue_position, ticket.estimated_seconds = estimate(self, model, deadline, submit.tenant)
-        model.ttft = submit.slo.ttft
         self._note_return(model)
         if model.is_active and not submit.resumed:
             ticket.is_hopeful = is_hopeful(waiting_request(self, ticket).seconds, submit.slo.ttft)

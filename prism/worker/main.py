@@ -67,8 +67,9 @@ from prism.worker.stepper import LOOK_SECONDS
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.5
-MOST_READING = 0.002
-"""Seconds for which requests are taken in before steps have a turn: a thousand at once take 0.2 s."""
+LEAST_READING = 0.002
+"""Seconds for which requests may be taken in before steps have a turn, if these have not taken longer: a
+thousand that come at once take 0.2 s."""
 
 
 class ThreadJobs:
@@ -145,6 +146,8 @@ class Process:
             self._poller.register(source, zmq.POLLIN)
         self._is_stopping = False
         self._report_due = 0.0
+        self._read = 0.0
+        """When messages were read last."""
         self._housekeeping = Housekeeping(self._check, self._clock.now)
         self._last_states: tuple[str, ...] = ()
 
@@ -188,11 +191,13 @@ class Process:
             for envelope in transport.receive(self._sockets.agent):
                 self._on_agent(envelope)
         if self._sockets.router in ready:
-            until = self._clock.now() + MOST_READING
+            now = self._clock.now()
+            until = now + max(LEAST_READING, now - self._read)
             for envelope in transport.receive(self._sockets.router):
                 self._on_peer(envelope)
                 if self._clock.now() > until:
                     break
+            self._read = self._clock.now()
         self._worker.watch.passed("messages")
 
     def _on_agent(self, envelope: Envelope) -> None:

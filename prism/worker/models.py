@@ -112,8 +112,6 @@ class Model:
     retry_at: float = 0.0
     num_failures: int = 0
     num_unmap_failures: int = 0
-    ttft: float = float("inf")
-    """Objective of its latest request, in seconds."""
     last_used: float = 0.0
     active_since: float = 0.0
     last_turn: float = 0.0

@@ -73,7 +73,7 @@ class AdmissionSnapshot:
     horizon: float = float("inf")
     """Seconds of prompts that engines may hold."""
     room_for_late: float = 0.0
-    """Seconds of prompts that engines may hold when a late one enters; with none it may always."""
+    """Seconds that the prompts in engines may take, beside the decodes, when a late one enters."""
     owed_to_late: float = 0.0
     """Seconds that late requests may take before those that are on time."""
     over_share: frozenset[str | None] = frozenset()

@@ -1,12 +1,16 @@
 """The endpoints, with a scripted worker."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from prism.config import Config
+from prism.errors import Overloaded
+from prism.messages import Outputs, Rejected, Started, Submit
 from tests.gateway.fakes import MODEL, Script, concatenated, events, running
 
 pytestmark = pytest.mark.anyio
@@ -59,6 +63,31 @@ async def test_completions_take_several_prompts_and_choices(config: Config) -> N
         ]
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 16
+
+
+@dataclass
+class OneIsRefused(Script):
+    """Of two prompts; the other is answered before or after that, all in one turn of the gateway's loop."""
+
+    refused: int = 0
+    seen: int = 0
+
+    def answers(self, submit: Submit, incarnation: int) -> Iterator[Outputs | Started | Rejected]:
+        error = Overloaded("full", retry_after=3).wire()
+        self.reject = error if self.seen == self.refused else None
+        self.seen += 1
+        return super().answers(submit, incarnation)
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failure_has_a_status_as_long_as_nothing_was_sent(
+    config: Config, refused: int, stream: bool
+) -> None:
+    async with running(config, OneIsRefused("abc", refused=refused)) as world:
+        response = await world.complete(prompt=["x", "y"], stream=stream)
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "3"
 
 
 async def test_models(config: Config) -> None:

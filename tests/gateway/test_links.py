@@ -1,35 +1,43 @@
-"""Messages of a busy worker leave others a turn."""
+"""Messages of a busy worker are read together, and leave others a turn."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import zmq.asyncio
 
 from prism.gateway import links
-from prism.gateway.links import ProcessLinks
-from prism.messages import Outputs, ProcessUp, Role
-from tests.gateway.processes import Peer
-from tests.support.waiting import eventually
+from prism.gateway.links import MOST_READING, ProcessLinks
+from prism.messages import Outputs
+from prism.transport import Envelope
 
 pytestmark = pytest.mark.anyio
-NUM_MESSAGES = 50
+
+READING = MOST_READING / 4
+"""What each message takes."""
 
 
-class Heard:
-    """Counts, at each message of a worker, the turns that another task has had by then."""
+class Worker:
+    """Says so many messages at a time, with pauses in between; another task takes turns meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, *bursts: int) -> None:
+        self.now = 100.0
         self.turns = 0
         self.seen: list[int] = []
+        """At each message, the turns that the other task has had by then."""
+        self._bursts = bursts
 
-    def on_worker_up(self, placement: Any) -> None:
-        pass
+    async def messages(self, _socket: Any) -> AsyncIterator[Envelope]:
+        for number in self._bursts:
+            self.now += 1.0
+            await asyncio.sleep(0)
+            for _ in range(number):
+                yield Envelope("", Outputs(incarnation=1, items=[], tokens=[]))
 
-    def on_worker_message(self, placement: Any, message: Any) -> None:
+    def on_worker_message(self, _placement: Any, _message: Any) -> None:
+        self.now += READING
         self.seen.append(self.turns)
 
     async def take_turns(self) -> None:
@@ -38,39 +46,24 @@ class Heard:
             await asyncio.sleep(0)
 
 
-async def turns_between(run_dir: Path) -> int:
-    """That another task had from the first of many messages, all of which are there, to the last."""
-    context = zmq.asyncio.Context()
-    agent, worker = Peer(context, run_dir, "agent"), Peer(context, run_dir, "w0.1")
-    heard, under_test = Heard(), ProcessLinks("g0", 1, agent.address)
-    under_test.listener = heard  # type: ignore[assignment]
-    running = asyncio.create_task(under_test.run(lambda _: None))
-    other = asyncio.create_task(heard.take_turns())
-    try:
-        await eventually(lambda: agent.sender, "the gateway has said hello")
-        agent.say(ProcessUp(role=Role.WORKER, name="w0", incarnation=1, address=worker.address))
-        await eventually(lambda: worker.sender, "it has found the worker")
-        for _ in range(NUM_MESSAGES):
-            worker.say(Outputs(incarnation=1, items=[], tokens=[]))
-        await eventually(lambda: len(heard.seen) == NUM_MESSAGES, "all has been read")
-    finally:
-        for task in (running, other):
-            task.cancel()
-        await asyncio.gather(running, other, return_exceptions=True)
-        under_test.close()
-        agent.close()
-        worker.close()
-        context.term()
-    return heard.seen[-1] - heard.seen[0]
+async def read(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Turns that others had between one message and the next."""
+    monkeypatch.setattr(links, "areceive", worker.messages)
+    monkeypatch.setattr(links, "monotonic", lambda: worker.now)
+    under_test: Any = object.__new__(ProcessLinks)
+    under_test.listener = worker
+    other = asyncio.create_task(worker.take_turns())
+    await asyncio.wait_for(under_test._read_worker(None, None), 10)
+    other.cancel()
+    return [after - before for before, after in zip(worker.seen, worker.seen[1:], strict=False)]
 
 
-async def test_others_have_turns_while_messages_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(links, "MOST_READING", 0.0)
-    assert await turns_between(tmp_path) >= NUM_MESSAGES - 1
+async def test_others_have_a_turn_every_few_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    between = await read(Worker(12), monkeypatch)
+    assert between == [0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
 
 
-async def test_what_is_there_is_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "MOST_READING", 60.0)
-    assert await turns_between(tmp_path) < NUM_MESSAGES / 2
+async def test_what_comes_after_a_pause_is_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pause counted as reading: the first message went out alone."""
+    between = await read(Worker(3, 3, 3), monkeypatch)
+    assert between == [0, 0, 1, 0, 0, 1, 0, 0]

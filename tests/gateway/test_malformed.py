@@ -229,7 +229,7 @@ async def test_prompts_that_do_not_fit(config: Config) -> None:
         _check(response.json(), "max_completion_tokens")
 
 
-@pytest.mark.parametrize("value", ["", "abc", "0", "-1", "inf", "nan"])
+@pytest.mark.parametrize("value", ["", "abc", "0", "-1", "inf", "nan", "1e-323"])
 @pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms"])
 async def test_slo_headers(config: Config, name: str, value: str) -> None:
     async with running(config) as world:

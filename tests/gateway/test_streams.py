@@ -8,7 +8,7 @@ import pytest
 
 from prism.errors import EngineFailure
 from prism.gateway.requests import Failed, Finished
-from prism.gateway.streams import Batch, Mailbox
+from prism.gateway.streams import MOST_PIECES, Batch, Mailbox
 from prism.gateway.texts import Piece
 from prism.types import FinishReason
 
@@ -34,11 +34,25 @@ async def test_what_has_come_meanwhile_is_one_batch() -> None:
     assert [batch async for batch in batches] == [Batch([piece("e", FinishReason.STOP)], None)]
 
 
+async def test_a_pile_comes_out_in_parts() -> None:
+    mailbox = Mailbox(1)
+    everything = [piece(str(number)) for number in range(2 * MOST_PIECES + 1)]
+    for each in everything:
+        mailbox.put(each)
+    failed = Failed(EngineFailure("gone").wire())
+    mailbox.put(failed)
+    batches = [batch async for batch in mailbox.batches()]
+    assert [len(batch.pieces) for batch in batches] == [MOST_PIECES, MOST_PIECES, 1]
+    assert [batch.failure for batch in batches] == [None, None, failed]
+    assert [each for batch in batches for each in batch.pieces] == everything
+
+
 async def test_a_failure_comes_behind_what_was_said_before_and_nothing_after_it() -> None:
     mailbox = Mailbox(2)
     first, second = (Failed(EngineFailure(text).wire()) for text in ("first", "second"))
     mailbox.put(piece("a"))
     mailbox.put(first)
+    mailbox.put(piece("of another prompt"))
     mailbox.put(second)
     assert [batch async for batch in mailbox.batches()] == [Batch([piece("a")], first)]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from prism.modes import Mode
 from prism.sim.jobs import End, Job
+from prism.worker import admission
 from tests.sim.random_loads import deal_with, jobs, run, serve
 
 
@@ -35,6 +38,18 @@ def test_a_prompt_is_in_time_beside_streams_that_are_late() -> None:
     for job in served[2:]:
         assert job.first_token is not None
         assert (job.first_token - job.arrival) / 1e12 <= 20e-3
+
+
+def test_late_ones_share_steps_where_objectives_are_loose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one each had a step of its own, which takes half as long as one with eight of them."""
+    last = {}
+    for part in (0.0, 0.3):
+        monkeypatch.setattr(admission, "LATE_PART", part)
+        shapes, asked = [(1, 1024, 1e-3, 0.0, 1e-2)], [(0.0, 0, 8, 2)] * 60
+        served = serve(Mode.PRISM, shapes, asked, 1, 64, max_batch_size=64)
+        assert all(job.end is End.SERVED for job in served)
+        last[part] = max(job.last_token for job in served)
+    assert last[0.3] < 0.75 * last[0.0]
 
 
 def test_a_device_does_not_spend_its_time_on_loads() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism.errors import DriverError, NotHeld
+from prism.memory import memfd
 from prism.types import Address, Bytes, ModelId
 from prism.weights.registrations import (
     REGISTER_BYTES,
@@ -125,6 +126,19 @@ def test_likely_models_are_registered_first_in_bounded_chunks(world: World) -> N
     assert registrations.registered_bytes(A) == 2.5 * CHUNK
     registrations.close()
     assert not world.registered and not world.loans
+
+
+def test_pages_are_touched_before_they_are_registered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes the driver's time off launches."""
+
+    def touch(address: Address, size: Bytes, *, writable: bool) -> None:
+        assert not writable
+        world.log.append(f"touch {world.loan_at(address).model} {size}")
+
+    monkeypatch.setattr(memfd, "touch", touch)
+    settle(announced(new(world), a=1.5))
+    touched = [f"touch a {size}" for size in (CHUNK, CHUNK // 2)]
+    assert world.log == ["borrow a", touched[0], "register a", touched[1], "register a"]
 
 
 def test_nothing_happens_before_the_store_holds_anything(world: World) -> None:

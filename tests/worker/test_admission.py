@@ -145,11 +145,15 @@ def test_late_ones_enter_when_engines_hold_nothing() -> None:
 
 
 def test_late_ones_enter_in_groups_where_objectives_are_loose() -> None:
-    """One by one a burst of them had half of the tokens that its device could compute."""
+    """One by one a burst of them on a 1B had 0.81 of the tokens a second that it has in groups."""
     late = [waiting(f"l{i}", deadline=1.0, seconds=0.02) for i in range(9)]
     snap = replace(snapshot(*late, num_sequences=1), horizon=10.0, room_for_late=room_for_late([2.0, 5.0]))
     assert [len(decisions(replace(snap, busy=busy), 5.0)) for busy in (0.0, 0.03, 0.06)] == [3, 2, 0]
-    assert len(decisions(replace(snap, horizon=0.03), 5.0)) == 2, "no more than prompts in time"
+    idle = replace(snap, models={A: load(A, num_sequences=1), B: load(B)}, horizon=0.03)
+    other = waiting("other", model=B, deadline=1.0, arrival=9.0, seconds=0.02)
+    entered = decisions(replace(idle, waiting=(*late, other)), 5.0)
+    assert len(entered) == 3 and entered[-1].request_id == "other", "no more than prompts in time"
+    assert len(decisions(replace(snap, stretch=2.0), 5.0)) == 2, "decodes take half of the time"
     tight = replace(snap, room_for_late=room_for_late([2.0, 0.1]))
     assert len(decisions(tight, 5.0)) == 1
     assert room_for_late([]) == 0.0

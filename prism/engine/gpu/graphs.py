@@ -35,7 +35,8 @@ MAX_CHUNKS = 8
 """Prompts of such a step; with more it fills the device in any case."""
 LAUNCH_BOUND = 1.3e11
 """Weights of a layer times tokens up to which a step waits for its launches: 2,100 tokens of a 1B, 600 of an
-8B. Launching a layer takes 0.3 ms or more, in which an H100 multiplies so much (`benchmarks/engine`)."""
+8B. At the bound launching a step of a 1B takes 8 ms, kernel by kernel, as long as computing it on an H200
+(`benchmarks/serving`)."""
 LIKELY_PROMPTS = tuple(
     (beside, rows) for beside in (8, 32) for rows in (128, 512, 256, 32, 384, 64, 768, 1024, 1536)
 )

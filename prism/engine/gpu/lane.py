@@ -37,7 +37,7 @@ class LaneShape(NamedTuple):
 
     @property
     def max_rows(self) -> int:
-        """Of one step's logits. A graph of a step with prompts has places for so many of these besides."""
+        """Of one step's logits: in a graph, a full batch of padded decodes, and one for each prompt chunk."""
         return self.max_batch + MAX_CHUNKS
 
     @property
@@ -60,12 +60,12 @@ class LaneShape(NamedTuple):
 class Buffers:
     """Pinned words for a step's inputs, and for its tokens."""
 
-    def __init__(self, num_words: int, max_rows: int) -> None:
+    def __init__(self, num_words: int, max_batch: int) -> None:
         self._pinned = torch.empty(num_words, dtype=torch.int32, pin_memory=True)
         self.address = Address(self._pinned.data_ptr())
         self.words = self._pinned.numpy()
         """The inputs, to be written."""
-        self.tokens = torch.empty(max_rows, dtype=torch.int32, pin_memory=True)
+        self.tokens = torch.empty(max_batch, dtype=torch.int32, pin_memory=True)
 
 
 class LaneBytes(NamedTuple):
@@ -124,9 +124,9 @@ class GpuLane:
             self.tables[0].zero_()
             self.kernels = GpuKernels(device, self.tables, scratch)
         self.draws = DrawTable(slots)
-        self._buffers = [Buffers(words, shape.max_rows) for _ in range(RING)]
+        self._buffers = [Buffers(words, shape.max_batch) for _ in range(RING)]
         self._turn = 0
-        self.apart_buffers = Buffers(words, shape.max_rows)
+        self.apart_buffers = Buffers(words, shape.max_batch)
         """Those of the one step that is launched while others pass it by."""
         self._give_workspaces()
         self._anchor = self._anchored_pool()

@@ -63,7 +63,7 @@ class GpuRunner:
             if size <= self.lane.shape.max_batch:
                 self._want(Key(id(self), size, self._split(size, 1)), is_urgent=False)
         for beside, rows in LIKELY_PROMPTS:
-            key = self._prompt_key(beside, rows, 1)
+            key = self._prompt_key(min(beside, self.lane.shape.max_batch), rows, 1)
             if key is not None:
                 self._want(key, is_urgent=False)
 
@@ -173,7 +173,7 @@ class GpuRunner:
     def _prompt_key(self, decodes: int, prompt_rows: int, longest: int) -> Key | None:
         shape = self.lane.shape
         rows = padded_prompts(prompt_rows, min(self._most_prompt_rows, shape.max_tokens))
-        beside = padded_beside(decodes, shape.max_rows - MAX_CHUNKS)
+        beside = padded_beside(decodes, shape.max_batch)
         if rows is None or beside is None:
             return None
         return Key(id(self), beside, self._split(beside, longest), rows)
