@@ -24,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from local import LocalModel, open_device, prompt
 
 from prism.engine.gpu.draw_table import DrawPlaces
+from prism.engine.gpu.graphs import Key
 from prism.engine.gpu.runner import GpuRunner
 from prism.types import Bytes, GiB, RequestId
 from prism.weights.link import SWITCH_SECONDS
 from prism.worker import garbage
 
 SLICE_SECONDS = 0.0005
+NUM_LONGEST = 8
+"""Slices that are told one by one."""
 
 
 class Decoding:
@@ -78,6 +81,8 @@ class Capturing:
         self._backend = backend
         self._seconds = slice_seconds
         self.slices: list[float] = []
+        self.stages: list[str] = []
+        """What each of them was for: a stage of a capture (engine/gpu/captures.py), and its graph's rows."""
         self.is_over = False
 
     def has_ended(self) -> bool:
@@ -86,10 +91,17 @@ class Capturing:
 
     def work(self) -> None:
         """A slice."""
+        capture = self._backend._captures._capture
+        stage = "begin" if capture is None else f"{capture._stage.name} {_rows(capture.wish.key)}"
         begin = time.perf_counter()
         self.is_over = not self._backend.work_aside(self._seconds, urgent_only=False)
         if not self.is_over:
             self.slices.append(1e3 * (time.perf_counter() - begin))
+            self.stages.append(stage)
+
+
+def _rows(key: Key) -> str:
+    return f"{key.size}+{key.prompt_rows}"
 
 
 def go_on(c: Decoding) -> None:
@@ -115,7 +127,7 @@ def captured(device: Any, c: Decoding, b: LocalModel, runs: int, seconds: float)
     """C's gaps while all likely graphs of B are captured, so many times."""
     runner = b.engine.runner
     assert isinstance(runner, GpuRunner)
-    gaps, slices, spans, graphs = [], [], [], 0
+    gaps, slices, stages, spans, graphs = [], [], [], [], 0
     for _ in range(runs):
         device.backend.forget(runner)
         runner.expect()
@@ -126,7 +138,15 @@ def captured(device: Any, c: Decoding, b: LocalModel, runs: int, seconds: float)
         spans.append(time.perf_counter() - begin)
         graphs += device.backend.graph_usage.num_graphs - before
         slices += capturing.slices
-    return {"neighbour_gap_ms": spread(gaps), "slice_ms": spread(slices), "graphs": graphs, "s": sum(spans)}
+        stages += capturing.stages
+    longest = sorted(zip(slices, stages, strict=True), reverse=True)[:NUM_LONGEST]
+    return {
+        "neighbour_gap_ms": spread(gaps),
+        "slice_ms": spread(slices),
+        "longest_slices": [f"{ms:.2f} ms: {stage}" for ms, stage in longest],
+        "graphs": graphs,
+        "s": sum(spans),
+    }
 
 
 def eager(device: Any, c: Decoding, b: LocalModel, seconds: float) -> dict[str, Any]:
