@@ -104,3 +104,34 @@ async def test_asyncio_sockets(tmp_path: Path) -> None:
     await asyncio.wait_for(gone, PATIENCE)
     dealer.close(linger=0)
     context.term()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_is_there_is_read_without_a_turn_for_others(tmp_path: Path) -> None:
+    """What a worker says in one go goes out to clients together."""
+    context = zmq.asyncio.Context()
+    address = socket_address(tmp_path, "agent")
+    router, dealer = bind_router(context, address), connect_dealer(context, address, "g0.1")
+    for number in range(100):
+        assert asend(dealer, Demand(model=str(number)))
+    assert await router.poll(PATIENCE * 1000)
+    await asyncio.sleep(0.3)  # until all of them are there
+    turns, num_read = 0, 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    async for _ in areceive(router):
+        num_read += 1
+        if num_read == 100:
+            break
+    task.cancel()
+    assert turns < 10
+    for socket in (router, dealer):
+        socket.close(linger=0)
+    context.term()

@@ -1,7 +1,7 @@
 """One HTTP request for text: its prompts become requests, their pieces become the answer.
 
-A request that fails before its first piece gets a response with the error's status. After that an error
-is the stream's last event, `data: {"error": {...}}`, and the stream ends without `data: [DONE]`.
+A request that fails before anything has been sent gets a response with the error's status. After that an
+error is the stream's last event, `data: {"error": {...}}`, and the stream ends without `data: [DONE]`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 MOST_READING = 0.005
 """Seconds for which a worker's messages are read before others have a turn, those who send to clients too."""
 WAITED = 0.001
-"""Seconds after a message behind which the next one was not there yet: others have had their turn."""
+"""Seconds after a message behind which the next one is taken to have come later: others had their turn."""
 
 
 class Listener(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import NamedTuple, assert_never
 
@@ -30,7 +31,7 @@ class Mailbox:
 
     def __init__(self, num_requests: int) -> None:
         self._num_open = num_requests
-        self._pieces: list[Piece] = []
+        self._pieces: deque[Piece] = deque()
         self._failure: Failed | None = None
         self._wake = asyncio.Event()
 
@@ -50,14 +51,16 @@ class Mailbox:
         self._wake.set()
 
     async def batches(self) -> AsyncIterator[Batch]:
-        """Everything, each time what has come since, `MOST_PIECES` at most."""
+        """Everything, each time what has come since, `MOST_PIECES` at most; others have a turn in between."""
         while self._pieces or self._num_open or self._failure is not None:
-            pieces, self._pieces = self._pieces[:MOST_PIECES], self._pieces[MOST_PIECES:]
+            pieces = [self._pieces.popleft() for _ in range(min(MOST_PIECES, len(self._pieces)))]
             failure = None if self._pieces else self._failure
             if pieces or failure is not None:
                 yield Batch(pieces, failure)
                 if failure is not None:
                     return
+                if self._pieces:
+                    await asyncio.sleep(0)
             else:
                 self._wake.clear()
                 await self._wake.wait()

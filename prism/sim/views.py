@@ -14,7 +14,6 @@ from prism.sim.modes import Limits
 from prism.sim.overlap import Longer, alone
 from prism.sim.ticks import NEVER, to_seconds, to_ticks
 from prism.types import ModelId, ModelState, Rank
-from prism.worker.admission import room_for_late
 from prism.worker.snapshot import FAR, MOST_DECODES, AdmissionSnapshot, ModelLoad, Runnable, WaitingRequest
 
 
@@ -46,9 +45,7 @@ def admission_snapshot(
         else 0.0,
         stretch=_stretch(active) if rules.by_deadline else 1.0,
         horizon=limits.horizon if rules.by_deadline else float("inf"),
-        room_for_late=room_for_late(
-            model.served.slo.ttft for name, model in models.items() if name in names or model.is_active
-        ),
+        ttft=min((model.served.slo.ttft for model in models.values() if model.is_active), default=0.0),
         owed_to_late=owed_to_late,
     )
 

@@ -6,6 +6,7 @@ the device busy for a moment, so that later arrivals with earlier deadlines are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -118,6 +119,9 @@ class Service:
         for group in _groups(waiting, snapshot.over_share):  # 1
             start += self._select(snapshot, group, start, now)
         self.has_late = any(self._late)
+        on_time = chain(*self._on_time)
+        self.ttft = min((request.deadline - request.arrival for request in on_time), default=math.inf)
+        """The tightest objective of those that can be in time, in seconds."""
 
     def _select(
         self, snapshot: AdmissionSnapshot, group: Sequence[WaitingRequest], start: float, now: float
@@ -174,7 +178,18 @@ def _can_run(load: ModelLoad) -> bool:
     return load.state is ModelState.ACTIVE or load.is_arriving
 
 
-def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Place]:
+def room_for_late(snapshot: AdmissionSnapshot, service: Service) -> float:
+    """Seconds that the prompts in engines may take when a late one enters.
+
+    Whoever comes next is computed behind late ones that are in its engine. If its objective is none tighter
+    than those of the models that are here and of all that wait and can be in time, it loses `LATE_PART` of it
+    by them, and the time of the last one; more where an idle model has taken one in besides.
+    """
+    tightest = min(snapshot.ttft, service.ttft)
+    return min(LATE_PART * tightest / snapshot.stretch, snapshot.horizon)
+
+
+def _admit(snapshot: AdmissionSnapshot, service: Service) -> Iterator[Place]:
     asked = {request.model for request in snapshot.waiting}
     open_models = {
         name: load for name, load in snapshot.models.items() if name in asked and _can_run(load)
@@ -183,14 +198,14 @@ def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Pl
     memory = Memory(snapshot.models.values())
     idle = {name for name, load in open_models.items() if not load.num_sequences}
     stuck = {name: load.stuck for name, load in open_models.items() if load.stuck is not None}
-    work, room_for_late = snapshot.busy, min(snapshot.room_for_late / snapshot.stretch, snapshot.horizon)
+    work, room = snapshot.busy, room_for_late(snapshot, service)
     for place in service:
         request = place.request
         model = request.model
         if model not in open_models:
             continue
         is_behind = place.is_late and not place.is_owed
-        has_room = work <= 0 or work < (room_for_late if is_behind else snapshot.horizon)
+        has_room = work <= 0 or work < (room if is_behind else snapshot.horizon)
         fits = request.num_sequences <= places[model] and memory.fits(model, request.num_blocks)  # 6
         is_older = model in stuck and (request.arrival, request.request_id, 0) < stuck[model]
         if model in idle or is_older or (fits and has_room):  # 7
@@ -206,16 +221,6 @@ def _admit(snapshot: AdmissionSnapshot, service: Iterable[Place]) -> Iterator[Pl
             del open_models[model]
         if not open_models or (work >= snapshot.horizon and not idle and not stuck):
             return
-
-
-def room_for_late(objectives: Iterable[float]) -> float:
-    """Seconds beside whose prompts a late one may enter, by the tightest of the TTFT objectives.
-
-    They are those of a device's models, and of all that wait. Whoever comes next is computed behind late ones
-    that are in its engine. Of an objective such as these it loses `LATE_PART` by them, and the time of the
-    last one; more where an idle model has taken one in besides.
-    """
-    return LATE_PART * min(objectives, default=0.0)
 
 
 class Memory:

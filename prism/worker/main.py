@@ -146,8 +146,8 @@ class Process:
             self._poller.register(source, zmq.POLLIN)
         self._is_stopping = False
         self._report_due = 0.0
-        self._read = 0.0
-        """When messages were read last."""
+        self._taken = self._clock.now()
+        """When events were taken last: what has passed since is a round of steps."""
         self._housekeeping = Housekeeping(self._check, self._clock.now)
         self._last_states: tuple[str, ...] = ()
 
@@ -181,6 +181,7 @@ class Process:
 
     def _take_events(self, seconds: float) -> None:
         """Mostly there are none, and asking each source, too, would take three times as long as the poll."""
+        round_seconds = self._clock.now() - self._taken
         ready = dict(self._poller.poll(math.ceil(seconds * 1000)))
         if seconds:
             self._worker.watch.waited(seconds)
@@ -191,13 +192,12 @@ class Process:
             for envelope in transport.receive(self._sockets.agent):
                 self._on_agent(envelope)
         if self._sockets.router in ready:
-            now = self._clock.now()
-            until = now + max(LEAST_READING, now - self._read)
+            until = self._clock.now() + max(LEAST_READING, round_seconds)
             for envelope in transport.receive(self._sockets.router):
                 self._on_peer(envelope)
                 if self._clock.now() > until:
                     break
-            self._read = self._clock.now()
+        self._taken = self._clock.now()
         self._worker.watch.passed("messages")
 
     def _on_agent(self, envelope: Envelope) -> None:

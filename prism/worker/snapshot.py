@@ -72,8 +72,8 @@ class AdmissionSnapshot:
     """How much longer a prompt takes beside the decodes that run."""
     horizon: float = float("inf")
     """Seconds of prompts that engines may hold."""
-    room_for_late: float = 0.0
-    """Seconds that the prompts in engines may take, beside the decodes, when a late one enters."""
+    ttft: float = 0.0
+    """The tightest objective to the first token of the models that are here, in seconds."""
     owed_to_late: float = 0.0
     """Seconds that late requests may take before those that are on time."""
     over_share: frozenset[str | None] = frozenset()

@@ -9,7 +9,6 @@ import numpy as np
 
 from prism.engine.kv_layout import KvLayout
 from prism.types import ModelId, ModelState, Rank
-from prism.worker.admission import room_for_late
 from prism.worker.candidates import decodes
 from prism.worker.foresight import GROWTH
 from prism.worker.models import Model
@@ -31,10 +30,8 @@ def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
     """Waiting requests and the room that models have for them."""
     active = _active(worker)
     by_deadline = worker.rules.by_deadline
-    waiting = tuple([t.waiting or waiting_request(worker, t) for t in worker.requests.waiting])
-    objectives = [model.config.slo.ttft for model in active] + [r.deadline - r.arrival for r in waiting]
     return AdmissionSnapshot(
-        waiting=waiting,
+        waiting=tuple(t.waiting or waiting_request(worker, t) for t in worker.requests.waiting),
         models={ModelId(m.name): _load(worker, m) for m in worker.models.values()},
         num_running_requests=len(worker.requests) - worker.requests.num_waiting,
         alone_is_running=any(
@@ -45,7 +42,7 @@ def admission_snapshot(worker: Worker) -> AdmissionSnapshot:
         busy=_busy(worker, active) if by_deadline else 0.0,
         stretch=_stretch(worker, active) if by_deadline else 1.0,
         horizon=_horizon(worker, active) if by_deadline else float("inf"),
-        room_for_late=room_for_late(objectives),
+        ttft=min((model.config.slo.ttft for model in active), default=0.0),
         owed_to_late=worker.owed_to_late,
         over_share=worker.accounts.over_share,
     )

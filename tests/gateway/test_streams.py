@@ -41,7 +41,21 @@ async def test_a_pile_comes_out_in_parts() -> None:
         mailbox.put(each)
     failed = Failed(EngineFailure("gone").wire())
     mailbox.put(failed)
-    batches = [batch async for batch in mailbox.batches()]
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    batches, seen = [], []
+    async for batch in mailbox.batches():
+        batches.append(batch)
+        seen.append(turns)
+    task.cancel()
+    assert seen == [0, 1, 2], "others have their turns"
     assert [len(batch.pieces) for batch in batches] == [MOST_PIECES, MOST_PIECES, 1]
     assert [batch.failure for batch in batches] == [None, None, failed]
     assert [each for batch in batches for each in batch.pieces] == everything

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import resource
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from prism.memory import memfd
 from prism.types import Address, Bytes, MiB
+from tests.support.pages import CAN_TOUCH, HAS_LARGE_PAGES
 
 SIZE = Bytes(8 * MiB)
 PAGE = os.sysconf("SC_PAGE_SIZE")
-CAN_TOUCH = tuple(map(int, platform.release().split(".")[:2])) >= (5, 14)
-LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-HAS_LARGE_PAGES = LARGE_PAGES.exists() and "[never]" not in LARGE_PAGES.read_text()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism.types import ModelId, ModelState, RequestId
-from prism.worker.admission import LATE_SHARE, AdmissionDecision, Admit, Expire, decide, room_for_late
+from prism.worker.admission import LATE_PART, LATE_SHARE, AdmissionDecision, Admit, Expire, decide
 from prism.worker.snapshot import AdmissionSnapshot, ModelLoad, WaitingRequest
 
 A, B = ModelId("a"), ModelId("b")
@@ -147,16 +147,23 @@ def test_late_ones_enter_when_engines_hold_nothing() -> None:
 def test_late_ones_enter_in_groups_where_objectives_are_loose() -> None:
     """One by one a burst of them on a 1B had 0.81 of the tokens a second that it has in groups."""
     late = [waiting(f"l{i}", deadline=1.0, seconds=0.02) for i in range(9)]
-    snap = replace(snapshot(*late, num_sequences=1), horizon=10.0, room_for_late=room_for_late([2.0, 5.0]))
+    snap = replace(snapshot(*late, num_sequences=1), horizon=10.0, ttft=0.06 / LATE_PART)
     assert [len(decisions(replace(snap, busy=busy), 5.0)) for busy in (0.0, 0.03, 0.06)] == [3, 2, 0]
     idle = replace(snap, models={A: load(A, num_sequences=1), B: load(B)}, horizon=0.03)
     other = waiting("other", model=B, deadline=1.0, arrival=9.0, seconds=0.02)
     entered = decisions(replace(idle, waiting=(*late, other)), 5.0)
     assert len(entered) == 3 and entered[-1].request_id == "other", "no more than prompts in time"
     assert len(decisions(replace(snap, stretch=2.0), 5.0)) == 2, "decodes take half of the time"
-    tight = replace(snap, room_for_late=room_for_late([2.0, 0.1]))
-    assert len(decisions(tight, 5.0)) == 1
-    assert room_for_late([]) == 0.0
+
+
+def test_whoever_can_be_in_time_and_is_in_a_hurry_keeps_late_ones_out() -> None:
+    """Not who is late in any case: one impossible objective would have slowed all of them down."""
+    late = [waiting(f"l{i}", deadline=1.0, seconds=0.02) for i in range(9)]
+    snap = replace(snapshot(*late, num_sequences=1), horizon=10.0, ttft=0.06 / LATE_PART)
+    hasty = waiting("hasty", arrival=4.99, deadline=5.2, seconds=0.0)
+    assert len(decisions(replace(snap, waiting=(*late, hasty)), 5.0)) == 2
+    hopeless = replace(hasty, deadline=4.991)
+    assert len(decisions(replace(snap, waiting=(*late, hopeless)), 5.0)) == 3
 
 
 def test_engines_hold_no_more_than_the_horizon() -> None:

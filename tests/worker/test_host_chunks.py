@@ -12,6 +12,7 @@ from prism.errors import DriverError
 from prism.types import Address, Bytes, MiB
 from prism.worker import host_chunks
 from prism.worker.host_chunks import ChunkThread, HostChunks
+from tests.support.pages import CAN_TOUCH
 from tests.support.waiting import wait_until
 
 CHUNK = Bytes(32 * MiB)
@@ -59,6 +60,7 @@ class FaultsPinner(RecordingPinner):
         self.num_faults += faults() - before
 
 
+@pytest.mark.skipif(not CAN_TOUCH, reason="Linux before 5.14")
 def test_pages_are_there_when_they_are_registered(made: list[HostChunks]) -> None:
     """The driver was held for 6 ms, in which no step could be launched, by the system's looking them up."""
     pinner = FaultsPinner()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from prism.worker.main import LEAST_READING, Process, Sockets, ThreadJobs
 from tests.support.local_worker import LocalWorker
 
 NUM_MESSAGES = 20
-
-
 MESSAGE_SECONDS = LEAST_READING / 4
 
 
@@ -42,10 +41,18 @@ def flooded(tmp_path: Path) -> Iterator[tuple[Process, Clock]]:
     sockets, jobs, clock = Sockets(tmp_path, "worker-0", 1), ThreadJobs(), Clock()
     process = Process(local.worker, sockets, jobs, Gauges(Metrics(), "worker-0"))
     process._clock = clock  # type: ignore[assignment]
+    process._taken = 0.0
     local.worker.on_cancel = clock.on_cancel  # type: ignore[method-assign]
     gateway = transport.connect_dealer(sockets.router.context, sockets.address, "gateway-0.1")
+    transport.send(gateway, CancelChoice(request_id="r", attempt=0))
+    assert sockets.router.poll(10_000, zmq.POLLIN)
+    process._take_events(0.0)
+    for _ in range(100):  # many rounds without any message
+        clock.seconds += MESSAGE_SECONDS / 10
+        process._take_events(0.0)
     for _ in range(NUM_MESSAGES):
         transport.send(gateway, CancelChoice(request_id="r", attempt=0))
+    time.sleep(0.3)  # until all of them are there
     yield process, clock
     gateway.close(linger=0)
     sockets.router.context.destroy(linger=0)

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from prism.types import ModelId, Slo
+from prism.types import ModelId
 from prism.worker import views
-from prism.worker.admission import LATE_PART
 from prism.worker.reports import make_report
 from prism.worker.views import admission_snapshot, estimate
 from tests.support.checkpoints import make_model, save
@@ -29,20 +28,6 @@ def test_choices_share_their_prompt_before_they_start_too(tmp_path: Path) -> Non
         "a prompt and the first choice's output, three more"
     )
     local.run()
-    local.close()
-
-
-def test_late_ones_have_room_by_the_tightest_objective(tmp_path: Path) -> None:
-    """Of the models that are here, as configured, and of those that wait; not of earlier ones."""
-    path = save(make_model("llama", seed=0), tmp_path / "llama")
-    local = LocalWorker({"a": path, "b": path}, num_slabs=12, host_kv=0)
-    local.submit("r", "a", [1, 2, 3], slo=Slo(1000.0, 0.2))
-    local.run()
-    assert admission_snapshot(local.worker).room_for_late == 2.0 * LATE_PART
-    local.submit("s", "b", [1, 2, 3], slo=Slo(0.5, 0.2))
-    assert admission_snapshot(local.worker).room_for_late == pytest.approx(0.5 * LATE_PART)
-    local.run()
-    assert admission_snapshot(local.worker).room_for_late == 2.0 * LATE_PART
     local.close()
 
 
