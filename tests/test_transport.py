@@ -22,6 +22,7 @@ from prism.transport import (
     socket_address,
     wait_disconnected,
 )
+from tests.support.turns import OtherTask
 from tests.support.waiting import PATIENCE
 
 HELLO = Hello(role=Role.WORKER, name="w0", incarnation=3)
@@ -117,21 +118,13 @@ async def test_what_is_there_is_read_without_a_turn_for_others(tmp_path: Path) -
         assert asend(dealer, Demand(model=str(number)))
     assert await router.poll(PATIENCE * 1000)
     await asyncio.sleep(0.3)  # until all of them are there
-    turns, num_read = 0, 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    task = asyncio.create_task(other())
-    async for _ in areceive(router):
-        num_read += 1
-        if num_read == 100:
-            break
-    task.cancel()
-    assert turns < 10
+    num_read = 0
+    async with OtherTask() as other:
+        async for _ in areceive(router):
+            num_read += 1
+            if num_read == 100:
+                break
+    assert other.turns < 10
     for socket in (router, dealer):
         socket.close(linger=0)
     context.term()

@@ -12,6 +12,7 @@ from prism.gateway import links
 from prism.gateway.links import MOST_READING, ProcessLinks
 from prism.messages import Outputs
 from prism.transport import Envelope
+from tests.support.turns import OtherTask
 
 pytestmark = pytest.mark.anyio
 
@@ -24,7 +25,7 @@ class Worker:
 
     def __init__(self, *bursts: int) -> None:
         self.now = 100.0
-        self.turns = 0
+        self.others = OtherTask()
         self.seen: list[int] = []
         """At each message, the turns that the other task has had by then."""
         self._bursts = bursts
@@ -38,12 +39,7 @@ class Worker:
 
     def on_worker_message(self, _placement: Any, _message: Any) -> None:
         self.now += READING
-        self.seen.append(self.turns)
-
-    async def take_turns(self) -> None:
-        while True:
-            self.turns += 1
-            await asyncio.sleep(0)
+        self.seen.append(self.others.turns)
 
 
 async def read(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -52,9 +48,8 @@ async def read(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(links, "monotonic", lambda: worker.now)
     under_test: Any = object.__new__(ProcessLinks)
     under_test.listener = worker
-    other = asyncio.create_task(worker.take_turns())
-    await asyncio.wait_for(under_test._read_worker(None, None), 10)
-    other.cancel()
+    async with worker.others:
+        await asyncio.wait_for(under_test._read_worker(None, None), 10)
     return [after - before for before, after in zip(worker.seen, worker.seen[1:], strict=False)]
 
 

@@ -11,6 +11,7 @@ from prism.gateway.requests import Failed, Finished
 from prism.gateway.streams import MOST_PIECES, Batch, Mailbox
 from prism.gateway.texts import Piece
 from prism.types import FinishReason
+from tests.support.turns import OtherTask
 
 pytestmark = pytest.mark.anyio
 
@@ -41,20 +42,11 @@ async def test_a_pile_comes_out_in_parts() -> None:
         mailbox.put(each)
     failed = Failed(EngineFailure("gone").wire())
     mailbox.put(failed)
-    turns = 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    task = asyncio.create_task(other())
     batches, seen = [], []
-    async for batch in mailbox.batches():
-        batches.append(batch)
-        seen.append(turns)
-    task.cancel()
+    async with OtherTask() as other:
+        async for batch in mailbox.batches():
+            batches.append(batch)
+            seen.append(other.turns)
     assert seen == [0, 1, 2], "others have their turns"
     assert [len(batch.pieces) for batch in batches] == [MOST_PIECES, MOST_PIECES, 1]
     assert [batch.failure for batch in batches] == [None, None, failed]
