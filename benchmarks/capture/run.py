@@ -80,9 +80,8 @@ class Capturing:
     def __init__(self, backend: Any, slice_seconds: float) -> None:
         self._backend = backend
         self._seconds = slice_seconds
-        self.slices: list[float] = []
-        self.stages: list[str] = []
-        """What each of them was for: a stage of a capture (engine/gpu/captures.py), and its graph's rows."""
+        self.slices: list[tuple[float, str]] = []
+        """Milliseconds, and for what: a stage of a capture (engine/gpu/captures.py), and its graph's rows."""
         self.is_over = False
 
     def has_ended(self) -> bool:
@@ -96,8 +95,7 @@ class Capturing:
         begin = time.perf_counter()
         self.is_over = not self._backend.work_aside(self._seconds, urgent_only=False)
         if not self.is_over:
-            self.slices.append(1e3 * (time.perf_counter() - begin))
-            self.stages.append(stage)
+            self.slices.append((1e3 * (time.perf_counter() - begin), stage))
 
 
 def _rows(key: Key) -> str:
@@ -127,7 +125,7 @@ def captured(device: Any, c: Decoding, b: LocalModel, runs: int, seconds: float)
     """C's gaps while all likely graphs of B are captured, so many times."""
     runner = b.engine.runner
     assert isinstance(runner, GpuRunner)
-    gaps, slices, stages, spans, graphs = [], [], [], [], 0
+    gaps, slices, spans, graphs = [], [], [], 0
     for _ in range(runs):
         device.backend.forget(runner)
         runner.expect()
@@ -138,11 +136,10 @@ def captured(device: Any, c: Decoding, b: LocalModel, runs: int, seconds: float)
         spans.append(time.perf_counter() - begin)
         graphs += device.backend.graph_usage.num_graphs - before
         slices += capturing.slices
-        stages += capturing.stages
-    longest = sorted(zip(slices, stages, strict=True), reverse=True)[:NUM_LONGEST]
+    longest = sorted(slices, reverse=True)[:NUM_LONGEST]
     return {
         "neighbour_gap_ms": spread(gaps),
-        "slice_ms": spread(slices),
+        "slice_ms": spread([ms for ms, _ in slices]),
         "longest_slices": [f"{ms:.2f} ms: {stage}" for ms, stage in longest],
         "graphs": graphs,
         "s": sum(spans),

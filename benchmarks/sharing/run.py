@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
+from running import is_healthy, running
 from shapes import CONTEXT, write_shape
 
 from prism.calibration.learnt import added, read_counts
@@ -114,20 +114,14 @@ def write_config(
 @contextmanager
 def server(config: Path, log: Path, setup: Setup) -> Iterator[None]:
     """Up, with all weights packed."""
-    process = subprocess.Popen([*PRISM, "serve", str(config)], stderr=log.open("ab"))
-    try:
-        end = time.monotonic() + 150
-        while time.monotonic() < end and process.poll() is None:
-            if log.read_text().count(" is packed") >= len(setup.shapes) and _is_healthy(setup.port):
-                break
-            time.sleep(0.1)
-        else:
-            raise SystemExit(f"the server does not get that far:\n{log.read_text()[-3000:]}")
+
+    def has_packed() -> bool:
+        return log.read_text().count(" is packed") >= len(setup.shapes)
+
+    with running(config, log) as started:
+        started.wait_for(lambda: has_packed() and is_healthy(setup.port), 150)
         _await_registration(setup.port + 1)
         yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 def _await_registration(admin: int) -> None:
@@ -137,13 +131,6 @@ def _await_registration(admin: int) -> None:
         devices = httpx.get(f"http://127.0.0.1:{admin}/admin/models").json()["devices"]
         seen.append(sum(device["registered_bytes"] for device in devices))
         time.sleep(1.0)
-
-
-def _is_healthy(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def prism(*arguments: str) -> None:
@@ -226,7 +213,6 @@ def measured(folder: Path, config: Path, setup: Setup, scale: float, alone: Path
     configuration: models are bound to lanes in the order in which they come.
     """
     mode, log = config.stem, config.with_suffix(".log")
-    log.unlink(missing_ok=True)
     with server(config, log, setup):
         bench(folder, setup.port, trace="touch.csv")
         bench(folder, setup.port, "--seed", "1")
