@@ -56,9 +56,12 @@ async def is_idle(server: Server) -> bool:
 
 
 async def runs(server: Server, model: str) -> bool:
-    """A request for the model is being worked on, as far as the controller has heard."""
+    """A request for the model is in a step, or was, as far as the controller has heard.
+
+    One that has entered its engine and waits for its first step is not to blame for its worker's death.
+    """
     report = (await server.models()).get(model)
-    return report is not None and report["num_running"] > 0
+    return report is not None and report["num_running"] > 0 and report["kv_used_bytes"] > 0
 
 
 async def test_a_request_that_kills_workers_ends_with_500(client: httpx.AsyncClient, server: Server) -> None:
