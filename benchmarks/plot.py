@@ -301,10 +301,14 @@ def kv_host() -> Figure:
 
 def capture() -> Figure:
     results = read("capture", "results-h200.json")
+    unprepared = read("capture", "results-h200-unprepared.json")
     made, (axis,) = figure(f"What a 1B that decodes notices of an 8B beside it, {H200}", (8.5,))
     cases = {
         "nothing else": results["alone"],
-        "graphs captured in slices": results["captured_in_slices"]["neighbour_gap_ms"],
+        "kernels loaded ahead": results["kernels_ahead"]["neighbour_gap_ms"],
+        "graphs captured": results["captured_in_slices"]["neighbour_gap_ms"],
+        "for the first time": results["captured_first"]["neighbour_gap_ms"],
+        "with no kernels loaded ahead": unprepared["captured_first"]["neighbour_gap_ms"],
         "graphs captured at once": results["captured_at_once"]["neighbour_gap_ms"],
         "steps launched in slices": results["launched_in_slices"]["neighbour_gap_ms"],
         "steps launched at once": results["launched_at_once"]["neighbour_gap_ms"],

@@ -1,8 +1,10 @@
 """What a model that decodes notices while another one's graphs are captured, and its steps launched.
 
-Usage: scripts/bench capture [--runs 8] [--output results.json]
-On one GPU C (1B shape) decodes on a lane of its own. Between its steps graphs of B (8B shape) are captured;
-then B decodes without graphs, launched in slices. Both are done once more in one go, as it was before.
+Usage: scripts/bench capture [--runs 8] [--slice 0.0005] [--unprepared]
+       [--output results.json]
+On one GPU C (1B shape) decodes on a lane of its own. Beside it the kernels of B (8B shape) are loaded ahead;
+between its steps graphs of B are captured, for the first time in this process and again; then B decodes
+without graphs, launched in slices. Both are done once more in one go, as it was before.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -29,8 +33,8 @@ from prism.engine.gpu.runner import GpuRunner
 from prism.types import Bytes, GiB, RequestId
 from prism.weights.link import SWITCH_SECONDS
 from prism.worker import garbage
+from prism.worker.loop import ASIDE_SECONDS
 
-SLICE_SECONDS = 0.0005
 NUM_LONGEST = 8
 """Slices that are told one by one."""
 
@@ -38,7 +42,7 @@ NUM_LONGEST = 8
 class Decoding:
     """A model that decodes; `work` does what can be done now."""
 
-    def __init__(self, model: LocalModel, slice_seconds: float = SLICE_SECONDS) -> None:
+    def __init__(self, model: LocalModel, slice_seconds: float = ASIDE_SECONDS) -> None:
         self.model = model
         self.flights: list[Any] = []
         self.times: list[float] = []
@@ -121,6 +125,19 @@ def spread(gaps: list[float]) -> dict[str, float]:
     }
 
 
+def prepared(device: Any, c: Decoding, b: LocalModel) -> dict[str, Any]:
+    """C's gaps while B's kernels are loaded by another thread, as a worker's does."""
+    thread = threading.Thread(target=deque, args=(device.backend.prepare_ahead(b.profile.spec), 0))
+    free, begin = torch.cuda.mem_get_info()[0], time.perf_counter()
+    thread.start()
+    gaps = c.run(lambda: not thread.is_alive())
+    return {
+        "neighbour_gap_ms": spread(gaps),
+        "s": time.perf_counter() - begin,
+        "MiB": (free - torch.cuda.mem_get_info()[0]) >> 20,
+    }
+
+
 def captured(device: Any, c: Decoding, b: LocalModel, runs: int, seconds: float) -> dict[str, Any]:
     """C's gaps while all likely graphs of B are captured, so many times."""
     runner = b.engine.runner
@@ -184,6 +201,8 @@ def main() -> None:
     """Prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--slice", type=float, default=ASIDE_SECONDS, help="seconds of a capture at a time")
+    parser.add_argument("--unprepared", action="store_true", help="no kernels are loaded ahead")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     sys.setswitchinterval(SWITCH_SECONDS)  # as a worker's link does
@@ -191,22 +210,25 @@ def main() -> None:
         device = open_device(Bytes(40 * GiB), lanes=2, batch=64)
         folder = Path(name)
         model = LocalModel(device, "1b", "c", folder, 2)
-        b = LocalModel(device, "8b", "b", folder, 2)
+        b = LocalModel(device, "8b", "b", folder, 2, is_new=True)
     garbage.take_over()
     c = Decoding(model)
     model.add("warm", prompt(0, 512), 100)
-    aside = Capturing(device.backend, SLICE_SECONDS)
+    aside = Capturing(device.backend, options.slice)
     c.run(lambda: model.engine.is_idle, aside.work)
     go_on(c)
     c.run(after(1.0), aside.work)
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "alone": spread(c.run(after(1.5)))}
-    result["captured_first"] = captured(device, c, b, 1, SLICE_SECONDS)
-    result["captured_in_slices"] = captured(device, c, b, options.runs, SLICE_SECONDS)
+    if not options.unprepared:
+        result["kernels_ahead"] = prepared(device, c, b)
+        go_on(c)
+    result["captured_first"] = captured(device, c, b, 1, options.slice)
+    result["captured_in_slices"] = captured(device, c, b, options.runs, options.slice)
     result["first_replays_ms"] = first_replays(b)
     result["graph_usage"] = device.backend.graph_usage._asdict()
     go_on(c)
     result["captured_at_once"] = captured(device, c, b, 2, float("inf"))
-    result["launched_in_slices"] = eager(device, c, b, SLICE_SECONDS)
+    result["launched_in_slices"] = eager(device, c, b, ASIDE_SECONDS)
     result["launched_at_once"] = eager(device, c, b, 1e3)
     print(json.dumps(result))
     if options.output:

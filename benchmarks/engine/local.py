@@ -71,7 +71,10 @@ class LocalModel:
         kv_gib: float,
         batch: int = 512,
         quantization: Quantization = "none",
+        *,
+        is_new: bool = False,
     ) -> None:
+        """One that `is_new` has no graphs, and of its kernels those that it is loaded with."""
         path = folder / name
         path.mkdir()
         (path / "config.json").write_text(json.dumps(SHAPES[shape]))
@@ -96,8 +99,9 @@ class LocalModel:
         )
         self.engine = Engine(kv, runner, self.lane.slots, max_len=8192, max_batch_size=batch)
         device.backend.prepare(profile.spec)
-        device.backend.expect(runner)
-        self.settle()
+        if not is_new:
+            device.backend.expect(runner)
+            self.settle()
 
     def settle(self) -> None:
         """Capture what steps lacked so far: while it is under way, what is measured shares the host with

@@ -10,6 +10,7 @@ that launching a step took ten times as long as the driver needs. None of these 
 from __future__ import annotations
 
 import ctypes
+from typing import Self
 
 from prism.errors import DriverError
 from prism.memory.driver import Handle
@@ -19,6 +20,8 @@ _WORD = ctypes.c_uint64
 _SIZE = ctypes.c_size_t
 
 _NOT_READY = 600
+_RELAXED = 2
+"""A capture that leaves its thread, and others, all calls."""
 _BLOCKING_WITHOUT_TIME = 0x1 | 0x2
 
 
@@ -57,6 +60,10 @@ class CudaCalls:
     def launch(self, graph: DriverGraph, stream: int) -> None:
         """Queue a graph. Raises `DriverError`."""
         _check("cuGraphLaunch", self._launch(graph.executable, stream))
+
+    def capture(self, stream: int) -> Capture:
+        """Of what is queued on the stream within its block."""
+        return Capture(self._keeping, self._giving_up, stream)
 
     def graph(self, captured: int, stream: int) -> DriverGraph:
         """What was captured, brought to the device by way of the stream, for which this waits.
@@ -98,6 +105,39 @@ class Mark:
         """The driver keeps what is still on its way."""
         if self.event:
             self._keeping.cuEventDestroy_v2(_WORD(self.event))
+
+
+class Capture:
+    """What is queued on a stream within its block becomes a graph instead of being run.
+
+    Threads may use other streams meanwhile as if there were none. Entering and leaving raise `DriverError`.
+    """
+
+    def __init__(self, keeping: ctypes.PyDLL, giving_up: ctypes.CDLL, stream: int) -> None:
+        self._captured = 0
+        self._keeping = keeping
+        self._giving_up = giving_up
+        self._stream = _WORD(stream)
+
+    def __enter__(self) -> Self:
+        _check("cuStreamBeginCapture", self._keeping.cuStreamBeginCapture_v2(self._stream, _RELAXED))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        captured = ctypes.c_void_p()
+        code = self._keeping.cuStreamEndCapture(self._stream, ctypes.byref(captured))
+        self._captured = captured.value or 0
+        if kind is None:
+            _check("cuStreamEndCapture", code)
+
+    def ready(self) -> DriverGraph:
+        """See `CudaCalls.graph`; by way of the same stream."""
+        return DriverGraph(self._keeping, self._giving_up, self._captured, self._stream.value)
+
+    def __del__(self) -> None:
+        """What was made ready is a graph of its own."""
+        if self._captured:
+            self._keeping.cuGraphDestroy(_WORD(self._captured))
 
 
 class DriverGraph:

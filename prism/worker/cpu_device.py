@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -110,6 +110,10 @@ class TorchBackend:
             self._notices.slow_fp8("CPUs have no products of fp8")
         if spec.dtype is DType.BF16:
             self._kernels.cpu_linear.tune()
+
+    def prepare_ahead(self, spec: ModelSpec) -> Iterator[None]:
+        """See `Backend.prepare_ahead`: nothing that is worth the cores of models that serve."""
+        return iter(())
 
     def forget(self, runner: Runner) -> None:
         """See `Backend.forget`: nothing is kept."""

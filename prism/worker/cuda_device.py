@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from prism.attention.gpu.fp8 import slow_because
 from prism.attention.gpu.kernels import HEAD_DIMS
+from prism.attention.gpu.products import Products
 from prism.attention.gpu.warmup import load_kernels
 from prism.attention.kernels import KvView
 from prism.attention.torch_kernels import TorchKernels
 from prism.config import DeviceConfig
 from prism.engine.gpu.captures import DeviceCaptures
 from prism.engine.gpu.flight import Event, GpuFlight
-from prism.engine.gpu.graphs import Graphs
+from prism.engine.gpu.graph_memory import take_graph_memory
+from prism.engine.gpu.graphs import Graphs, row_numbers
 from prism.engine.gpu.lane import GpuLane, LaneShape, workspace_bytes
 from prism.engine.gpu.runner import GpuRunner
 from prism.engine.kv_blocks import Move
@@ -129,6 +131,10 @@ class GpuBackend:
         self._lanes = lanes
         self._notices = Notices()
         self._warmup_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._is_preparing = False
+        self._graph_memory: Bytes | None = None
+        """Taken ahead: graphs that find room there take none."""
+        self._products_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._loaded: list[tuple[ModelSpec, int]] = []
         """Whose kernels are there, and with how many tokens in a block."""
         self._captures = DeviceCaptures(device)
@@ -177,14 +183,17 @@ class GpuBackend:
             runner.expect()
 
     def work_aside(self, seconds: float, *, urgent_only: bool) -> bool:
-        """See `Backend.work_aside`: captures."""
-        return self._captures.advance(seconds, urgent_only=urgent_only)
+        """See `Backend.work_aside`: captures. Likely ones wait until kernels have been loaded ahead: they
+        would load the same ones, or wait in the driver, 4 ms each time.
+        """
+        return self._captures.advance(seconds, urgent_only=urgent_only or self._is_preparing)
 
     @property
     def graph_usage(self) -> GraphUsage:
         """See `Backend.graph_usage`."""
         usages = [graphs.usage for graphs in self._graphs]
-        return GraphUsage(sum(u.num_graphs for u in usages), Bytes(sum(u.num_bytes for u in usages)))
+        num_bytes = sum(u.num_bytes for u in usages) + (self._graph_memory or 0)
+        return GraphUsage(sum(u.num_graphs for u in usages), Bytes(num_bytes))
 
     @property
     def torch_bytes(self) -> Bytes:
@@ -211,6 +220,22 @@ class GpuBackend:
             return
         load_kernels(self._warmup_stream, spec, torch_dtype(spec.dtype), layout.tokens_per_block)
         self._loaded.append((spec, layout.tokens_per_block))
+
+    def prepare_ahead(self, spec: ModelSpec) -> Iterator[None]:
+        """See `Backend.prepare_ahead`: products for all numbers of rows, and once memory for graphs."""
+        self._is_preparing = True
+        try:
+            self.prepare(spec)
+            if not is_fused(spec):
+                return
+            yield
+            lane = self._lanes[0]
+            products = Products(self._products_stream, lane.calls, spec)
+            yield from products.load(row_numbers(lane.shape.max_batch, lane.shape.max_tokens))
+            if self._graph_memory is None:
+                self._graph_memory = yield from take_graph_memory(products)
+        finally:
+            self._is_preparing = False
 
     def forget(self, runner: Runner) -> None:
         """See `Backend.forget`."""

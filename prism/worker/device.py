@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -125,6 +125,12 @@ class Backend(Protocol):
 
     def prepare(self, spec: ModelSpec) -> None:
         """Have what the model's steps need built and loaded. Runs beside the loop."""
+        ...
+
+    def prepare_ahead(self, spec: ModelSpec) -> Iterator[None]:
+        """The same for all that any of its steps may need, in pieces. Runs beside the loop, while there is
+        time: what it has not come to is loaded by the steps. Raises `DriverError`.
+        """
         ...
 
     def forget(self, runner: Runner) -> None:

@@ -57,6 +57,7 @@ from prism.worker.device import Device
 from prism.worker.gauges import Gauges
 from prism.worker.host_chunks import ChunkThread, HostChunks
 from prism.worker.housekeeping import Housekeeping
+from prism.worker.kernel_thread import KernelThread
 from prism.worker.loading import JobEvent
 from prism.worker.loop import Worker, index_of
 from prism.worker.open_device import open_device
@@ -293,8 +294,10 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     sockets.to_agent(Ready(role=Role.WORKER, name=name, incarnation=incarnation, address=address))
     registering = None if registrations is None else RegistrationThread(registrations)
     taking = None if chunks is None else ChunkThread(chunks)
+    preparing = KernelThread(device.backend, config.models)
     garbage.take_over()
     process.run()
+    preparing.close()
     link.close()
     if taking is not None:
         taking.close()

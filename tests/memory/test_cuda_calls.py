@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -35,6 +37,28 @@ def test_a_graph_runs_between_copies() -> None:
         mark.wait()
         marks.append(mark)
         assert mark.has_passed() and torch.equal(back, 2 * there)
+
+
+def test_what_is_captured_runs_when_it_is_launched() -> None:
+    """Also once the capture is gone; one that an error ends leaves the stream as it was."""
+    calls, stream = CudaCalls(), torch.cuda.Stream()
+    number = torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        with calls.capture(stream.cuda_stream) as capture:
+            number.add_(1)
+        with suppress(ValueError), calls.capture(stream.cuda_stream):
+            number.add_(10)
+            raise ValueError
+        number.add_(100)
+    stream.synchronize()
+    assert float(number) == 100
+    graph = capture.ready()
+    del capture
+    for _ in range(2):
+        calls.launch(graph, stream.cuda_stream)
+    stream.synchronize()
+    assert float(number) == 102
 
 
 def test_a_mark_is_passed_when_what_stands_before_it_has_run() -> None:

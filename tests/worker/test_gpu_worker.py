@@ -165,6 +165,32 @@ def test_no_kernel_is_compiled_while_models_serve(models: dict, quantization: st
     local.close()
 
 
+def test_likely_graphs_wait_for_kernels_that_are_loaded_ahead(models: dict) -> None:
+    """Those that steps lack do not."""
+    from tests.support.gpu_worker import gpu_worker, rest
+
+    local = gpu_worker({"llama": models["llama"][1]}, lanes=1)
+    backend, model = local.device.backend, local.worker.models["llama"]
+    local.submit("a", "llama", prompts(1, 300, seed=5)[0], max_tokens=2)
+    local.run(rounds=10**6)
+    assert model.profile is not None
+    preparing = backend.prepare_ahead(model.profile.spec)
+    next(preparing)
+    assert model.engine is not None
+    backend.forget(model.engine.runner)
+    backend.expect(model.engine.runner)
+    assert not backend.work_aside(1.0, urgent_only=False)
+    local.submit("b", "llama", prompts(1, 300, seed=6)[0], max_tokens=60)
+    local.run(rounds=10**6)
+    lacked = backend.graph_usage.num_graphs
+    assert lacked, "a step that lacks a graph has it captured in any case"
+    for _ in preparing:
+        pass
+    rest(local)
+    assert backend.graph_usage.num_graphs > lacked + 10
+    local.close()
+
+
 def test_tables_of_many_long_contexts_come_in_pieces(tmp_path: Path) -> None:
     """64 choices on one prompt of 16,000 tokens enter 64,000 blocks, twice what one step may."""
     from prism.engine.gpu.lane import MAX_ENTRIES

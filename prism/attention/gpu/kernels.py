@@ -29,6 +29,11 @@ OUTPUTS_OF_LT = range(4096, 1 << 16)
 """With 2,048 it is slower."""
 
 
+def takes_lt(rows: int, outputs: int) -> bool:
+    """Whether rows times a matrix of attention's or the MLP's end are given a bias of zeros."""
+    return rows in ROWS_OF_LT and outputs in OUTPUTS_OF_LT
+
+
 @dataclass(frozen=True, slots=True)
 class GpuPlan:
     """One step: first `num_decodes` tokens of as many sequences, then the tokens of prompt chunks."""
@@ -102,7 +107,7 @@ class GpuKernels:
         if is_scaled(weight, x.dtype):
             return Stream(residual, scaled_linear(quantised(x), weight, bias))
         plain = weight.plain(x.dtype)
-        if bias is None and len(x) in ROWS_OF_LT and len(plain) in OUTPUTS_OF_LT:
+        if bias is None and takes_lt(len(x), len(plain)):
             bias = self._no_bias.view(x.dtype)[: len(plain)]
         return Stream(residual, F.linear(x, plain, bias))
 

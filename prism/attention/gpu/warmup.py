@@ -8,6 +8,7 @@ small tensors do.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prism.attention.gpu.argmax import PARTS, draw_greedy
@@ -41,6 +42,7 @@ def load_kernels(
         if spec.quantization == "fp8" and slow_because(spec) is None:
             _few_rows(device, spec)
         _attention(device, spec, dtype, tokens_per_block)
+        _torch_operations(device, dtype)
         stream.synchronize()
 
 
@@ -147,3 +149,15 @@ def _attention(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens
         out=slots,
         last_tokens=last_tokens,
     )
+
+
+def _torch_operations(device: torch.device, dtype: torch.dtype) -> None:
+    """What steps with prompts, and draws on the host, use of torch: 1 to 22 ms each the first time."""
+    ids = torch.zeros(2, dtype=torch.int32, device=device)
+    x = torch.zeros(2, 8, dtype=dtype, device=device)
+    ids = torch.where(ids < 0, ids[ids], ids)
+    rows = ids.long()
+    x = F.embedding(ids, x)[rows]
+    x.index_copy_(0, rows, x.clone())
+    torch.argmax(x.float(), dim=-1)
+    torch.log_softmax(x.float(), dim=-1)

@@ -123,6 +123,7 @@ class DeviceCaptures:
         self._likely: OrderedDict[tuple[Graphs, Key], Wish] = OrderedDict()
         self._capture: _Capture | None = None
         self._maker = ThreadPoolExecutor(1, "graphs", torch.cuda.set_device, (device,))
+        self._maker.submit(int).result()  # a thread that begins keeps who starts it waiting for 5 ms
         self._is_urgent = False
         """A step lacks the graph that is being captured."""
 

@@ -102,6 +102,19 @@ def padded_beside(decodes: int, limit: int) -> int | None:
     return next((rows for rows in (*DECODES_BESIDE, limit) if decodes <= rows <= limit), None)
 
 
+def row_numbers(max_batch: int, max_tokens: int) -> list[int]:
+    """Of the products of all steps that have graphs, on a device for so many sequences and tokens a step.
+
+    Of other steps one in 64: kernels go by tiles of so many rows or more.
+    """
+    decodes = {*range(1, 8), *(size for size in SIZES if size <= max_batch), max_batch}
+    beside = {rows for rows in (*DECODES_BESIDE, max_batch) if rows <= max_batch}
+    prompts = {rows for rows in PROMPT_ROWS if rows <= max_tokens}
+    mixed = {b + p for b in beside for p in prompts}
+    drawn = {b + MAX_CHUNKS for b in beside}
+    return sorted({*decodes, *mixed, *drawn, *range(64, max_tokens + 1, 64), max_tokens})
+
+
 class Graphs:
     """The graphs of one lane, least recently used first."""
 

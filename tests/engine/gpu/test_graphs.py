@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from prism.engine.gpu.graphs import (
     DECODES_BESIDE,
     LIKELY_PROMPTS,
     LIKELY_SIZES,
+    MAX_CHUNKS,
     PROMPT_ROWS,
     SIZES,
     Graphs,
@@ -18,6 +20,7 @@ from prism.engine.gpu.graphs import (
     padded_beside,
     padded_prompts,
     padded_size,
+    row_numbers,
 )
 from prism.types import Bytes
 
@@ -50,6 +53,21 @@ def test_prompts_have_graphs_up_to_a_limit() -> None:
 def test_full_batches_have_graphs_beside_prompts() -> None:
     assert [padded_beside(n, 256) for n in (0, 8, 9, 129, 256, 257)] == [8, 8, 32, 256, 256, None]
     assert [padded_beside(n, 60) for n in (33, 60, 61)] == [60, 60, None]
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (60, 300), (256, 2048), (512, 8192)])
+def test_products_of_all_graphs_are_known(batch: int, tokens: int) -> None:
+    """Their kernels are loaded ahead."""
+    numbers = row_numbers(batch, tokens)
+    assert numbers == sorted(set(numbers)) and numbers[0] == 1
+    for decodes in range(1, batch + 1):
+        assert padded_size(decodes, batch) in numbers
+        beside = padded_beside(decodes, batch)
+        assert beside is not None and beside + MAX_CHUNKS in numbers, "rows of logits"
+        for prompts in (1, 100, 2000):
+            rows = padded_prompts(prompts, tokens)
+            assert rows is None or beside + rows in numbers
+    assert tokens in numbers and all(b - a <= 64 for a, b in pairwise(numbers) if b <= tokens)
 
 
 class FakeCaptures:
