@@ -127,14 +127,11 @@ class Answer:
         self._watcher = asyncio.create_task(self._watch())
         for number, request in enumerate(self._requests):
             self._open(request, number * self._request.num_choices)
-        batches = self._mailbox.batches()
-        if self._request.stream:
-            return await self._respond_stream(batches)
-        return await self._respond_whole(batches)
+        return await (self._respond_stream() if self._request.stream else self._respond_whole())
 
-    async def _respond_whole(self, batches: AsyncIterator[Batch]) -> Response:
+    async def _respond_whole(self) -> Response:
         collected: list[Piece] = []
-        async for batch in batches:
+        while (batch := await self._mailbox.next()) is not None:
             if batch.failure is not None:
                 self.close()
                 return error_response(self._translated(batch.failure.error))
@@ -144,15 +141,16 @@ class Answer:
         whole = self._format.whole(collected, num_choices, self._usage())
         return JsonResponse(whole, headers=self._queue_headers())
 
-    async def _respond_stream(self, batches: AsyncIterator[Batch]) -> Response:
-        first = await anext(batches)
+    async def _respond_stream(self) -> Response:
+        first = await self._mailbox.next()
+        assert first is not None, "each choice ends with a piece"
         if first.failure is not None:  # nothing has been sent, so the error may have a status
             self.close()
             return error_response(self._translated(first.failure.error))
         self._gateway.http_begun()
         limits = self._gateway.config.limits
         seconds = self._arrival + limits.request_timeout + _LAST_BYTES - self._gateway.clock.now()
-        return EventStream(self._events(first, batches), self._close_stream, seconds, self._queue_headers())
+        return EventStream(self._events(first), self._close_stream, seconds, self._queue_headers())
 
     def _queue_headers(self) -> dict[str, str]:
         """How long the slowest of its prompts waited, beside its place and the estimate when it came."""
@@ -166,7 +164,7 @@ class Answer:
             "x-prism-estimated-queue-ms": f"{longest.estimated_seconds * 1e3:.0f}",
         }
 
-    async def _events(self, first: Batch, batches: AsyncIterator[Batch]) -> AsyncIterator[bytes]:
+    async def _events(self, first: Batch) -> AsyncIterator[bytes]:
         """What has come together is sent together, each piece as an event of its own."""
         options = self._request.stream_options
         with_usage = options is not None and bool(options.include_usage)
@@ -177,7 +175,7 @@ class Answer:
                 yield b"".join([*events, _event(error_body(self._translated(batch.failure.error)))])
                 return
             yield b"".join(events)
-            batch = await anext(batches, None)
+            batch = await self._mailbox.next()
         if with_usage:
             yield _event(self._format.usage_chunk(self._usage()))
         yield b"data: [DONE]\n\n"

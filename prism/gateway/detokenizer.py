@@ -1,9 +1,9 @@
 """Text of tokens as they come: never a torn character, never a part of a stop string.
 
-`Detokenizer` turns tokens into text such that all its pieces together are what the tokenizer makes of all
-tokens together. Only of a character that the end has cut off nothing is shown, as vLLM does it: a replacement
-character would be text that the model has not written. `StopFilter` keeps back what may be the beginning of a
-stop string.
+`Detokenizer` and `ByteDetokenizer` turn tokens into text such that all pieces together are what the tokenizer
+makes of all tokens together. Only of a character that the end has cut off nothing is shown, as vLLM does it:
+a replacement character would be text that the model has not written. `StopFilter` keeps back what may be the
+beginning of a stop string.
 
     tokens   [ ........ | window ..................... ]
     text                [ emitted ........ | kept back ]
@@ -74,11 +74,43 @@ class Detokenizer:
         return text[self._num_emitted :]
 
 
+class ByteDetokenizer:
+    """The same where a text is the bytes of its tokens and nothing else, which takes a tenth of the time."""
+
+    def __init__(self, data: Callable[[int], bytes], ignored: frozenset[int] = frozenset()) -> None:
+        self._data = data
+        self._ignored = ignored
+        self._decoder = _new_decoder()
+
+    def push(self, token: int) -> str:
+        """See `Detokenizer.push`."""
+        return "" if token in self._ignored else self._decoder.decode(self._data(token))
+
+    def finish(self) -> str:
+        """See `Detokenizer.finish`."""
+        kept = self._decoder.getstate()[0]
+        return "" if _is_beginning(kept) else kept.decode(errors="replace")
+
+
 def _num_torn(data: bytes) -> int:
     """Bytes at the end that begin a character and do not complete it."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder = _new_decoder()
     decoder.decode(data)
-    return len(decoder.getstate()[0])
+    kept = decoder.getstate()[0]
+    return len(kept) if _is_beginning(kept) else 0
+
+
+def _new_decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")("replace")
+
+
+def _is_beginning(data: bytes) -> bool:
+    """Some character begins so. Python's decoder also keeps back halves of surrogates, which are none."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
 
 
 class Released(NamedTuple):

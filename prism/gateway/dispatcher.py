@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from itertools import chain
 from typing import assert_never
 
 from prism.errors import Overloaded, RequestError, Unavailable, WireError
@@ -165,7 +164,16 @@ class Dispatcher:
 
     def on_outputs(self, placement: Placement, outputs: Outputs, now: float) -> None:
         """The tokens of one step."""
-        for output in chain(map(_output, outputs.tokens), outputs.items):
+        for token in outputs.tokens:
+            live = self._live.get(RequestId(token.request_id))
+            if live is None:
+                continue
+            request, sink = live
+            if not request.goes_on(placement, token):
+                self._on_output(request, sink, placement, _output(token), now)
+            elif sink.token(token.choice, token.token, now) is not None:
+                self._stop(request, placement, token.choice, now)
+        for output in outputs.items:
             live = self._live.get(RequestId(output.request_id))
             if live is not None:
                 self._on_output(*live, placement, output, now)
@@ -194,12 +202,19 @@ class Dispatcher:
         finish = sink.tokens(accepted, now)
         if finish is None:
             return
-        if accepted.finish is None:  # a stop string: the worker does not know
-            cancel = CancelChoice(
-                request_id=request.request_id, attempt=request.attempt, choice=accepted.choice
-            )
-            self._links.to_worker(placement, cancel)
-        request.finish_choice(accepted.choice)
+        if accepted.finish is None:
+            self._stop(request, placement, accepted.choice, now)
+        else:
+            self._finish_choice(request, accepted.choice, now)
+
+    def _stop(self, request: Request, placement: Placement, choice: int, now: float) -> None:
+        """A stop string has ended a choice: its worker does not know."""
+        cancel = CancelChoice(request_id=request.request_id, attempt=request.attempt, choice=choice)
+        self._links.to_worker(placement, cancel)
+        self._finish_choice(request, choice, now)
+
+    def _finish_choice(self, request: Request, choice: int, now: float) -> None:
+        request.finish_choice(choice)
         if request.ending is not None:
             self._close(request, now)
 

@@ -28,6 +28,10 @@ class Sink(Protocol):
         """An attempt runs."""
         ...
 
+    def token(self, choice: int, token: int, now: float) -> FinishReason | None:
+        """One more token and nothing else of a choice; see `tokens`."""
+        ...
+
     def tokens(self, accepted: Accepted, now: float) -> FinishReason | None:
         """New tokens; the answer is the choice's finish reason, its stop strings included."""
         ...

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from prism.errors import EngineFailure, WireError
-from prism.messages import Output, ResumedChoice, Submit, TokenLogprob
+from prism.messages import Output, ResumedChoice, Submit, Token, TokenLogprob
 from prism.types import FinishReason, Incarnation, ModelId, RequestId, SamplingParams, Slo, Tenant, WorkerId
 
 STRIKES_ALONE = 2
@@ -167,6 +167,19 @@ class Request:
         self.is_started = True
         return True
 
+    def goes_on(self, placement: Placement, token: Token) -> bool:
+        """Whether a token is the next one of its choice, as most are; then it is accepted. See `accept`."""
+        if token.attempt != self.attempt or placement != self.placement or self.ending is not None:
+            return False
+        if not 0 <= token.choice < len(self.choices):
+            return False
+        choice = self.choices[token.choice]
+        if choice.is_finished or token.index != len(choice.token_ids):
+            return False
+        choice.token_ids.append(token.token)
+        self._has_progressed()
+        return True
+
     def accept(self, placement: Placement, output: Output) -> Accepted | Stale | Gap:
         """What of `output` is new. Ends nothing by itself: the caller calls `finish_choice`."""
         if not self.is_from_here(placement, output.attempt):
@@ -185,10 +198,13 @@ class Request:
         if not fresh and output.finish is None:
             return Stale()
         choice.token_ids += fresh
-        self.is_started = self.has_tokens = True  # a token proves the start, whatever was lost
-        self._progressed, self.strikes = True, 0
+        self._has_progressed()
         logprobs = None if output.logprobs is None else output.logprobs[known:]
         return Accepted(output.choice, fresh, logprobs, output.finish, output.stop_token)
+
+    def _has_progressed(self) -> None:
+        self.is_started = self.has_tokens = True  # a token proves the start, whatever was lost
+        self._progressed, self.strikes = True, 0
 
     def finish_choice(self, choice: int) -> None:
         """A choice has ended, by its worker's word or by a stop string; the last one ends the request."""

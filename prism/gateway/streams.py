@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
 from typing import NamedTuple, assert_never
 
 from prism.gateway.observer import Observer
@@ -33,6 +32,10 @@ class Mailbox:
         self._num_open = num_requests
         self._pieces: deque[Piece] = deque()
         self._failure: Failed | None = None
+        self._has_left = False
+        """Not all that had come was in the last batch."""
+        self._is_over = False
+        """A failure has been told."""
         self._wake = asyncio.Event()
 
     def put(self, item: Piece | Failed | Finished) -> None:
@@ -50,20 +53,24 @@ class Mailbox:
                 assert_never(never)
         self._wake.set()
 
-    async def batches(self) -> AsyncIterator[Batch]:
-        """Everything, each time what has come since, `MOST_PIECES` at most; others have a turn in between."""
-        while self._pieces or self._num_open or self._failure is not None:
-            pieces = [self._pieces.popleft() for _ in range(min(MOST_PIECES, len(self._pieces)))]
-            failure = None if self._pieces else self._failure
-            if pieces or failure is not None:
-                yield Batch(pieces, failure)
-                if failure is not None:
-                    return
-                if self._pieces:
-                    await asyncio.sleep(0)
-            else:
-                self._wake.clear()
-                await self._wake.wait()
+    async def next(self) -> Batch | None:
+        """What has come since the last one, `MOST_PIECES` at most; None once all has been told.
+
+        Others have a turn before the rest of a pile.
+        """
+        if self._has_left:
+            await asyncio.sleep(0)
+        while not self._pieces and (self._failure is None or self._is_over):
+            if self._is_over or not self._num_open:
+                return None
+            self._wake.clear()
+            await self._wake.wait()
+        pieces = [self._pieces.popleft() for _ in range(min(MOST_PIECES, len(self._pieces)))]
+        self._has_left = bool(self._pieces)
+        if self._has_left or self._failure is None:
+            return Batch(pieces, None)
+        self._is_over = True
+        return Batch(pieces, self._failure)
 
 
 class Stream:
@@ -99,12 +106,21 @@ class Stream:
             self.queued = message
             self._observer.started(message.queue_seconds, now)
 
+    def token(self, choice: int, token: int, now: float) -> FinishReason | None:
+        """Text goes on; the finish reason is that of a stop string."""
+        piece = self._choices[choice].push_token(token)
+        self._observer.tokens(choice, 1, now)
+        return self._put(piece)
+
     def tokens(self, accepted: Accepted, now: float) -> FinishReason | None:
         """Text goes on; the finish reason counts stop strings in."""
         choice = self._choices[accepted.choice]
         before = choice.num_tokens
         piece = choice.push(accepted)
         self._observer.tokens(accepted.choice, choice.num_tokens - before, now)
+        return self._put(piece)
+
+    def _put(self, piece: Piece | None) -> FinishReason | None:
         if piece is None:
             return None
         self._mailbox.put(piece)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from prism.gateway.detokenizer import Released, StopFilter
@@ -21,8 +20,7 @@ class TokenEntry(NamedTuple):
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What may be shown of a choice since the piece before. The pieces of a choice make up its answer."""
 
     choice: int
@@ -36,6 +34,7 @@ class ChoiceText:
 
     def __init__(self, model: TextModel, choice: int, stops: tuple[str, ...], min_tokens: int) -> None:
         self.choice = choice
+        self._stops = stops
         self._min_tokens = min_tokens
         self.num_tokens = 0
         """Tokens that count for usage."""
@@ -44,6 +43,14 @@ class ChoiceText:
         self._num_decoded = 0
         self._num_shown = 0
         self._entries: deque[TokenEntry] = deque()
+
+    def push_token(self, token: int) -> Piece | None:
+        """The same for a token without log-probabilities."""
+        self.num_tokens += 1
+        text, is_cut = self._released(self._detokenizer.push(token))
+        if is_cut:
+            return self._piece(text, FinishReason.STOP, is_cut=True)
+        return self._piece(text, None) if text else None
 
     def push(self, accepted: Accepted) -> Piece | None:
         """What the tokens add; None while all of it is kept back."""
@@ -68,10 +75,14 @@ class ChoiceText:
     def _released(self, piece: str) -> Released:
         """Stop strings are looked for behind the first `min_tokens` tokens, as vLLM does."""
         self._num_decoded += len(piece)
-        return self._filter.push(piece) if self.num_tokens > self._min_tokens else Released(piece, False)
+        if self._stops and self.num_tokens > self._min_tokens:
+            return self._filter.push(piece)
+        return Released(piece, False)
 
     def _piece(self, text: str, finish: FinishReason | None, is_cut: bool = False) -> Piece:
         self._num_shown += len(text)
+        if not self._entries:
+            return Piece(self.choice, text, (), finish)
         shown = []
         is_all = finish is not None and not is_cut
         while self._entries and (is_all or self._entries[0].offset < self._num_shown):

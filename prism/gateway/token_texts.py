@@ -35,11 +35,22 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        kinds = _decoder_kinds(tokenizer)
-        self._is_byte_level = "ByteLevel" in kinds
-        self._has_byte_tokens = "ByteFallback" in kinds
+        self._kinds = _decoder_kinds(tokenizer)
+        self._is_byte_level = "ByteLevel" in self._kinds
+        self._has_byte_tokens = "ByteFallback" in self._kinds
         self._added = set(tokenizer.get_added_tokens_decoder())
         self._known: dict[int, bytes] = {}
+
+    @property
+    def are_all(self) -> bool:
+        """The text of tokens is their bytes, one after the other, and nothing else.
+
+        Not if an added token is written in the alphabet of bytes: decoders take that for bytes.
+        """
+        alphabet = _byte_of_character()
+        added = "".join(text.content for text in self._tokenizer.get_added_tokens_decoder().values())
+        is_plain = all(character.isascii() for character in added if character in alphabet)
+        return self._kinds == {"ByteLevel"} and is_plain
 
     def byte_tokens(self) -> frozenset[int]:
         """Tokens of which each is one byte, if the vocabulary falls back to such."""

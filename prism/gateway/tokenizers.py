@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from prism.config import Config, ModelConfig
 from prism.errors import CheckpointError, ModelNotFound, PrismError, Unavailable
-from prism.gateway.detokenizer import Detokenizer
+from prism.gateway.detokenizer import ByteDetokenizer, Detokenizer
 from prism.gateway.token_texts import TokenTexts
 from prism.modelspec import ModelSpec, read_spec
 from prism.types import ModelId
@@ -41,6 +41,7 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self.token_texts = TokenTexts(self._backend)
+        self._are_bytes_all = self.token_texts.are_all
         self._byte_tokens = self.token_texts.byte_tokens()
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(token for token, text in added.items() if text.special)
@@ -56,8 +57,10 @@ class Vocabulary:
         text: str = self._backend.decode(token_ids, skip_special_tokens=True)
         return text
 
-    def detokenizer(self) -> Detokenizer:
+    def detokenizer(self) -> Detokenizer | ByteDetokenizer:
         """A fresh one for one choice."""
+        if self._are_bytes_all:
+            return ByteDetokenizer(self.token_texts.data, self._special)
         return Detokenizer(self.decode, self.token_texts.data, self._special, self._byte_tokens)
 
 

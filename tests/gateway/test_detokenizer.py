@@ -1,14 +1,15 @@
 """Text that comes in pieces is the text of the whole, whatever the tokens."""
 
+import json
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from prism.demo.tokenizer import CHATML, build_tokenizer
-from prism.gateway.detokenizer import Detokenizer, StopFilter
+from prism.gateway.detokenizer import ByteDetokenizer, Detokenizer, StopFilter
 from prism.gateway.token_texts import TokenTexts
 
 
@@ -50,12 +51,56 @@ def whole(tokens: Sequence[int], texts: TokenTexts) -> Sequence[int]:
 
 
 @given(st.lists(st.sampled_from(ODD_BYTES) | st.integers(0, 258), max_size=120))
+@example([0xED, 0xA0])
 def test_pieces_make_the_whole_byte_level(tokens: list[int]) -> None:
     texts = TokenTexts(BYTE_LEVEL)
     detokenizer = Detokenizer(decoder_of(BYTE_LEVEL), texts.data, frozenset(range(256, 259)))
     pieces = [detokenizer.push(token) for token in tokens]
     own = [token for token in tokens if token < 256]
     assert "".join(pieces) + detokenizer.finish() == decoder_of(BYTE_LEVEL)(whole(own, texts))
+
+
+def odd_byte_level() -> Tokenizer:
+    """Tokens of several bytes, torn characters among them, and added ones that are shown."""
+    tokenizer = build_tokenizer(CHATML, 64).backend_tokenizer
+    tokenizer.add_tokens(["<think>", "\u4e16\u754c", " x"])
+    merged = json.loads(tokenizer.to_str())
+    spelled = {"\u0120a": b" a", "b\u00e2\u0124": b"b\xe2\x82", "\u00ac\u00f0": b"\xac\xf0"}
+    size = len(merged["model"]["vocab"]) + len(merged["added_tokens"])
+    merged["model"]["vocab"] |= {text: size + 10 + index for index, text in enumerate(spelled)}
+    return Tokenizer.from_str(json.dumps(merged))
+
+
+ODD_BYTE_LEVEL = odd_byte_level()
+ODD_TOKENS = sorted(ODD_BYTE_LEVEL.get_vocab(with_added_tokens=True).values())
+
+
+@given(st.lists(st.sampled_from(ODD_BYTES) | st.sampled_from(ODD_TOKENS) | st.just(9999), max_size=120))
+@example([0xED, 0xA0])
+@example([0xE2, 0x82])
+def test_bytes_make_the_whole(tokens: list[int]) -> None:
+    texts = TokenTexts(ODD_BYTE_LEVEL)
+    special = frozenset(
+        token for token, text in ODD_BYTE_LEVEL.get_added_tokens_decoder().items() if text.special
+    )
+    assert texts.are_all and special
+    for each in (tokens, [*tokens, 0x41]):
+        shown = []
+        for detokenizer in (
+            ByteDetokenizer(texts.data, special),
+            Detokenizer(decoder_of(ODD_BYTE_LEVEL), texts.data, special),
+        ):
+            pieces = [detokenizer.push(token) for token in each]
+            shown.append("".join(pieces) + detokenizer.finish())
+        assert shown[0] == shown[1]
+    assert shown[0] == decoder_of(ODD_BYTE_LEVEL)(each), "what was torn is no end any more"
+
+
+def test_whose_text_is_more_than_bytes() -> None:
+    assert TokenTexts(BYTE_LEVEL).are_all and not TokenTexts(BYTE_FALLBACK).are_all
+    added = build_tokenizer(CHATML, 64).backend_tokenizer
+    added.add_tokens(["\u0120"])
+    assert not TokenTexts(added).are_all, "a decoder takes it for a space"
 
 
 @given(

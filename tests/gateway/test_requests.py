@@ -136,6 +136,9 @@ class CountingSink:
     def started(self, message: Started, now: float) -> None:
         assert not self.endings
 
+    def token(self, choice: int, token: int, now: float) -> FinishReason | None:
+        return self.tokens(Accepted(choice, [token], None, None, None), now)
+
     def tokens(self, accepted: Accepted, now: float) -> FinishReason | None:
         assert not self.endings
         known = self.tokens_of.setdefault(accepted.choice, [])

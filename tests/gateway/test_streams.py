@@ -20,19 +20,28 @@ def piece(text: str, finish: FinishReason | None = None) -> Piece:
     return Piece(0, text, (), finish)
 
 
+async def rest(mailbox: Mailbox) -> list[Batch]:
+    """Until nothing follows, which stays so."""
+    batches = []
+    while (batch := await mailbox.next()) is not None:
+        batches.append(batch)
+    mailbox.put(piece("late"))
+    assert batches and (batches[-1].failure is None or await mailbox.next() is None)
+    return batches
+
+
 async def test_what_has_come_meanwhile_is_one_batch() -> None:
     mailbox = Mailbox(1)
-    batches = mailbox.batches()
     mailbox.put(piece("a"))
-    assert await anext(batches) == Batch([piece("a")], None)
-    waiting = asyncio.ensure_future(anext(batches))
+    assert await mailbox.next() == Batch([piece("a")], None)
+    waiting = asyncio.ensure_future(mailbox.next())
     await asyncio.sleep(0)
     for text in "bcd":
         mailbox.put(piece(text))
     assert await waiting == Batch([piece("b"), piece("c"), piece("d")], None)
     mailbox.put(piece("e", FinishReason.STOP))
     mailbox.put(Finished())
-    assert [batch async for batch in batches] == [Batch([piece("e", FinishReason.STOP)], None)]
+    assert await rest(mailbox) == [Batch([piece("e", FinishReason.STOP)], None)]
 
 
 async def test_a_pile_comes_out_in_parts() -> None:
@@ -44,7 +53,7 @@ async def test_a_pile_comes_out_in_parts() -> None:
     mailbox.put(failed)
     batches, seen = [], []
     async with OtherTask() as other:
-        async for batch in mailbox.batches():
+        while (batch := await mailbox.next()) is not None:
             batches.append(batch)
             seen.append(other.turns)
     assert seen == [0, 1, 2], "others have their turns"
@@ -60,12 +69,12 @@ async def test_a_failure_comes_behind_what_was_said_before_and_nothing_after_it(
     mailbox.put(first)
     mailbox.put(piece("of another prompt"))
     mailbox.put(second)
-    assert [batch async for batch in mailbox.batches()] == [Batch([piece("a")], first)]
+    assert await rest(mailbox) == [Batch([piece("a")], first)]
 
 
 async def test_a_failure_wakes_who_waits() -> None:
     mailbox = Mailbox(2)
-    waiting = asyncio.ensure_future(anext(mailbox.batches()))
+    waiting = asyncio.ensure_future(mailbox.next())
     await asyncio.sleep(0)
     failed = Failed(EngineFailure("gone").wire())
     mailbox.put(failed)
