@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -41,6 +42,7 @@ from prism.worker.device import Device, GraphUsage, Guess
 from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
 from prism.worker.notices import Notices
+from prism.worker.once import Once
 
 TORCH_RESERVE = 4 * GiB
 """What torch's own allocator may take beside the pool, for the intermediate results of a step."""
@@ -135,8 +137,8 @@ class GpuBackend:
         self._graph_memory: Bytes | None = None
         """Taken ahead: graphs that find room there take none."""
         self._products_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._loaded: list[tuple[ModelSpec, int]] = []
-        """Whose kernels are there, and with how many tokens in a block."""
+        self._loaded = Once()
+        """Kernels, by model and tokens in a block."""
         self._captures = DeviceCaptures(device)
         self._graphs = [Graphs(self._captures) for _ in lanes]
         for lane, graphs in zip(lanes, self._graphs, strict=True):
@@ -216,10 +218,10 @@ class GpuBackend:
         layout = plan_kv_layout(spec, self._slab_bytes)
         if spec.quantization == "fp8":
             self._notices.slow_fp8(UNUSUAL if not is_fused(spec) else slow_because(spec))
-        if not is_fused(spec) or layout is None or (spec, layout.tokens_per_block) in self._loaded:
+        if not is_fused(spec) or layout is None:
             return
-        load_kernels(self._warmup_stream, spec, torch_dtype(spec.dtype), layout.tokens_per_block)
-        self._loaded.append((spec, layout.tokens_per_block))
+        tokens, dtype = layout.tokens_per_block, torch_dtype(spec.dtype)
+        self._loaded.do((spec, tokens), partial(load_kernels, self._warmup_stream, spec, dtype, tokens))
 
     def prepare_ahead(self, spec: ModelSpec) -> Iterator[None]:
         """See `Backend.prepare_ahead`: products for all numbers of rows, and once memory for graphs."""
