@@ -1,7 +1,6 @@
 """What a model that decodes notices while another one's graphs are captured, and its steps launched.
 
-Usage: scripts/bench capture [--runs 8] [--slice 0.0005] [--unprepared]
-       [--output results.json]
+Usage: scripts/bench capture [--runs 8] [--slice 0.0005] [--unprepared] [--output results.json]
 On one GPU C (1B shape) decodes on a lane of its own. Beside it the kernels of B (8B shape) are loaded ahead;
 between its steps graphs of B are captured, for the first time in this process and again; then B decodes
 without graphs, launched in slices. Both are done once more in one go, as it was before.
@@ -14,10 +13,10 @@ import json
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -127,10 +126,11 @@ def spread(gaps: list[float]) -> dict[str, float]:
 
 def prepared(device: Any, c: Decoding, b: LocalModel) -> dict[str, Any]:
     """C's gaps while B's kernels are loaded by another thread, as a worker's does."""
-    thread = threading.Thread(target=deque, args=(device.backend.prepare_ahead(b.profile.spec), 0))
     free, begin = torch.cuda.mem_get_info()[0], time.perf_counter()
-    thread.start()
-    gaps = c.run(lambda: not thread.is_alive())
+    with ThreadPoolExecutor(1) as executor:
+        preparing = executor.submit(deque, device.backend.prepare_ahead(b.profile.spec), 0)
+        gaps = c.run(preparing.done)
+    preparing.result()
     return {
         "neighbour_gap_ms": spread(gaps),
         "s": time.perf_counter() - begin,

@@ -74,7 +74,7 @@ class LocalModel:
         *,
         is_new: bool = False,
     ) -> None:
-        """One that `is_new` has no graphs, and of its kernels those that it is loaded with."""
+        """One that `is_new` has no graphs, and only the kernels that a load prepares."""
         path = folder / name
         path.mkdir()
         (path / "config.json").write_text(json.dumps(SHAPES[shape]))

@@ -73,8 +73,10 @@ class TokenTexts:
             return text.encode()
         if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(text)):
             return bytes([int(match[1], 16)])
-        if self._is_byte_level and all(character in _byte_of_character() for character in text):
-            return bytes(_byte_of_character()[character] for character in text)
+        if self._is_byte_level:
+            alphabet = _byte_of_character()
+            is_bytes = all(character in alphabet for character in text)
+            return bytes(alphabet[character] for character in text) if is_bytes else text.encode()
         return text.replace("\u2581", " ").encode()
 
     def text(self, token: int) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from prism.attention.gpu.fp8 import slow_because
 from prism.attention.gpu.kernels import HEAD_DIMS
-from prism.attention.gpu.products import Products
+from prism.attention.gpu.products import Product, Products, products_of
 from prism.attention.gpu.warmup import load_kernels
 from prism.attention.kernels import KvView
 from prism.attention.torch_kernels import TorchKernels
@@ -133,12 +133,12 @@ class GpuBackend:
         self._lanes = lanes
         self._notices = Notices()
         self._warmup_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._is_preparing = False
-        self._graph_memory: Bytes | None = None
-        """Taken ahead: graphs that find room there take none."""
         self._products_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._loaded = Once()
         """Kernels, by model and tokens in a block."""
+        self._loaded_products: set[tuple[tuple[Product, ...], DType]] = set()
+        self._graph_memory: Bytes | None = None
+        """Taken ahead: graphs that find room there take none."""
         self._captures = DeviceCaptures(device)
         self._graphs = [Graphs(self._captures) for _ in lanes]
         for lane, graphs in zip(lanes, self._graphs, strict=True):
@@ -185,10 +185,8 @@ class GpuBackend:
             runner.expect()
 
     def work_aside(self, seconds: float, *, urgent_only: bool) -> bool:
-        """See `Backend.work_aside`: captures. Likely ones wait until kernels have been loaded ahead: they
-        would load the same ones, or wait in the driver, 4 ms each time.
-        """
-        return self._captures.advance(seconds, urgent_only=urgent_only or self._is_preparing)
+        """See `Backend.work_aside`: captures."""
+        return self._captures.advance(seconds, urgent_only=urgent_only)
 
     @property
     def graph_usage(self) -> GraphUsage:
@@ -215,6 +213,7 @@ class GpuBackend:
 
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`. Compiles on the first use of a machine, loads in milliseconds later."""
+        torch.cuda.set_device(self._device)  # of this thread
         layout = plan_kv_layout(spec, self._slab_bytes)
         if spec.quantization == "fp8":
             self._notices.slow_fp8(UNUSUAL if not is_fused(spec) else slow_because(spec))
@@ -224,20 +223,25 @@ class GpuBackend:
         self._loaded.do((spec, tokens), partial(load_kernels, self._warmup_stream, spec, dtype, tokens))
 
     def prepare_ahead(self, spec: ModelSpec) -> Iterator[None]:
-        """See `Backend.prepare_ahead`: products for all numbers of rows, and once memory for graphs."""
-        self._is_preparing = True
+        """See `Backend.prepare_ahead`: products, which fine-tunes of a model share, and memory for graphs.
+
+        Likely graphs are begun behind that: they would load the same kernels, or wait in the driver for each.
+        """
+        self.prepare(spec)
+        yield
+        products = products_of(spec)
+        if not is_fused(spec) or (products, spec.dtype) in self._loaded_products:
+            return
+        self._loaded_products.add((products, spec.dtype))
+        self._captures.begins_likely = False
         try:
-            self.prepare(spec)
-            if not is_fused(spec):
-                return
-            yield
             lane = self._lanes[0]
-            products = Products(self._products_stream, lane.calls, spec)
-            yield from products.load(row_numbers(lane.shape.max_batch, lane.shape.max_tokens))
+            capturing = Products(self._products_stream, lane.calls, products, torch_dtype(spec.dtype))
+            yield from capturing.load(row_numbers(lane.shape.max_batch, lane.shape.max_tokens))
             if self._graph_memory is None:
-                self._graph_memory = yield from take_graph_memory(products)
+                self._graph_memory = yield from take_graph_memory(capturing)
         finally:
-            self._is_preparing = False
+            self._captures.begins_likely = True
 
     def forget(self, runner: Runner) -> None:
         """See `Backend.forget`."""

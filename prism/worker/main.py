@@ -297,12 +297,12 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     preparing = KernelThread(device.backend, config.models)
     garbage.take_over()
     process.run()
-    preparing.close()
     link.close()
     if taking is not None:
         taking.close()
     if registering is not None:
         registering.close()
+    preparing.close()
     return 0
 
 

@@ -22,7 +22,7 @@ class Once:
         self._entries: list[_Entry] = []
 
     def do(self, what: object, work: Callable[[], None]) -> None:
-        """Returns when `work` has been done for something equal. If it fails, who wants it next tries again."""
+        """Returns when `work` has been done for something equal. After a failure the next one tries again."""
         with self._lock:
             entry = next((entry for entry in self._entries if entry.what == what), None)
             if entry is None:

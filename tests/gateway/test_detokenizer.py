@@ -65,9 +65,14 @@ def odd_byte_level() -> Tokenizer:
     tokenizer = build_tokenizer(CHATML, 64).backend_tokenizer
     tokenizer.add_tokens(["<think>", "\u4e16\u754c", " x"])
     merged = json.loads(tokenizer.to_str())
-    spelled = {"\u0120a": b" a", "b\u00e2\u0124": b"b\xe2\x82", "\u00ac\u00f0": b"\xac\xf0"}
+    odd = (
+        "a\u4e2d\u2581",
+        "\u0120a",
+        "b\u00e2\u0124",
+        "\u00ac\u00f0",
+    )  # not written in bytes; " a", "b\xe2\x82", ...
     size = len(merged["model"]["vocab"]) + len(merged["added_tokens"])
-    merged["model"]["vocab"] |= {text: size + 10 + index for index, text in enumerate(spelled)}
+    merged["model"]["vocab"] |= {text: size + 10 + index for index, text in enumerate(odd)}
     return Tokenizer.from_str(json.dumps(merged))
 
 
@@ -98,6 +103,9 @@ def test_bytes_make_the_whole(tokens: list[int]) -> None:
 
 def test_whose_text_is_more_than_bytes() -> None:
     assert TokenTexts(BYTE_LEVEL).are_all and not TokenTexts(BYTE_FALLBACK).are_all
+    stripped = build_tokenizer(CHATML, 64).backend_tokenizer
+    stripped.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    assert not TokenTexts(stripped).are_all, "its first space is not shown"
     added = build_tokenizer(CHATML, 64).backend_tokenizer
     added.add_tokens(["\u0120"])
     assert not TokenTexts(added).are_all, "a decoder takes it for a space"

@@ -122,6 +122,49 @@ def test_progress_takes_the_suspicion_away_but_not_for_ever() -> None:
     assert isinstance(request.ending, Failed)
 
 
+SAYINGS = st.lists(
+    st.tuples(
+        st.sampled_from([W1, W1, W1, W2]),
+        st.integers(0, 2),
+        st.integers(-1, 2),
+        st.integers(0, 3) | st.none(),
+        st.sampled_from(["", "", "", "finish", "lose", "fail"]),
+    ),
+    max_size=25,
+)
+
+
+@given(SAYINGS)
+def test_a_token_that_goes_on_is_one_that_is_accepted(sayings: list[tuple[Any, ...]]) -> None:
+    """Whoever says it, of whatever attempt, about whatever choice and place; None is the next place."""
+    short, long = make_request(0, n=2), make_request(0, n=2)
+    for request in (short, long):
+        request.submit_to(W1)
+    for who, attempt, choice, index, event in sayings:
+        if index is None:
+            index = len(long.choices[choice].token_ids) if 0 <= choice < 2 else 0
+        if long.ending is None and event:
+            for request in (short, long):
+                if event == "finish" and not request.choices[0].is_finished:
+                    request.finish_choice(0)
+                elif event == "fail":
+                    request.fail(WireError(status=500, type="x", message="x"))
+                elif event == "lose":
+                    request.lose()
+                    if request.ending is None:
+                        request.submit_to(W1)
+        said = Output(request_id="r0", attempt=attempt, choice=choice, index=index, token_ids=[index])
+        goes_on = short.goes_on(who, Token("r0", attempt, choice, index, index))
+        answer = long.accept(who, said)
+        assert isinstance(answer, Accepted) == goes_on
+        if goes_on:
+            assert answer == Accepted(choice, [index], None, None, None)
+        else:
+            assert short.accept(who, said) == answer
+        names = ("choices", "is_started", "has_tokens", "strikes", "_progressed")
+        assert all(getattr(short, name) == getattr(long, name) for name in names)
+
+
 # --- the dispatcher -----------------------------------------------------------------------------------
 
 
@@ -314,6 +357,19 @@ def ready() -> tuple[Dispatcher, FakeLinks]:
     dispatcher.on_worker_up(W1, 0)
     dispatcher.on_routes(routes("w0"), 0)
     return dispatcher, links
+
+
+def test_a_stop_string_in_a_token_cancels_the_choice() -> None:
+    """The worker, which does not know, would go on."""
+    dispatcher, links = ready()
+    sink = CountingSink()
+    sink.stop_at = 2
+    dispatcher.open(make_request(0), sink, 0)
+    for index in range(3):
+        token = Token("r0", 1, 0, index, index)
+        dispatcher.on_outputs(W1, Outputs(incarnation=1, tokens=[token]), 1)
+    assert links.sent[1:] == [(W1, CancelChoice(request_id="r0", attempt=1, choice=0))]
+    assert sink.tokens_of == {0: [0, 1]} and sink.endings == [Finished()] and not len(dispatcher)
 
 
 def test_a_model_without_route_is_demanded_once() -> None:

@@ -21,12 +21,14 @@ def piece(text: str, finish: FinishReason | None = None) -> Piece:
 
 
 async def rest(mailbox: Mailbox) -> list[Batch]:
-    """Until nothing follows, which stays so."""
+    """Until nothing follows; nothing does behind a failure."""
     batches = []
-    while (batch := await mailbox.next()) is not None:
-        batches.append(batch)
-    mailbox.put(piece("late"))
-    assert batches and (batches[-1].failure is None or await mailbox.next() is None)
+    async with asyncio.timeout(10):
+        while (batch := await mailbox.next()) is not None:
+            batches.append(batch)
+        if batches[-1].failure is not None:
+            mailbox.put(piece("late"))
+            assert await mailbox.next() is None
     return batches
 
 

@@ -12,6 +12,7 @@ import pytest
 from prism.config import Config, ModelConfig
 from prism.errors import Unavailable
 from prism.gateway import tokenizers
+from prism.gateway.detokenizer import ByteDetokenizer
 from prism.gateway.tokenizers import TextModel, TextModels, Vocabularies, load_text_model
 
 pytestmark = pytest.mark.anyio
@@ -34,6 +35,11 @@ def test_directories_with_the_same_files_share_a_vocabulary(model_dir: Path, tmp
     assert vocabularies.read(copy_of(model_dir, tmp_path / "copy")) is one
     (tmp_path / "copy" / "model.safetensors").write_bytes(b"other weights")
     assert vocabularies.read(tmp_path / "copy") is one
+
+
+def test_texts_of_byte_level_tokens_are_bytes(model_dir: Path) -> None:
+    """The quicker way is taken."""
+    assert isinstance(Vocabularies().read(model_dir).detokenizer(), ByteDetokenizer)
 
 
 def test_another_template_is_another_vocabulary(model_dir: Path, tmp_path: Path) -> None:

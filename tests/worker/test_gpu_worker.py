@@ -175,7 +175,8 @@ def test_likely_graphs_wait_for_kernels_that_are_loaded_ahead(models: dict) -> N
     local.run(rounds=10**6)
     assert model.profile is not None
     preparing = backend.prepare_ahead(model.profile.spec)
-    next(preparing)
+    for _ in range(2):  # kernels that a load prepares, and some of the others
+        next(preparing)
     assert model.engine is not None
     backend.forget(model.engine.runner)
     backend.expect(model.engine.runner)

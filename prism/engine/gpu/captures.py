@@ -126,6 +126,8 @@ class DeviceCaptures:
         self._maker.submit(int).result()  # a thread that begins keeps who starts it waiting for 5 ms
         self._is_urgent = False
         """A step lacks the graph that is being captured."""
+        self.begins_likely = True
+        """Else likely ones wait, but for one that has begun."""
 
     def add_lane(self, lane: GpuLane, graphs: Graphs) -> None:
         """A lane and its graphs."""
@@ -168,7 +170,7 @@ class DeviceCaptures:
         self._is_urgent = bool(self._urgent)
         if self._urgent:
             wish = self._urgent.popleft()
-        elif self._likely:
+        elif self._likely and self.begins_likely:
             wish = self._likely.popitem(last=False)[1]
         else:
             return

@@ -19,7 +19,7 @@ NUM_GRAPHS = 25
 NUMBERS = range(8, 488, 8)
 """Of rows: with five products each, as many kernels as a model of 32 layers has in a graph."""
 MOST_BYTES = Bytes(64 * MiB)
-"""That are believed to be theirs: 30 MiB were seen, and others may allocate meanwhile."""
+"""That are believed to be theirs, since others may allocate meanwhile. 6 graphs of 1,245 kernels took 30."""
 
 
 def take_graph_memory(products: Products) -> Generator[None, None, Bytes]:

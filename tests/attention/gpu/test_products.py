@@ -105,7 +105,7 @@ with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
     num_slow([3, 40, 2049])  # the kernels around the products, torch's own, and room for results
     numbers = row_numbers(256, 2048)[1:]
     if sys.argv[3] == "ahead":
-        for _ in Products(torch.cuda.Stream(), CudaCalls(), spec).load(numbers):
+        for _ in Products(torch.cuda.Stream(), CudaCalls(), products_of(spec), torch.bfloat16).load(numbers):
             pass
     print(num_slow(numbers))
 """

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from prism.attention.gpu.products import Products
+from prism.attention.gpu.products import Products, products_of
 from prism.engine.gpu.graph_memory import take_graph_memory
 from prism.memory.cuda_calls import CudaCalls
 from prism.modelspec import read_spec
 
-products = Products(torch.cuda.Stream(), CudaCalls(), read_spec(Path(sys.argv[1])))
+wanted = products_of(read_spec(Path(sys.argv[1])))
+products = Products(torch.cuda.Stream(), CudaCalls(), wanted, torch.bfloat16)
 products.capture(range(8, 488, 8))  # whose kernels are loaded
 for _ in range(2):
     pieces = take_graph_memory(products)
