@@ -83,6 +83,7 @@ ODD_TOKENS = sorted(ODD_BYTE_LEVEL.get_vocab(with_added_tokens=True).values())
 @given(st.lists(st.sampled_from(ODD_BYTES) | st.sampled_from(ODD_TOKENS) | st.just(9999), max_size=120))
 @example([0xED, 0xA0])
 @example([0xE2, 0x82])
+@example(ODD_TOKENS[-4:])
 def test_bytes_make_the_whole(tokens: list[int]) -> None:
     texts = TokenTexts(ODD_BYTE_LEVEL)
     special = frozenset(
