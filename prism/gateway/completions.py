@@ -76,7 +76,7 @@ class Answer:
         self._request = request
         self._model = model
         self._arrival = arrival
-        self._mailbox = Mailbox(len(prompts))
+        self._mailbox = Mailbox(len(prompts), self._cancel_soon)
         self._opened: list[tuple[Request, Stream]] = []
         self._requests = self._make_requests(prompts)
         self._format = self._make_format()
@@ -217,6 +217,10 @@ class Answer:
     def _cancel(self) -> None:
         for request, _ in self._opened:
             self._gateway.cancel(request)
+
+    def _cancel_soon(self) -> None:
+        """One of its prompts has failed, which the dispatcher is in the middle of: the others are in vain."""
+        asyncio.get_running_loop().call_soon(self._cancel)
 
     def close(self) -> None:
         """Nothing of this answer runs any more."""

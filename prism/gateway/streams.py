@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple, assert_never
 
 from prism.gateway.observer import Observer
@@ -28,8 +29,10 @@ class Batch(NamedTuple):
 class Mailbox:
     """Pieces in the order in which they came, until all prompts of an HTTP request have ended."""
 
-    def __init__(self, num_requests: int) -> None:
+    def __init__(self, num_requests: int, on_failure: Callable[[], object] = lambda: None) -> None:
+        """`on_failure` hears of the first one when it comes: that may be long before it is told."""
         self._num_open = num_requests
+        self._on_failure = on_failure
         self._pieces: deque[Piece] = deque()
         self._failure: Failed | None = None
         self._has_left = False
@@ -46,7 +49,9 @@ class Mailbox:
                     self._pieces.append(item)
             case Failed():
                 self._num_open -= 1
-                self._failure = self._failure or item
+                if self._failure is None:
+                    self._failure = item
+                    self._on_failure()
             case Finished():
                 self._num_open -= 1
             case never:

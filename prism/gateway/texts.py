@@ -45,7 +45,7 @@ class ChoiceText:
         self._entries: deque[TokenEntry] = deque()
 
     def push_token(self, token: int) -> Piece | None:
-        """The same for a token without log-probabilities."""
+        """See `push`, for one token without log-probabilities."""
         self.num_tokens += 1
         text, is_cut = self._released(self._detokenizer.push(token))
         if is_cut:

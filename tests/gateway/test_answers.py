@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletion
 from prism.config import Config
 from prism.errors import Overloaded
 from prism.gateway.app import create_app
-from prism.messages import ModelReport, Report, Submit
+from prism.messages import ModelReport, Rejected, Report, Submit
 from prism.types import ModelState
 from tests.gateway.fakes import (
     IM_END,
@@ -36,6 +36,8 @@ class Caller:
     def __init__(self, world: World, path: str, body: Any) -> None:
         self.sent: list[dict[str, Any]] = []
         self.hung_up = asyncio.Event()
+        self.may_read = asyncio.Event()
+        self.may_read.set()
         self._body: bytes | None = json.dumps(body).encode()
         scope = {
             "type": "http",
@@ -60,6 +62,7 @@ class Caller:
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
+        await self.may_read.wait()
 
     @property
     def text(self) -> str:
@@ -237,6 +240,24 @@ async def test_three_deaths_are_an_error_event_after_the_first_byte(config: Conf
         assert last["error"]["type"] == "server_error"
         assert last["error"]["code"] == "engine_failure"
         assert [submit.alone for submit in world.links.submits] == [False, False, False, True]
+
+
+async def test_a_prompt_that_fails_cancels_the_others_though_nobody_reads(config: Config) -> None:
+    """They went on until the client had read all that had come before."""
+    async with running(config, Script("abcdef", stop_after=2)) as world:
+        caller = Caller(world, "/v1/completions", {"model": MODEL, "prompt": ["a", "b"], "stream": True})
+        caller.may_read.clear()
+        await until(lambda: len(world.links.submits) == 2 and caller.sent)
+        failing, other = world.links.submits
+        error = Overloaded("full").wire()
+        rejected = Rejected(request_id=failing.request_id, attempt=1, incarnation=1, error=error)
+        world.gateway.on_worker_message(place(), rejected)
+        await until(lambda: world.links.cancels)
+        assert [cancel.request_id for cancel in world.links.cancels] == [other.request_id]
+        assert len(world.gateway.dispatcher) == 0 and len(caller.sent) == 1
+        caller.may_read.set()
+        await caller.task
+        assert events(caller.text)[-1]["error"]["message"] == "full"
 
 
 @pytest.mark.parametrize("stream", [False, True])
