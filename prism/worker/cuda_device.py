@@ -229,8 +229,10 @@ class GpuBackend:
         """
         self.prepare(spec)
         yield
+        if not is_fused(spec) or plan_kv_layout(spec, self._slab_bytes) is None:
+            return
         products = products_of(spec)
-        if not is_fused(spec) or (products, spec.dtype) in self._loaded_products:
+        if (products, spec.dtype) in self._loaded_products:
             return
         self._loaded_products.add((products, spec.dtype))
         self._captures.begins_likely = False
