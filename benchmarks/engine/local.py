@@ -24,10 +24,9 @@ from prism.types import Bytes, GiB, MiB, ModelId, Quantization, RequestId, Sampl
 from prism.worker.cuda_device import open_cuda
 from prism.worker.device import Device
 from prism.worker.lanes import Lane
+from prism.worker.loop import ASIDE_SECONDS
 from prism.worker.models import read_profile
 from prism.worker.needs import ModelNeeds
-
-ASIDE_SECONDS = 0.0005
 
 
 def prompt(seed: int, length: int) -> list[int]:

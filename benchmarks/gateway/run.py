@@ -200,6 +200,27 @@ async def work(
         await worker.say(Outputs(incarnation=1, tokens=drawn))
 
 
+async def run_once(
+    worker: Peer, port: int, process: psutil.Process, options: argparse.Namespace
+) -> dict[str, float]:
+    """All streams from the tenth event of the last one on to their ends."""
+    moved, data = asyncio.Event(), request(options.endpoint, port, options.tokens)
+    clients = [Client(data, moved) for _ in range(options.streams)]
+    loop = asyncio.get_running_loop()
+    made = [await loop.create_connection(partial(_same, each), "127.0.0.1", port) for each in clients]
+    working = asyncio.create_task(work(worker, clients, moved, options))
+    while min(client.num_events for client in clients) < 10:
+        await asyncio.sleep(0.01)
+    begun = sum(client.num_events for client in clients)
+    busy, begin = sum(process.cpu_times()[:2]), time.perf_counter()
+    await asyncio.gather(working, *(client.ended for client in clients))
+    count = sum(client.num_events for client in clients) - begun
+    busy, seconds = sum(process.cpu_times()[:2]) - busy, time.perf_counter() - begin
+    for transport, _ in made:
+        transport.close()
+    return {"us_per_token": 1e6 * busy / count, "tokens_s": count / seconds}
+
+
 async def measure(
     run_dir: Path, port: int, process: psutil.Process, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -213,31 +234,7 @@ async def measure(
         await agent.say(ProcessUp(role=role, name=name, incarnation=1, address=peer.address))
     await controller.hear(Hello)
     await controller.say(Routes(epoch=1, version=1, routes=[Route(model="m", workers=["worker-0"])]))
-    moved = asyncio.Event()
-    data = request(options.endpoint, port, options.tokens)
-    runs = []
-    for _ in range(options.runs):
-        clients = [Client(data, moved) for _ in range(options.streams)]
-        loop = asyncio.get_running_loop()
-        made = [await loop.create_connection(partial(_same, each), "127.0.0.1", port) for each in clients]
-        working = asyncio.create_task(work(worker, clients, moved, options))
-        while min(client.num_events for client in clients) < 10:  # all stream
-            await asyncio.sleep(0.01)
-        before = (
-            sum(client.num_events for client in clients),
-            sum(process.cpu_times()[:2]),
-            time.perf_counter(),
-        )
-        await asyncio.gather(working, *(client.ended for client in clients))
-        count = sum(client.num_events for client in clients) - before[0]
-        runs.append(
-            {
-                "us_per_token": 1e6 * (sum(process.cpu_times()[:2]) - before[1]) / count,
-                "tokens_s": count / (time.perf_counter() - before[2]),
-            }
-        )
-        for transport, _ in made:
-            transport.close()
+    runs = [await run_once(worker, port, process, options) for _ in range(options.runs)]
     await agent.say(Stop(grace=1.0))
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         await asyncio.sleep(0.01)

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from local import ASIDE_SECONDS, LocalModel, next_step, open_device, prompt
+from local import LocalModel, next_step, open_device, prompt
 
 from prism.memory.slabs import KvOwner
 from prism.types import Bytes, GiB, RequestId
 from prism.worker import garbage
+from prism.worker.loop import ASIDE_SECONDS
 
 STEP_TOKENS = 8192
 """Of a step, at most: a worker's default."""

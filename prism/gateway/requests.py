@@ -169,9 +169,7 @@ class Request:
 
     def goes_on(self, placement: Placement, token: Token) -> bool:
         """Whether a token is the next one of its choice, as most are; then it is accepted. See `accept`."""
-        if token.attempt != self.attempt or placement != self.placement or self.ending is not None:
-            return False
-        if not 0 <= token.choice < len(self.choices):
+        if not (self.is_from_here(placement, token.attempt) and 0 <= token.choice < len(self.choices)):
             return False
         choice = self.choices[token.choice]
         if choice.is_finished or token.index != len(choice.token_ids):

@@ -63,10 +63,12 @@ class Mailbox:
 
         Others have a turn before the rest of a pile.
         """
+        if self._is_over:
+            return None
         if self._has_left:
             await asyncio.sleep(0)
-        while not self._pieces and (self._failure is None or self._is_over):
-            if self._is_over or not self._num_open:
+        while not self._pieces and self._failure is None:
+            if not self._num_open:
                 return None
             self._wake.clear()
             await self._wake.wait()

@@ -34,7 +34,6 @@ class ChoiceText:
 
     def __init__(self, model: TextModel, choice: int, stops: tuple[str, ...], min_tokens: int) -> None:
         self.choice = choice
-        self._stops = stops
         self._min_tokens = min_tokens
         self.num_tokens = 0
         """Tokens that count for usage."""
@@ -75,14 +74,10 @@ class ChoiceText:
     def _released(self, piece: str) -> Released:
         """Stop strings are looked for behind the first `min_tokens` tokens, as vLLM does."""
         self._num_decoded += len(piece)
-        if self._stops and self.num_tokens > self._min_tokens:
-            return self._filter.push(piece)
-        return Released(piece, False)
+        return self._filter.push(piece) if self.num_tokens > self._min_tokens else Released(piece, False)
 
     def _piece(self, text: str, finish: FinishReason | None, is_cut: bool = False) -> Piece:
         self._num_shown += len(text)
-        if not self._entries:
-            return Piece(self.choice, text, (), finish)
         shown = []
         is_all = finish is not None and not is_cut
         while self._entries and (is_all or self._entries[0].offset < self._num_shown):

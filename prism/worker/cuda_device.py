@@ -21,7 +21,7 @@ from prism.engine.gpu.graphs import Graphs, row_numbers
 from prism.engine.gpu.lane import GpuLane, LaneShape, workspace_bytes
 from prism.engine.gpu.runner import GpuRunner
 from prism.engine.kv_blocks import Move
-from prism.engine.kv_layout import BLOCK_TOKENS, plan_kv_layout
+from prism.engine.kv_layout import BLOCK_TOKENS, KvLayout, plan_kv_layout
 from prism.engine.runner import Runner
 from prism.engine.step import Step
 from prism.engine.torch_runner import TorchFlight, TorchRunner
@@ -214,10 +214,10 @@ class GpuBackend:
     def prepare(self, spec: ModelSpec) -> None:
         """See `Backend.prepare`. Compiles on the first use of a machine, loads in milliseconds later."""
         torch.cuda.set_device(self._device)  # of this thread
-        layout = plan_kv_layout(spec, self._slab_bytes)
         if spec.quantization == "fp8":
             self._notices.slow_fp8(UNUSUAL if not is_fused(spec) else slow_because(spec))
-        if not is_fused(spec) or layout is None:
+        layout = self._fused_layout(spec)
+        if layout is None:
             return
         tokens, dtype = layout.tokens_per_block, torch_dtype(spec.dtype)
         self._loaded.do((spec, tokens), partial(load_kernels, self._warmup_stream, spec, dtype, tokens))
@@ -229,10 +229,8 @@ class GpuBackend:
         """
         self.prepare(spec)
         yield
-        if not is_fused(spec) or plan_kv_layout(spec, self._slab_bytes) is None:
-            return
         products = products_of(spec)
-        if (products, spec.dtype) in self._loaded_products:
+        if self._fused_layout(spec) is None or (products, spec.dtype) in self._loaded_products:
             return
         self._loaded_products.add((products, spec.dtype))
         self._captures.begins_likely = False
@@ -244,6 +242,10 @@ class GpuBackend:
                 self._graph_memory = yield from take_graph_memory(capturing)
         finally:
             self._captures.begins_likely = True
+
+    def _fused_layout(self, spec: ModelSpec) -> KvLayout | None:
+        """Of the model's KV; None if the GPU kernels do not serve it, or its blocks fit no slab."""
+        return plan_kv_layout(spec, self._slab_bytes) if is_fused(spec) else None
 
     def forget(self, runner: Runner) -> None:
         """See `Backend.forget`."""

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from prism.config import ModelConfig
 from prism.errors import PrismError
-from prism.modelspec import ModelSpec, read_spec
+from prism.modelspec import ModelSpec
 from prism.worker.device import Backend
+from prism.worker.models import configured_spec
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,7 @@ def _specs(models: Sequence[ModelConfig]) -> list[ModelSpec]:
     specs: list[ModelSpec] = []
     for model in models:
         try:
-            spec = read_spec(
-                model.path, dtype=model.dtype, max_len=model.max_model_len, quantization=model.quantization
-            )
+            spec = configured_spec(model)
         except PrismError:
             continue
         if spec not in specs:

@@ -33,14 +33,19 @@ class Profile:
     weight_slabs: int
 
 
-def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
-    """Reads a model directory. Raises `CheckpointError`."""
-    spec = read_spec(
+def configured_spec(config: ModelConfig) -> ModelSpec:
+    """A model's spec as its configuration wants it. Raises `CheckpointError`."""
+    return read_spec(
         config.path,
         dtype=config.dtype,
         max_len=config.max_model_len,
         quantization=config.quantization,
     )
+
+
+def read_profile(config: ModelConfig, slab_bytes: Bytes) -> Profile:
+    """Reads a model directory. Raises `CheckpointError`."""
+    spec = configured_spec(config)
     weights = plan_layout(spec)
     kv = plan_kv_layout(spec, slab_bytes)
     if kv is None:

@@ -18,6 +18,7 @@ from prism.attention.gpu.few_rows import choose_tile as choose_few_tile
 from prism.attention.gpu.fp8 import norm_quantised, quantised, silu_mul_quantised, slow_because
 from prism.attention.gpu.linear import choose_tile, is_supported, vector_linear
 from prism.attention.gpu.prefill import Chunk, prefill_attention, tiles_of
+from prism.attention.gpu.products import products_of
 from prism.attention.gpu.rows import decode_inputs, rms_norm, rotate_and_store, silu_mul
 from prism.attention.gpu.sampling import draw_random
 from prism.attention.kernels import HeadNorms, Stream, Weight
@@ -80,15 +81,8 @@ def _products(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None
 
 
 def _few_rows(device: torch.device, spec: ModelSpec) -> None:
-    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
-    all_heads = heads + 2 * spec.num_kv_heads * spec.head_dim
-    for size, width, has_bias in (
-        (all_heads, hidden, spec.attention_bias),
-        (hidden, heads, spec.output_bias),
-        (2 * spec.intermediate_size, hidden, False),
-        (hidden, spec.intermediate_size, False),
-    ):
-        for rows in PADDED if is_few(1, width) else ():
+    for size, width, has_bias, _, is_fp8 in products_of(spec):
+        for rows in PADDED if is_fp8 and is_few(1, width) else ():
             values = torch.zeros(64, width, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
             scales = torch.zeros(64, 1, dtype=torch.float32, device=device)
             bias = torch.zeros(64, dtype=torch.bfloat16, device=device) if has_bias else None
