@@ -131,11 +131,11 @@ class Capture:
             _check("cuStreamEndCapture", code)
 
     def ready(self) -> DriverGraph:
-        """See `CudaCalls.graph`; by way of the same stream."""
+        """See `CudaCalls.graph`; by way of the same stream. Each is a graph of its own."""
         return DriverGraph(self._keeping, self._giving_up, self._captured, self._stream.value)
 
     def __del__(self) -> None:
-        """What was made ready is a graph of its own."""
+        """What was made ready stays."""
         if self._captured:
             self._keeping.cuGraphDestroy(_WORD(self._captured))
 

@@ -40,7 +40,7 @@ def test_a_graph_runs_between_copies() -> None:
 
 
 def test_what_is_captured_runs_when_it_is_launched() -> None:
-    """Also once the capture is gone; one that an error ends leaves the stream as it was."""
+    """Two graphs, again and again, also once the capture is gone; an error leaves the stream as it was."""
     calls, stream = CudaCalls(), torch.cuda.Stream()
     number = torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
@@ -53,12 +53,12 @@ def test_what_is_captured_runs_when_it_is_launched() -> None:
         number.add_(100)
     stream.synchronize()
     assert float(number) == 100
-    graph = capture.ready()
+    graphs = [capture.ready(), capture.ready()]
     del capture
-    for _ in range(2):
+    for graph in (graphs[0], graphs[1], graphs.pop()):
         calls.launch(graph, stream.cuda_stream)
     stream.synchronize()
-    assert float(number) == 102
+    assert float(number) == 103
 
 
 def test_a_mark_is_passed_when_what_stands_before_it_has_run() -> None:
