@@ -1,6 +1,6 @@
 """What a model that decodes notices while another one's graphs are captured, and its steps launched.
 
-Usage: scripts/bench capture [--runs 8] [--slice 0.0005] [--unprepared] [--output results.json]
+Usage: scripts/bench capture [--runs 8] [--slice 0.0003] [--unprepared] [--output results.json]
 On one GPU C (1B shape) decodes on a lane of its own. Beside it the kernels of B (8B shape) are loaded ahead;
 between its steps graphs of B are captured, for the first time in this process and again; then B decodes
 without graphs, launched in slices. Both are done once more in one go, as it was before.
@@ -32,6 +32,7 @@ from prism.engine.gpu.runner import GpuRunner
 from prism.types import Bytes, GiB, RequestId
 from prism.weights.link import SWITCH_SECONDS
 from prism.worker import garbage
+from prism.worker.early import SLICE_SECONDS
 from prism.worker.loop import ASIDE_SECONDS
 
 NUM_LONGEST = 8
@@ -41,7 +42,7 @@ NUM_LONGEST = 8
 class Decoding:
     """A model that decodes; `work` does what can be done now."""
 
-    def __init__(self, model: LocalModel, slice_seconds: float = ASIDE_SECONDS) -> None:
+    def __init__(self, model: LocalModel, slice_seconds: float = SLICE_SECONDS) -> None:
         self.model = model
         self.flights: list[Any] = []
         self.times: list[float] = []
@@ -228,7 +229,7 @@ def main() -> None:
     result["graph_usage"] = device.backend.graph_usage._asdict()
     go_on(c)
     result["captured_at_once"] = captured(device, c, b, 2, float("inf"))
-    result["launched_in_slices"] = eager(device, c, b, ASIDE_SECONDS)
+    result["launched_in_slices"] = eager(device, c, b, SLICE_SECONDS)
     result["launched_at_once"] = eager(device, c, b, 1e3)
     print(json.dumps(result))
     if options.output:

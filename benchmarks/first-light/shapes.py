@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 CONTEXT = 8192
@@ -65,7 +64,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_shape(name: str, folder: Path) -> Path:
-    """config.json, and a tokenizer in which every id has a text of its own."""
+    """config.json, and a byte-level tokenizer, as Llama 3 has it, in which every id has a text of its own."""
     directory = folder / name
     directory.mkdir(parents=True, exist_ok=True)
     config = SHAPES[name] | {
@@ -77,7 +76,19 @@ def write_shape(name: str, folder: Path) -> Path:
         "hidden_act": "silu",
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    words = {f"w{i}": i for i in range(config["vocab_size"])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    write_tokenizer(config["vocab_size"], directory)
     return directory
+
+
+def write_tokenizer(num_tokens: int, directory: Path) -> None:
+    """ASCII's characters, then words with a space before them: no token is a part of a character."""
+    decoder = decoders.ByteLevel()
+    ascii_bytes = sorted(c for c in pre_tokenizers.ByteLevel.alphabet() if decoder.decode([c]).isascii())
+    texts = [*ascii_bytes, *(f"\u0120w{i}" for i in range(len(ascii_bytes), num_tokens))]
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(r" ?\S+"), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    tokenizer.decoder = decoder
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)

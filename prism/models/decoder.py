@@ -76,7 +76,7 @@ class Decoder:
     def layers(
         self, kernels: Kernels, plan: AttentionPlan, stream: Stream, rows: Tensor | None = None
     ) -> Generator[int, None, Stream]:
-        """All layers over a step's tokens; stores their KV. Before each it yields the groups that it needs.
+        """All layers over a step's tokens; stores their KV. Before each half it yields the groups it needs.
 
         With `rows` the result has only these tokens: the others leave the last layer once their KV is stored.
         """
@@ -89,6 +89,7 @@ class Decoder:
                 heads, stream = heads[rows], stream.rows(rows)
                 if not len(rows):
                     break
+            yield index + 2
             stream = kernels.add_linear(stream, heads, layer.o, layer.o_bias)
             stream = kernels.add_mlp(stream, layer.post_norm, eps, layer.gate_up, layer.down)
         return stream
