@@ -261,7 +261,7 @@ def serving() -> Figure:
         for shape in SHAPES
     }
     for axis, shape in ((large, "8b"), (small, "1b")):
-        rows = {"engine alone": alone[f"offline_{shape}"][0]["output_tok_s"]}
+        rows = {"engine alone, another machine": alone[f"offline_{shape}"][0]["output_tok_s"]}
         rows |= {
             f"server, {n} gateways": run["offline"]["output_tok_s"] for n, run in sorted(now[shape].items())
         }
