@@ -8,47 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from prism.attention.kernels import BatchLayout
-from prism.attention.torch_kernels import TorchKernels
-from prism.engine.kv_layout import plan_kv_layout
-from prism.memory.host import HostDriver
-from prism.memory.pool import SlabPool
-from prism.models.decoder import Decoder, at_once
-from prism.models.rotary import rotary_table
-from prism.modelspec import read_spec
-from prism.types import BlockId, Bytes, MiB, ModelId, Quantization
-from prism.weights.client import pack_here
-from prism.weights.layout import plan_layout
-from prism.weights.protocol import WeightSource
-from prism.weights.views import view_weights
-from prism.worker.cpu_device import cpu_device
+from prism.models.decoder import at_once
+from prism.types import Quantization
 from tests.support.checkpoints import FAMILIES, fake_quantise, make_model, prompts, save
-
-SLAB = Bytes(2 * MiB)
-CPU = torch.device("cpu")
+from tests.support.decoders import cpu_decoder
 
 
-@torch.inference_mode()
 def logits_of(path: Path, quantization: Quantization, prompt: list[int]) -> torch.Tensor:
     """`[tokens, vocabulary]`, in a chunk and single tokens."""
-    spec = read_spec(path, quantization=quantization)
-    layout = plan_kv_layout(spec, SLAB)
-    assert layout is not None
-    device = cpu_device(driver := HostDriver(Bytes(2 * SLAB)), SlabPool(driver, SLAB, 2), "cpu:0")
-    blocks = [BlockId(i * layout.block_bytes // layout.unit) for i in range(layout.num_blocks(len(prompt)))]
-    kernels = TorchKernels(CPU)
-    rows = []
-    with pack_here(WeightSource(model=ModelId("m"), path=str(path), quantization=quantization)) as packed:
-        tensors = view_weights(plan_layout(spec), packed.address, CPU)
-        decoder = Decoder(spec, tensors, rotary_table(spec.rope, spec.head_dim, spec.max_position))
-        first = len(prompt) - 5
-        for start, end in ((0, first), *((i, i + 1) for i in range(first, len(prompt)))):
-            batch = BatchLayout([end - start], [end], [blocks], tuple(blocks) if start == 0 else ())
-            plan = kernels.plan(batch, device.kv_view(spec, layout), spec.num_heads)
-            stream = at_once(decoder.layers(kernels, plan, decoder.embedded(torch.tensor(prompt[start:end]))))
-            rows.append(decoder.logits(kernels, stream).clone())
-    device.close()
-    return torch.cat(rows)
+    first = len(prompt) - 5
+    chunks = [(0, first), *((i, i + 1) for i in range(first, len(prompt)))]
+    with cpu_decoder(path, quantization) as model:
+        sequence = model.add(len(prompt))
+        streams = (at_once(model.layers(sequence, prompt[start:end], start)) for start, end in chunks)
+        return torch.cat([model.logits(stream) for stream in streams])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
