@@ -305,10 +305,10 @@ def capture() -> Figure:
     made, (axis,) = figure(f"What a 1B that decodes notices of an 8B beside it, {H200}", (8.5,))
     cases = {
         "nothing else": results["alone"],
-        "kernels loaded ahead": results["kernels_ahead"]["neighbour_gap_ms"],
+        "kernels and memory taken ahead": results["kernels_ahead"]["neighbour_gap_ms"],
         "graphs captured": results["captured_in_slices"]["neighbour_gap_ms"],
         "for the first time": results["captured_first"]["neighbour_gap_ms"],
-        "with no kernels loaded ahead": unprepared["captured_first"]["neighbour_gap_ms"],
+        "with nothing taken ahead": unprepared["captured_first"]["neighbour_gap_ms"],
         "graphs captured at once": results["captured_at_once"]["neighbour_gap_ms"],
         "steps launched in slices": results["launched_in_slices"]["neighbour_gap_ms"],
         "steps launched at once": results["launched_at_once"]["neighbour_gap_ms"],

@@ -1,9 +1,9 @@
 """What a model that decodes notices while another one's graphs are captured, and its steps launched.
 
 Usage: scripts/bench capture [--runs 8] [--slice 0.0003] [--unprepared] [--output results.json]
-On one GPU C (1B shape) decodes on a lane of its own. Beside it the kernels of B (8B shape) are loaded ahead;
-between its steps graphs of B are captured, for the first time in this process and again; then B decodes
-without graphs, launched in slices. Both are done once more in one go, as it was before.
+On one GPU C (1B shape) decodes on a lane of its own. Beside it kernels of B (8B shape) are loaded and memory
+for graphs is taken ahead; between its steps graphs of B are captured, for the first time in this process and
+again; then B decodes without graphs, launched in slices. Both are done once more in one go, as it was before.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def spread(gaps: list[float]) -> dict[str, float]:
 
 
 def prepared(device: Any, c: Decoding, b: LocalModel) -> dict[str, Any]:
-    """C's gaps while B's kernels are loaded by another thread, as a worker's does."""
+    """C's gaps while a thread loads B's kernels and takes memory for graphs, as a worker's does."""
     free, begin = torch.cuda.mem_get_info()[0], time.perf_counter()
     with ThreadPoolExecutor(1) as executor:
         preparing = executor.submit(deque, device.backend.prepare_ahead(b.profile.spec), 0)
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--slice", type=float, default=ASIDE_SECONDS, help="seconds of a capture at a time")
-    parser.add_argument("--unprepared", action="store_true", help="no kernels are loaded ahead")
+    parser.add_argument("--unprepared", action="store_true", help="nothing is taken ahead")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     sys.setswitchinterval(SWITCH_SECONDS)  # as a worker's link does

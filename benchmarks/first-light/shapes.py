@@ -81,7 +81,10 @@ def write_shape(name: str, folder: Path) -> Path:
 
 
 def write_tokenizer(num_tokens: int, directory: Path) -> None:
-    """ASCII's characters, then words with a space before them: no token is a part of a character."""
+    """ASCII's characters, then words with a space before them: no token is a part of a character.
+
+    Other characters of a text are left out.
+    """
     decoder = decoders.ByteLevel()
     ascii_bytes = sorted(c for c in pre_tokenizers.ByteLevel.alphabet() if decoder.decode([c]).isascii())
     texts = [*ascii_bytes, *(f"\u0120w{i}" for i in range(len(ascii_bytes), num_tokens))]

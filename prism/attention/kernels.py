@@ -53,7 +53,7 @@ class AttentionPlan(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Hidden states between layers: `[tokens, hidden]`, plus what the next norm has still to add to them."""
+    """Hidden states between halves of layers: `[tokens, hidden]`, plus what the next norm still adds."""
 
     residual: Tensor
     delta: Tensor | None = None

@@ -76,8 +76,9 @@ class Decoder:
     def layers(
         self, kernels: Kernels, plan: AttentionPlan, stream: Stream, rows: Tensor | None = None
     ) -> Generator[int, None, Stream]:
-        """All layers over a step's tokens; stores their KV. Before each half it yields the groups it needs.
+        """All layers over a step's tokens; stores their KV.
 
+        Before each half of a layer it yields how many groups that needs.
         With `rows` the result has only these tokens: the others leave the last layer once their KV is stored.
         """
         eps, last = self.spec.norm_eps, self.spec.num_layers - 1

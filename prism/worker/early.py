@@ -26,6 +26,7 @@ from prism.worker.reclaimer import Reclaimer
 from prism.worker.views import arrival_of
 
 SLICE_SECONDS = 0.0005
+"""Of launches while other lanes have work; they pass it by half a layer at most."""
 
 
 class Listener(Protocol):

@@ -64,7 +64,7 @@ from prism.worker.views import admission_snapshot, estimate, kv_capacity_tokens,
 LEAST_PATIENCE = 0.05
 """Who lacks memory looks again after `min_residency`, when busy models may be evicted, but no sooner."""
 ASIDE_SECONDS = 0.0003
-"""What is done beside the steps at a time, between two rounds: half a layer of a capture, which ends late."""
+"""What is done beside the steps at a time, between two rounds; captures pass it by half a layer at most."""
 
 
 class Worker:

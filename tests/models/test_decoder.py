@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from prism.attention.kernels import Stream
@@ -12,12 +13,21 @@ from tests.support.checkpoints import make_model, prompts, save
 from tests.support.decoders import cpu_decoder
 
 
-def test_layers_stop_before_each_half(tmp_path: Path) -> None:
-    """A half needs the groups of weights up to its layer's: the embedding is the first."""
+@pytest.mark.parametrize(
+    ("rows", "needs"),
+    [(None, [2, 2, 3, 3, 4, 4]), ([-1], [2, 2, 3, 3, 4, 4]), ([], [2, 2, 3, 3, 4])],
+    ids=["all", "last row", "none"],
+)
+def test_layers_stop_before_each_half(rows: list[int] | None, needs: list[int], tmp_path: Path) -> None:
+    """A half needs the groups of weights up to its layer's: the embedding is the first.
+
+    Of no rows the last layer has one half, which stores their KV.
+    """
     path = save(make_model("llama", num_hidden_layers=3), tmp_path)
     with cpu_decoder(path) as model:
         tokens = prompts(1, 40, seed=1)[0]
-        assert list(model.layers(model.add(len(tokens)), tokens)) == [2, 2, 3, 3, 4, 4]
+        wanted = None if rows is None else torch.tensor(rows, dtype=torch.long)
+        assert list(model.layers(model.add(len(tokens)), tokens, rows=wanted)) == needs
 
 
 def test_steps_in_turns_have_their_own_results(tmp_path: Path) -> None:

@@ -44,13 +44,15 @@ class CpuDecoder:
         self._blocks.append([BlockId(i * self._layout.block_bytes // self._layout.unit) for i in numbers])
         return len(self._blocks) - 1
 
-    def layers(self, sequence: int, tokens: Sequence[int], start: int = 0) -> Generator[int, None, Stream]:
-        """The layers over its tokens from `start` on."""
+    def layers(
+        self, sequence: int, tokens: Sequence[int], start: int = 0, rows: torch.Tensor | None = None
+    ) -> Generator[int, None, Stream]:
+        """The layers over its tokens from `start` on; see `Decoder.layers`."""
         blocks = self._blocks[sequence]
         fresh = tuple(blocks) if start == 0 else ()
         batch = BatchLayout([len(tokens)], [start + len(tokens)], [blocks], fresh)
         plan = self.kernels.plan(batch, self._view, self.decoder.spec.num_heads)
-        return self.decoder.layers(self.kernels, plan, self.decoder.embedded(torch.tensor(tokens)))
+        return self.decoder.layers(self.kernels, plan, self.decoder.embedded(torch.tensor(tokens)), rows)
 
     def logits(self, stream: Stream) -> torch.Tensor:
         """`[tokens, vocabulary]`."""
@@ -70,5 +72,7 @@ def cpu_decoder(path: Path, quantization: Quantization = "none") -> Iterator[Cpu
     ):
         tensors = view_weights(plan_layout(spec), packed.address, CPU)
         decoder = Decoder(spec, tensors, rotary_table(spec.rope, spec.head_dim, spec.max_position))
-        yield CpuDecoder(decoder, device.kv_view(spec, layout), layout)
-    device.close()
+        try:
+            yield CpuDecoder(decoder, device.kv_view(spec, layout), layout)
+        finally:
+            device.close()

@@ -1,7 +1,8 @@
 """Captures CUDA graphs in pieces between other work of the loop, one at a time on a device.
 
-Capturing a step takes as long as launching it, 20 ms for 8B. So a capture is left alone between two layers,
-and the loop replays graphs, launches, copies and looks at events on other streams meanwhile. That asks for:
+Capturing a step takes as long as launching it, 20 ms for 8B. So a capture is left alone between halves of
+layers, and the loop replays graphs, launches, copies and looks at events on other streams meanwhile. That
+asks for:
 
 - a stream of its own for each lane, since all that is queued on a capturing stream is captured. It has
   cuBLAS's workspace from the beginning (lane.py), which the graphs use when they run on the lane's stream;
