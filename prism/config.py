@@ -7,6 +7,7 @@ string stands for an environment variable; where nothing else is in it, it may b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -82,6 +83,16 @@ class ModelConfig(_Section):
     """Loaded at start and never evicted under pressure."""
     preload: bool = False
     """Loaded at start, evicted like any other."""
+
+    @property
+    def is_loaded_at_start(self) -> bool:
+        """Pinned or not."""
+        return self.pinned or self.preload
+
+
+def likely_first(models: Iterable[ModelConfig]) -> list[ModelConfig]:
+    """As things are done ahead for them: those that are loaded at start, then the others."""
+    return sorted(models, key=lambda model: not model.is_loaded_at_start)
 
 
 class DeviceConfig(_Section):

@@ -19,7 +19,7 @@ import zmq.asyncio
 from prism import transport
 from prism.agent.children import Child, ChildSpec
 from prism.agent.rundir import RunDir
-from prism.config import Config
+from prism.config import Config, likely_first
 from prism.errors import PrismError
 from prism.messages import (
     Hello,
@@ -89,7 +89,7 @@ class Agent:
         for task in (*supervisors, listener):
             task.add_done_callback(self._task_ended)
         for model in self._config.models:
-            if model.pinned or model.preload:
+            if model.is_loaded_at_start:
                 self._start(self._pack(model.name, None))
         await self._stopping.wait()
         await self._stop_children()
@@ -184,7 +184,7 @@ class Agent:
 
     async def _pack_ahead(self) -> None:
         """Pack what nobody has asked for yet, once; those first that are loaded at start."""
-        for config in sorted(self._config.models, key=lambda m: not (m.pinned or m.preload)):
+        for config in likely_first(self._config.models):
             model = ModelId(config.name)
             try:
                 size = await self._store.pack_ahead(model)

@@ -97,7 +97,7 @@ def catalog_of(config: Config) -> Catalog:
         tuple(_need(model) for model in config.models),
         devices,
         frozenset(ModelId(model.name) for model in config.models if model.pinned),
-        frozenset(ModelId(model.name) for model in config.models if model.pinned or model.preload),
+        frozenset(ModelId(model.name) for model in config.models if model.is_loaded_at_start),
     )
 
 

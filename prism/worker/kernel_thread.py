@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from prism.config import ModelConfig
+from prism.config import ModelConfig, likely_first
 from prism.errors import PrismError
 from prism.modelspec import ModelSpec
 from prism.worker.device import Backend
@@ -24,7 +24,7 @@ class KernelThread:
 
     def __init__(self, backend: Backend, models: Sequence[ModelConfig]) -> None:
         self._backend = backend
-        self._models = sorted(models, key=lambda model: not (model.pinned or model.preload))
+        self._models = likely_first(models)
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="kernels", daemon=True)
         self._thread.start()

@@ -424,7 +424,7 @@ def _new_models(config: Config, worker: WorkerId, slab_bytes: Bytes) -> dict[str
             kv_floor=slabs_up(each.memory.floor, slab_bytes),
             kv_limit=limit_slabs(each.memory.limit, slab_bytes),
             pinned=each.pinned,
-            is_wanted=(each.pinned or each.preload)
+            is_wanted=each.is_loaded_at_start
             and (len(config.devices) == 1 or each.device == index_of(worker)),
         )
         for each in config.models

@@ -18,7 +18,7 @@ import zmq
 
 from prism import logs, transport
 from prism.clock import SystemClock
-from prism.config import Config, DeviceConfig
+from prism.config import Config, DeviceConfig, likely_first
 from prism.costs import Costs
 from prism.errors import DriverError
 from prism.messages import (
@@ -317,8 +317,8 @@ def new_registrations(store: Path, device: Device, config: Config) -> Registrati
     def borrow(model: ModelId, *, writable: bool) -> PackedWeights:
         return fetch(store, model, writable=writable, cached=True)
 
-    likely = sorted(config.models, key=lambda model: not (model.pinned or model.preload))
-    return Registrations(pinner, borrow, Bytes(budget), [ModelId(model.name) for model in likely])
+    names = [ModelId(model.name) for model in likely_first(config.models)]
+    return Registrations(pinner, borrow, Bytes(budget), names)
 
 
 def new_chunks(device: Device, config: Config) -> HostChunks | None:
