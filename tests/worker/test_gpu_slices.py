@@ -13,12 +13,20 @@ import pytest
 from prism.engine.gpu.graphs import Graphs, Key
 from prism.messages import Evict
 from prism.types import Bytes, ModelState
+from prism.worker import early, loop, stepper
 from tests.support.checkpoints import make_model, prompts, save
 from tests.support.local_worker import InlineLink, LocalWorker
 
 pytestmark = pytest.mark.gpu
 
-SHAPE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
+NUM_LAYERS = 3
+SHAPE = {
+    "num_hidden_layers": NUM_LAYERS,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
 A, B = "llama", "qwen2"
 PROMPT = (prompts(1, 300, seed=5)[0] * 300)[:300]
 
@@ -37,6 +45,14 @@ def captures(local: LocalWorker) -> Any:
     return local.device.backend._captures  # type: ignore[attr-defined]
 
 
+def stop_behind_each_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer; else layers as small as these are launched and captured several at a time."""
+    monkeypatch.setattr(loop, "ASIDE_SECONDS", 0.0)
+    monkeypatch.setattr(early, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(stepper, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(stepper, "LONG_SLICE_SECONDS", 0.0)
+
+
 def serve(local: LocalWorker, rounds: int = 2) -> dict[tuple[str, int], list[int]]:
     """One request after the other of a model, while the other one decodes all the while."""
     for turn in range(rounds):
@@ -48,27 +64,42 @@ def serve(local: LocalWorker, rounds: int = 2) -> dict[tuple[str, int], list[int
     return local.outbox.tokens
 
 
-def test_tokens_do_not_depend_on_captures(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stops_at_once", [False, True])
+def test_tokens_do_not_depend_on_captures(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, stops_at_once: bool
+) -> None:
     """Other steps run while a capture is left alone. Each sequence is stepped alone, so bits are equal."""
     from tests.support.gpu_worker import gpu_worker
 
+    plain = gpu_worker(paths, lanes=2)
+    monkeypatch.setattr(plain.device.backend, "work_aside", lambda seconds, urgent_only: False)
+    texts = serve(plain)
+    assert plain.device.backend.graph_usage.num_graphs == 0
+    plain.close()
+    if stops_at_once:
+        stop_behind_each_half(monkeypatch)
     local = gpu_worker(paths, lanes=2)
     replayed: list[Key] = []
-    replay = Graphs.replay
+    slices: list[bool] = []
+    replay, advance = Graphs.replay, captures(local).advance
 
     def noted(graphs: Graphs, key: Key, stream: Any) -> bool:
         replayed.append(key)
         return replay(graphs, key, stream)
 
+    def counted(seconds: float, *, urgent_only: bool) -> bool:
+        slices.append(advance(seconds, urgent_only=urgent_only))
+        return slices[-1]
+
     monkeypatch.setattr(Graphs, "replay", noted)
-    texts = serve(local)
-    assert local.device.backend.graph_usage.num_graphs > 4
+    monkeypatch.setattr(captures(local), "advance", counted)
+    assert serve(local) == texts
+    num_graphs = local.device.backend.graph_usage.num_graphs
+    assert num_graphs > 4
     assert {bool(key.prompt_rows) for key in replayed} == {True, False}
+    if stops_at_once:
+        assert sum(slices) >= 2 * NUM_LAYERS * num_graphs
     local.close()
-    plain = gpu_worker(paths, lanes=2)
-    monkeypatch.setattr(plain.device.backend, "work_aside", lambda seconds, urgent_only: False)
-    assert serve(plain) == texts and plain.device.backend.graph_usage.num_graphs == 0
-    plain.close()
 
 
 def test_no_slice_of_a_capture_takes_long(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,21 +217,28 @@ def load_slowly(local: LocalWorker, monkeypatch: pytest.MonkeyPatch, between: Ca
 
 
 @pytest.mark.parametrize(
-    ("kind", "length"),
+    ("kind", "length", "stops_at_once"),
     [
-        ({}, 300),
-        ({"temperature": 0.8, "top_p": 0.9}, 300),
-        ({"frequency_penalty": 0.4}, 300),
-        ({}, 1),  # a step of decodes alone, all of whose blocks the lane's tables have to learn
+        ({}, 300, False),
+        ({}, 300, True),
+        ({"temperature": 0.8, "top_p": 0.9}, 300, False),
+        ({"frequency_penalty": 0.4}, 300, False),
+        ({}, 1, False),  # a step of decodes alone, all of whose blocks the lane's tables have to learn
     ],
 )
 def test_a_first_step_behind_the_copy_draws_the_same(
-    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any], length: int
+    paths: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: dict[str, Any],
+    length: int,
+    stops_at_once: bool,
 ) -> None:
     from tests.support.gpu_worker import gpu_worker
 
-    texts, early = [], []
+    texts, is_launched = [], []
     for slowly in (False, True):
+        if slowly and stops_at_once:
+            stop_behind_each_half(monkeypatch)
         local = gpu_worker(paths, lanes=1)
         local.submit("neighbour", B, PROMPT, max_tokens=600)
         local.run(rounds=10**6, until=lambda local=local: ("neighbour", 0) in local.outbox.tokens)
@@ -208,7 +246,7 @@ def test_a_first_step_behind_the_copy_draws_the_same(
         def watch(local: LocalWorker = local) -> None:
             model = local.worker.models[A]
             if model.early is not None:
-                early.append(model.early.is_launched)
+                is_launched.append(model.early.is_launched)
                 assert model.state is ModelState.LOADING and ("r", 0) not in local.outbox.tokens
 
         if slowly:
@@ -220,6 +258,6 @@ def test_a_first_step_behind_the_copy_draws_the_same(
         local.run(rounds=10**6)
         texts.append(local.outbox.tokens)
         local.close()
-    assert early and not early[0] and early[-1]
+    assert is_launched and not is_launched[0] and is_launched[-1]
     assert texts[0]["r", 0][:8] == texts[1]["r", 0][:8]
     assert texts[0]["neighbour", 0] == texts[1]["neighbour", 0]

@@ -57,6 +57,11 @@ def slow_because(spec: ModelSpec) -> str | None:
     return None
 
 
+def is_fast(spec: ModelSpec) -> bool:
+    """Whether products of several rows multiply a model's layers in fp8."""
+    return spec.quantization == "fp8" and slow_because(spec) is None
+
+
 def scaled_linear(x: Quantised, weight: Weight, bias: Tensor | None) -> Tensor:
     """Rows times `weight [out, in]` transposed, in bf16."""
     assert weight.scale is not None

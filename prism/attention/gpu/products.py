@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prism.attention.gpu.few_rows import is_few
-from prism.attention.gpu.fp8 import slow_because
+from prism.attention.gpu.fp8 import is_fast
 from prism.attention.gpu.kernels import takes_lt
 from prism.memory.cuda_calls import Capture, CudaCalls
 from prism.memory.tensors import tensor_at
@@ -42,14 +42,13 @@ def products_of(spec: ModelSpec) -> tuple[Product, ...]:
     """Those of a layer and the head's."""
     hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
     all_heads = heads + 2 * spec.num_kv_heads * spec.head_dim
-    is_fp8 = spec.quantization == "fp8" and slow_because(spec) is None
     layer = (
         Product(all_heads, hidden, has_bias=spec.attention_bias),
         Product(hidden, heads, has_bias=spec.output_bias, is_added=True),
         Product(2 * spec.intermediate_size, hidden),
         Product(hidden, spec.intermediate_size, is_added=True),
     )
-    return (*(product._replace(is_fp8=is_fp8) for product in layer), Product(spec.vocab_size, hidden))
+    return (*(product._replace(is_fp8=is_fast(spec)) for product in layer), Product(spec.vocab_size, hidden))
 
 
 class Products:

@@ -15,7 +15,7 @@ from prism.attention.gpu.argmax import PARTS, draw_greedy
 from prism.attention.gpu.decode import SCRATCH_BYTES, Split, choose_split, decode_attention
 from prism.attention.gpu.few_rows import PADDED, few_linear, is_few
 from prism.attention.gpu.few_rows import choose_tile as choose_few_tile
-from prism.attention.gpu.fp8 import norm_quantised, quantised, silu_mul_quantised, slow_because
+from prism.attention.gpu.fp8 import is_fast, norm_quantised, quantised, silu_mul_quantised
 from prism.attention.gpu.linear import choose_tile, is_supported, vector_linear
 from prism.attention.gpu.prefill import Chunk, prefill_attention, tiles_of
 from prism.attention.gpu.products import products_of
@@ -40,8 +40,7 @@ def load_kernels(
     with torch.inference_mode(), torch.cuda.stream(stream):
         _products(device, spec, dtype)
         _rows(device, spec, dtype)
-        if spec.quantization == "fp8" and slow_because(spec) is None:
-            _few_rows(device, spec)
+        _few_rows(device, spec)
         _attention(device, spec, dtype, tokens_per_block)
         _torch_operations(device, dtype)
         stream.synchronize()
@@ -96,7 +95,7 @@ def _rows(device: torch.device, spec: ModelSpec, dtype: torch.dtype) -> None:
         for delta in (None, x[:rows].clone()):
             rms_norm(Stream(x[:rows].clone(), delta), x[0], spec.norm_eps)
         silu_mul(torch.zeros(rows, 2 * spec.intermediate_size, dtype=dtype, device=device))
-        if spec.quantization == "fp8" and slow_because(spec) is None:
+        if is_fast(spec):
             _quantising_rows(device, spec, dtype, rows)
 
 
