@@ -30,8 +30,8 @@ from shapes import write_shape
 
 PORT = 8370
 URL = f"http://127.0.0.1:{PORT}"
-SHAPES = {"8b": ("llama-3-8b", "100GiB"), "1b": ("llama-3.2-1b", "60GiB"), "rehearsal": ("rehearsal", "2GiB")}
-"""With the memory of the device."""
+SHAPES = {"8b": ("llama-3-8b", "60GiB"), "1b": ("llama-3.2-1b", "60GiB"), "rehearsal": ("rehearsal", "2GiB")}
+"""With the memory of the device: KV for more sequences than a step takes."""
 TOKEN_IDS = (10, 100_000)
 
 
