@@ -245,7 +245,7 @@ def test_the_link_is_used_in_full(
     speeds["host"] = speed_of_host(weights)
     print({what: f"{speed:.1f} GB/s" for what, speed in speeds.items()})
     assert speeds["registered again"] > 0.85 * speeds["pinned"]
-    assert speeds["ring again"] > 0.5 * min(speeds["host"], speeds["pinned"])
+    assert speeds["ring again"] > 0.35 * min(speeds["host"], speeds["pinned"])
 
 
 def speed_of_host(weights: PackedWeights) -> float:
