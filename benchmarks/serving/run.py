@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
 from running import is_healthy, running
 from shapes import write_shape
 
-PORT = 8370
-URL = f"http://127.0.0.1:{PORT}"
+PORT, ADMIN = 8370, 8371
 SHAPES = {"8b": ("llama-3-8b", "60GiB"), "1b": ("llama-3.2-1b", "60GiB"), "rehearsal": ("rehearsal", "2GiB")}
 """With the memory of the device: KV for more sequences than a step takes."""
 TOKEN_IDS = (10, 100_000)
@@ -46,7 +45,7 @@ def write_config(shape: str, gateways: int, folder: Path, steps: dict[str, int])
     settings = {
         "models": [{"name": "m", "path": str(folder / name), "load_format": "dummy", "preload": True}],
         "devices": [device | steps],
-        "server": {"port": PORT, "gateways": gateways},
+        "server": {"port": PORT, "admin_port": ADMIN, "gateways": gateways},
         "limits": {"max_wait": 300},
     }
     path.write_text(json.dumps(settings))
@@ -55,7 +54,7 @@ def write_config(shape: str, gateways: int, folder: Path, steps: dict[str, int])
 
 async def send(count: int, prompt: int, output: int, seed: int) -> tuple[list[Record], float]:
     """So many requests at once; what became of them, and the seconds that all took."""
-    target: Target = make_targets(["m"], None, Defaults(URL, "/v1/completions"))["m"]
+    target: Target = make_targets(["m"], None, Defaults(f"http://127.0.0.1:{PORT}", "/v1/completions"))["m"]
     planned = [Planned(i, 0.0, target, prompt, output) for i in range(count)]
     bodies = encode_all(planned, Style(temperature=0.0, token_ids=TOKEN_IDS), seed)
     run = await Replay(planned, bodies, timeout=300).run()
@@ -91,7 +90,7 @@ async def measure(batches: list[int], requests: int, scale: int) -> dict[str, An
     for seed, batch in enumerate(batches):
         output = 256 if batch < 64 else 768
         await send(batch, 1024 // scale, 64, 100 + seed)  # graphs and kernels
-        records, _ = await send(batch, 1024 // scale, output // scale, seed)
+        records, _ = await send(batch, 1024 // scale, output // max(1, scale // 4), seed)
         result[f"decode_{batch}"] = steady_step(records)
     if requests:
         await send(min(600, requests), 512 // scale, 40, 50)
@@ -124,7 +123,10 @@ def main() -> None:
     parser.add_argument("--shapes", default="8b,1b", type=lambda text: text.split(","))
     parser.add_argument("--gateways", default="1", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument(
-        "--batches", default="1,8,64", type=lambda text: [int(n) for n in text.split(",") if n]
+        "--batches",
+        default="1,8,64",
+        type=lambda text: [int(n) for n in text.split(",") if n],
+        help="numbers of streams that decode together",
     )
     parser.add_argument("--batch", type=int, default=256, help="sequences of a step at most")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a step at most")

@@ -29,7 +29,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def rehearse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    def run(name: str, *options: str) -> dict[str, Any]:
+    def run(name: str, *options: str) -> Any:
         script = load(name, monkeypatch)
         if hasattr(script, "PORT"):
             for key, port in zip(("PORT", "ADMIN"), free_ports(2), strict=True):
@@ -37,8 +37,7 @@ def rehearse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         output = tmp_path / "results.json"
         monkeypatch.setattr(sys, "argv", [name, "--rehearse", "--output", str(output), *options])
         script.main()
-        found: dict[str, Any] = json.loads(output.read_text())
-        return found
+        return json.loads(output.read_text())
 
     return run
 
@@ -59,3 +58,9 @@ def test_activations(rehearse: Any) -> None:
     found = rehearse("activation", "--memory", "512MiB", "--runs", "1")
     assert found["four_1b_at_once_s"]["runs"] == 4
     assert any(" active after " in line for line in found["log"])
+
+
+def test_a_model_through_the_server(rehearse: Any) -> None:
+    (found,) = rehearse("serving", "--requests", "20", "--gateways", "2", "--batches", "1,8")
+    assert found["decode_8"]["step_ms"] > 0
+    assert found["offline"]["pieces"] == 20 * 16
