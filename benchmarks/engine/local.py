@@ -35,6 +35,11 @@ def prompt(seed: int, length: int) -> list[int]:
     return torch.randint(0, 128000, (length,), generator=generator).tolist()
 
 
+def pool_memory(most: int) -> Bytes:
+    """So many GiB, or all that is free on the GPU but for 10."""
+    return Bytes(min(most, torch.cuda.mem_get_info()[0] // GiB - 10) * GiB)
+
+
 def open_device(memory: Bytes, *, lanes: int = 1, batch: int = 512, tokens: int = 8192) -> Device:
     """A GPU with a pool of `memory`, for steps of so many sequences and tokens."""
     config = DeviceConfig(

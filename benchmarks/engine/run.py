@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from figures import CONTEXT, copy_bandwidth, decode, first_token
 from llama import SHAPES
-from local import LocalModel, drive, open_device, prompt
+from local import LocalModel, drive, open_device, pool_memory, prompt
 
 from prism.engine.engine import Drawn
 from prism.engine.gpu.runner import GpuRunner
@@ -95,7 +95,7 @@ def busy_share(model: LocalModel) -> dict[str, Any]:
 
 def together(shape: str, count: int, lanes: int, folder: Path, batch: int = 4) -> dict[str, Any]:
     """`count` models decoding at once on so many lanes: tokens a second in total, gaps between tokens."""
-    times = decode_together(shape, count, lanes, folder, Bytes(100 * GiB), batch)
+    times = decode_together(shape, count, lanes, folder, pool_memory(100), batch)
     return {"models": f"{count} x {shape}", "lanes": lanes, "batch": batch} | overlap(times, batch)
 
 
@@ -103,7 +103,7 @@ def processes(shape: str, count: int, batch: int = 4) -> dict[str, Any]:
     """The same with a process of its own for each model, started at once; no MPS."""
     context = torch.multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(count), context.Queue()
-    memory = Bytes(100 * GiB // count)
+    memory = Bytes(pool_memory(100) // count)
     workers = [
         context.Process(target=one_process, args=(shape, memory, batch, barrier, results))
         for _ in range(count)
@@ -234,8 +234,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if set(options.only) & ALONE:
-            memory = min(124, torch.cuda.mem_get_info()[0] // GiB - 10)
-            device = open_device(Bytes(memory * GiB), batch=options.batch, tokens=options.tokens)
+            device = open_device(pool_memory(124), batch=options.batch, tokens=options.tokens)
             garbage.take_over()
             for shape in options.shapes:
                 alone(shape, device, folder, options, report)
