@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 from client import stream
-from running import is_healthy, running
+from running import gpu_name, is_healthy, running
 from shapes import write_shape
 
 HERE = Path(__file__).parent
@@ -118,7 +118,7 @@ def main() -> None:
         with running(write_config(folder, options.memory, options.rehearse), log) as server:
             healthy = server.wait_for(lambda: is_healthy(PORT), 300)
             result = asyncio.run(measure_server(log, 20 if options.rehearse else 1))
-    result["start_to_healthy_s"] = healthy
+    result = {"gpu": gpu_name()} | result | {"start_to_healthy_s": healthy}
     text = json.dumps(result, indent=2)
     print(text)
     if options.output:

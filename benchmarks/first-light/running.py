@@ -52,6 +52,17 @@ def running(config: Path, log: Path) -> Iterator[Server]:
         process.wait(60)
 
 
+def gpu_name() -> str | None:
+    """Of this machine's first GPU, by its driver."""
+    try:
+        names = subprocess.check_output(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return names.splitlines()[0]
+
+
 def is_healthy(port: int) -> bool:
     """It takes requests."""
     return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200

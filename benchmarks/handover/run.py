@@ -30,7 +30,7 @@ from prism.worker import garbage
 from prism.worker.loop import ASIDE_SECONDS
 
 STEP_TOKENS = 8192
-"""Of a step, at most: a worker's default."""
+"""Of a step, at most: four times a worker's default, so its portions are a quarter."""
 OWN_GIB = 2.0
 """KV that giver and taker have besides what is handed over, for what they compute."""
 

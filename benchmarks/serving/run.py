@@ -25,7 +25,7 @@ from prism.bench.wire import Style, encode_all
 from prism.bench.workload import Planned
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "first-light"))
-from running import is_healthy, running
+from running import gpu_name, is_healthy, running
 from shapes import write_shape
 
 PORT, ADMIN = 8370, 8371
@@ -139,7 +139,7 @@ def main() -> None:
         for gateways in options.gateways:
             with tempfile.TemporaryDirectory() as name:
                 measured = one_server(shape, gateways, options, Path(name))
-            results.append({"shape": shape, "gateways": gateways, **measured})
+            results.append({"gpu": gpu_name(), "shape": shape, "gateways": gateways, **measured})
             print(json.dumps(results[-1]), flush=True)
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n")

@@ -35,7 +35,7 @@ MAX_URGENT = 8
 LONGEST_WAIT = 1.0
 """Seconds at a time."""
 MOST_BYTES = Bytes(16 * MiB)
-"""That a graph is taken to hold: 0.3 MiB each were seen, and others may allocate while one is made ready."""
+"""That a graph is taken to hold: 1.1 MiB each were seen, and others may allocate while one is made ready."""
 
 
 class ReadyGraph:

@@ -85,6 +85,7 @@ class Usage(NamedTuple):
 
     num_graphs: int
     num_bytes: Bytes
+    """Of the device, with what was taken for graphs that are gone: the driver keeps it for others."""
 
 
 def padded_size(batch: int, limit: int) -> int:
@@ -125,11 +126,13 @@ class Graphs:
         self._by_owner: defaultdict[int, set[Key]] = defaultdict(set)
         self._failed: set[Key] = set()
         self._num_bytes = 0
+        """Of those that are there."""
+        self._num_taken = 0
 
     @property
     def usage(self) -> Usage:
-        """How many there are, and what the driver took for them."""
-        return Usage(len(self._graphs), Bytes(self._num_bytes))
+        """How many there are, and what the driver took for all there were."""
+        return Usage(len(self._graphs), Bytes(self._num_taken))
 
     def find(self, key: Key) -> Key | None:
         """The graph that serves a step best.
@@ -167,6 +170,7 @@ class Graphs:
         self._graphs[key] = (graph, num_bytes)
         self._by_owner[key.owner].add(key)
         self._num_bytes += num_bytes
+        self._num_taken += num_bytes
         while len(self._graphs) > 1 and (len(self._graphs) > MAX_GRAPHS or self._num_bytes > self._budget):
             self._drop(next(iter(self._graphs)))
 

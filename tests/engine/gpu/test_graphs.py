@@ -149,10 +149,12 @@ def test_least_recently_used_ones_go_for_bytes(captures: FakeCaptures) -> None:
     graphs.add(key(2), second, Bytes(40))
     assert key(1) in graphs and graphs.replay(key(1), STREAM) and first.streams == [STREAM]
     graphs.add(key(4), FakeGraph(), Bytes(40))
-    assert graphs.usage == (2, 80) and graphs.find(key(2)) == key(4)
+    assert graphs.usage == (2, 120) and graphs.find(key(2)) == key(4), "what goes leaves its memory to others"
     assert key(2) not in graphs and not graphs.replay(key(2), STREAM) and not second.streams
     graphs.add(key(8), FakeGraph(), Bytes(500))
-    assert graphs.usage == (1, 500), "the newest one stays in any case"
+    assert graphs.usage == (1, 620), "the newest one stays in any case"
+    graphs.add(key(16), FakeGraph(), Bytes(0))
+    assert graphs.usage == (1, 620), "the memory of those that have gone is no longer theirs"
 
 
 def test_wishes_are_told_once_and_not_when_they_cannot_come_true(captures: FakeCaptures) -> None:
@@ -166,6 +168,6 @@ def test_wishes_are_told_once_and_not_when_they_cannot_come_true(captures: FakeC
         graphs.want(key(size), nothing, is_urgent=True)
     assert len(captures.wishes) == 2
     graphs.forget(1)
-    assert graphs.usage == (0, 0) and graphs.find(key(1)) is None
+    assert graphs.usage == (0, 1) and graphs.find(key(1)) is None
     graphs.want(key(2), nothing, is_urgent=True)
     assert len(captures.wishes) == 3
