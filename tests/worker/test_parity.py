@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from prism.memory.host import HostDriver
 from tests.support.checkpoints import FAMILIES, make_model, prompts, reference, save
 from tests.support.late import LateBackend
 from tests.support.local_worker import LocalWorker
@@ -149,6 +150,28 @@ def test_memory_moves_while_its_former_owner_decodes(models: dict, start: object
     assert local.outbox.tokens["a", 0] == reference(models["llama"][0], long, 400)
     for i, prompt in enumerate(prompts(30, 400, seed=13)):
         assert local.outbox.tokens[f"b{i}", 0] == reference(models["qwen2"][0], prompt, 40)
+
+
+def test_memory_that_changes_its_owner_is_not_mapped_anew(
+    start: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in everybody's window: no call of the driver, which would make steps of others wait."""
+    local = start("llama", "qwen2", num_slabs=7)  # type: ignore[operator]
+    local.submit("b", "qwen2", prompts(1, 30, seed=10)[0], max_tokens=2)
+    for i, prompt in enumerate(prompts(60, 400, seed=11)):
+        local.submit(f"fill{i}", "llama", prompt, max_tokens=2)
+    local.run()
+    kv = local.worker.models["llama"].kv
+    assert kv is not None and local.worker.models["qwen2"].is_active
+    held, calls = kv.num_slabs, []
+    for name in ("create", "release", "map", "unmap", "reserve", "unreserve"):
+        monkeypatch.setattr(HostDriver, name, lambda *_, name=name: calls.append(name))
+    for i, prompt in enumerate(prompts(30, 400, seed=13)):
+        local.submit(f"b{i}", "qwen2", prompt, max_tokens=40)
+    local.run()
+    assert kv.num_slabs < held and local.worker.models["llama"].is_active
+    assert not calls
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("fault", ["zero a block", "drop a position"])
