@@ -7,27 +7,29 @@ from collections.abc import Iterator
 
 import torch
 
-from prism.errors import DriverError
+from prism.cli.doctor import Finding
 from prism.memory.cuda import CudaDriver
 from prism.types import Address, Bytes, GiB, MiB
 
 PROBE = 256 * MiB
 SLAB = Bytes(32 * MiB)
-Result = tuple[str, bool, str]
+UNUSABLE = "no worker starts on this GPU"
+SLOW = "without registered memory weights load half as fast or slower, and no KV waits in host memory"
 
 
-def examine_gpus() -> Iterator[Result]:
-    """Name of the check, whether it is as good as it can be, and what was found."""
+def examine_gpus() -> Iterator[Finding]:
+    """What was found on each, and whether it is as good as it can be. What fails is fatal, but the link."""
     for index in range(torch.cuda.device_count()):
-        torch.cuda.set_device(index)
-        name = f"cuda:{index}"
-        checks = (_device, _mapping, _link, _kernels)
-        for check in checks:
+        for check in (_device, _mapping, _link, _kernels):
+            name = f"cuda:{index} {check.__name__[1:]}"
             try:
+                torch.cuda.set_device(index)
                 is_good, text = check(index)
-            except (DriverError, RuntimeError) as error:
-                is_good, text = False, str(error)
-            yield f"{name} {check.__name__[1:]}", is_good, text
+            except Exception as error:  # whatever it is, of Triton's compiler, say: the rest is told, too
+                cost = SLOW if check is _link else UNUSABLE
+                yield Finding(name, False, f"{error}; {cost}", is_fatal=check is not _link)
+            else:
+                yield Finding(name, is_good, text)
 
 
 def _device(index: int) -> tuple[bool, str]:
@@ -96,6 +98,7 @@ def _kernels(index: int) -> tuple[bool, str]:
     gate_up = torch.ones(2, 128, dtype=torch.bfloat16, device=f"cuda:{index}")
     out = silu_mul(gate_up)
     expected = torch.nn.functional.silu(gate_up[:, :64]) * gate_up[:, 64:]
-    is_right = bool(torch.allclose(out, expected, rtol=0.02))
+    if not torch.allclose(out, expected, rtol=0.02):
+        raise ArithmeticError("a kernel that Triton compiled computes something else than torch")
     text = f"Triton compiles and runs, {time.perf_counter() - begin:.1f} s for one kernel"
-    return is_right, f"{text}; a model's first load takes about 20 of them, later ones none"
+    return True, f"{text}; a model's first load takes about 20 of them, later ones none"
