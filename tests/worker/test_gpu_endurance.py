@@ -17,6 +17,7 @@ from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.memory.tensors import tensor_at
 from prism.models.decoder import Decoder
 from prism.types import Bytes, MiB, ModelId, RequestId, SamplingParams
+from tests.support.cached_blocks import CachedBlocks
 from tests.support.checkpoints import VOCAB, make_model, prompts, save
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -139,11 +140,12 @@ class Canaries:
 
 
 def test_nobody_writes_to_what_was_given_up(paths: dict[str, Path]) -> None:
-    """Slabs change hands under queued steps; a free one is never written by its former owner."""
+    """Slabs change hands under queued steps; whose they were writes neither to free ones nor to others."""
     from tests.support.gpu_worker import gpu_worker
 
     local = gpu_worker(paths, lanes=2, spare_slabs=26)
-    canaries, rng = Canaries(local), random.Random(1)
+    canaries, blocks, rng = Canaries(local), CachedBlocks(local, every=10), random.Random(1)
+    stream = torch.cuda.Stream()
     number = 0
     for _ in range(1200):
         if len(local.worker.requests) < 6 and rng.random() < 0.4:
@@ -152,8 +154,12 @@ def test_nobody_writes_to_what_was_given_up(paths: dict[str, Path]) -> None:
             number += 1
         local.pump()
         canaries.look()
+        for lane in local.device.backend._lanes:  # type: ignore[attr-defined]
+            stream.wait_stream(lane.stream)  # a block may be moved or fetched there
+        with torch.cuda.stream(stream):
+            blocks.look()
     local.run(rounds=10**6)
-    assert number > 30 and canaries.num_checked > 500
+    assert number > 30 and canaries.num_checked > 500 and blocks.num_checked > 500
     assert set(local.outbox.tokens) == {(str(i), 0) for i in range(number)}
     local.close()
 

@@ -104,7 +104,7 @@ def test_evictions_under_pressure_keep_texts(models: dict) -> None:
 
 
 def test_what_idle_and_evicted_models_hold(models: dict) -> None:
-    """Idle: weights, and a cache that could go at once. Evicted: graphs alone.
+    """Idle: weights, and a cache that could go at once, with a slab at most beyond it. Evicted: graphs alone.
 
     The device's own account counts all processes, so nobody else may use it meanwhile.
     """
@@ -126,6 +126,7 @@ def test_what_idle_and_evicted_models_hold(models: dict) -> None:
     before = serve(1)
     for model in local.worker.models.values():
         assert model.kv is not None and model.kv.num_used == 0 < model.kv.num_cached
+        assert model.kv.num_slabs <= -(-model.kv.num_cached // model.kv.layout.blocks_per_slab) + 1
         local.worker.evict(model)
     rest(local)
     local.run(rounds=10**3)

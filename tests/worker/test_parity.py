@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from prism.memory.host import HostDriver
+from tests.support.cached_blocks import CachedBlocks
 from tests.support.checkpoints import FAMILIES, make_model, prompts, reference, save
 from tests.support.late import LateBackend
 from tests.support.local_worker import LocalWorker
@@ -143,10 +144,17 @@ def test_memory_moves_while_its_former_owner_decodes(models: dict, start: object
     local.poison()
     for i, prompt in enumerate(prompts(30, 400, seed=13)):
         local.submit(f"b{i}", "qwen2", prompt, max_tokens=40)
-    local.run(until=lambda: kv.num_slabs < held)
+    blocks = CachedBlocks(local, every=20)
+
+    def look() -> bool:
+        blocks.look()
+        return kv.num_slabs < held
+
+    local.run(until=look)
     local.poison()
     assert ("a", 0) not in local.outbox.finished
-    local.run()
+    local.run(until=lambda: look() and not len(local.worker.requests))
+    assert blocks.num_checked > 1000
     assert local.outbox.tokens["a", 0] == reference(models["llama"][0], long, 400)
     for i, prompt in enumerate(prompts(30, 400, seed=13)):
         assert local.outbox.tokens[f"b{i}", 0] == reference(models["qwen2"][0], prompt, 40)
@@ -172,6 +180,20 @@ def test_memory_that_changes_its_owner_is_not_mapped_anew(
     assert kv.num_slabs < held and local.worker.models["llama"].is_active
     assert not calls
     monkeypatch.undo()
+
+
+def test_a_block_that_is_written_while_cached_shows(start: object) -> None:
+    local = start("llama")  # type: ignore[operator]
+    local.submit("r", "llama", prompts(1, 200)[0], max_tokens=4)
+    local.run()
+    model, blocks = local.worker.models["llama"], CachedBlocks(local)
+    blocks.look()
+    blocks.look()
+    assert blocks.num_checked == model.kv.num_cached > 0
+    place = next(iter(model.kv._published.values())).place
+    model.engine.runner.kv.pages[place, 0, 0, 0, 0, :1] += 1
+    with pytest.raises(AssertionError, match="was written while cached"):
+        blocks.look()
 
 
 @pytest.mark.parametrize("fault", ["zero a block", "drop a position"])
