@@ -138,6 +138,30 @@ def test_what_idle_and_evicted_models_hold(models: dict) -> None:
     local.close()
 
 
+def test_steps_wait_for_nothing(models: dict) -> None:
+    """The host makes, launches and reads steps without torch ever waiting for the device."""
+    from tests.support.gpu_worker import gpu_worker, rest
+
+    local = gpu_worker({name: path for name, (_, path) in models.items()}, lanes=2)
+
+    def serve(turn: str) -> None:
+        for name in models:
+            for i, prompt in enumerate(prompts(4, 300, seed=3)):
+                kind = {"temperature": 0.8, "top_p": 0.9} if i % 2 else {}
+                local.submit(f"{turn}.{name}.{i}", name, prompt, max_tokens=40, **kind)
+        local.run(rounds=10**6)
+
+    serve("first")
+    rest(local)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        serve("again")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(local.outbox.finished) == 2 * 4 * len(models)
+    local.close()
+
+
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
 def test_no_kernel_is_compiled_while_models_serve(models: dict, quantization: str) -> None:
     """Odd places of a step's inputs made Triton compile kernels anew, half a second each, on the loop."""
