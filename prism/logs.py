@@ -11,17 +11,23 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+LIBRARIES = ("uvicorn", "asyncio")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 def setup(level: str, json: bool, stream: TextIO | None = None) -> None:
-    """Send what the package `prism` logs to `stream` (standard error), and nothing anywhere else."""
-    logger = logging.getLogger("prism")
+    """Send what the package `prism` logs to `stream` (standard error), and nothing anywhere else.
+
+    Beside it the errors of the libraries that serve. uvicorn's warnings are about clients: each of them could
+    write as many lines as it likes.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if json else TextFormatter())
-    logger.handlers[:] = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
+    for name, least in (("prism", level.upper()), *dict.fromkeys(LIBRARIES, "ERROR").items()):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(least)
+        logger.propagate = False
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

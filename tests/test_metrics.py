@@ -66,10 +66,11 @@ def test_all_processes_come_out_of_any(tmp_path: Path) -> None:
 
 @pytest.fixture
 def restored_logger() -> Iterator[None]:
-    logger = logging.getLogger("prism")
-    before = logger.handlers[:], logger.level, logger.propagate
+    loggers = [logging.getLogger(name) for name in ("prism", *logs.LIBRARIES)]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     yield
-    logger.handlers[:], logger.level, logger.propagate = before
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
 @pytest.mark.usefixtures("restored_logger")
@@ -96,3 +97,14 @@ def test_log_json() -> None:
     assert (record["part"], record["message"]) == ("x", "it failed")
     assert (record["model"], record["seconds"]) == ("m", 0.5)
     assert "ValueError: no" in record["exception"]
+
+
+@pytest.mark.usefixtures("restored_logger")
+def test_errors_of_libraries_have_the_same_format() -> None:
+    """They went to Python's last resort, as bare lines, and any client could write some."""
+    stream = io.StringIO()
+    logs.setup("debug", json=True, stream=stream)
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    assert not stream.getvalue()
+    logging.getLogger("uvicorn.error").error("Exception in ASGI application")
+    assert json.loads(stream.getvalue())["part"] == "uvicorn.error"

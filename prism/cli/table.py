@@ -61,8 +61,9 @@ def _host_memory(device: dict[str, Any]) -> str:
 
 
 def models_table(answer: dict[str, Any]) -> Table:
-    """One row a model. The worker is shown when there are several."""
-    several = len({place["worker"] for entry in answer["models"] for place in _places(entry)}) > 1
+    """One row a model. The worker is shown when there are several, though all models may live on one."""
+    workers = {place["worker"] for entry in answer["models"] for place in _places(entry)}
+    several = len(workers | {device["worker"] for device in answer["devices"]}) > 1
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in _TEXTS:
         if several or name != "WORKER":

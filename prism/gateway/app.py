@@ -88,6 +88,7 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
     def entry(model: ModelConfig) -> dict[str, Any]:
         return {"id": model.name, "object": "model", "created": created, "owned_by": "prism"}
 
+    @app.head("/v1/models", dependencies=guard, include_in_schema=False)
     @app.get("/v1/models", dependencies=guard)
     async def models() -> Response:
         """All configured models, loaded or not."""
@@ -102,6 +103,7 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_state(app: FastAPI, gateway: Gateway) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """200 once requests can be served."""
@@ -114,6 +116,7 @@ def _add_state(app: FastAPI, gateway: Gateway) -> None:
         }
         return JsonResponse(body, 200 if gateway.is_ready else 503)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus' text format, of all processes."""

@@ -1,20 +1,27 @@
-"""Bounds on the head of an HTTP request, which is read before the application hears of it.
+"""What uvicorn lacks of HTTP: bounds on heads, and answers to HTTP/1.0 that end with their connection.
 
-uvicorn has none: a client that never ends its head, or sends one of any size, held its connection and as
-much memory for ever.
+A client that never ends its head, or sends one of any size, held its connection and as much memory for ever,
+before the application heard of it. And one of HTTP/1.0 was sent chunks, which it does not know.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGISendEvent
 
 HEAD_SECONDS = 30.0
 """For the head of a connection's first request from the connection on, else from its first byte on."""
 HEAD_BYTES = 256 * 1024
 """What a head may have beyond the piece in which it ends."""
+UNKNOWN_LENGTH = sys.maxsize
+"""More than any body that is written has."""
 
 
 class HeadProtocol(HttpToolsProtocol):
@@ -54,6 +61,8 @@ class HeadProtocol(HttpToolsProtocol):
         """It ends."""
         self._end_head()
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0" and self.cycle is not None:
+            self.cycle.send = partial(_send_whole, self.cycle)  # type: ignore[method-assign]
 
     def _begin_head(self) -> None:
         self._head_size = 0
@@ -75,3 +84,16 @@ class HeadProtocol(HttpToolsProtocol):
             self.send_400_response(reason)
         else:
             self.transport.close()
+
+
+async def _send_whole(cycle: RequestResponseCycle, message: ASGISendEvent) -> None:
+    """Without chunks: a body of unknown length ends with the connection (RFC 9112, 6.1 and 6.3)."""
+    if message["type"] == "http.response.start":
+        names = [name.lower() for name, _ in message.get("headers", ())]
+        if b"content-length" not in names:
+            cycle.chunked_encoding, cycle.expected_content_length = False, UNKNOWN_LENGTH
+    elif message["type"] == "http.response.body":
+        is_unknown = cycle.expected_content_length > UNKNOWN_LENGTH // 2
+        if is_unknown and not message.get("more_body", False):
+            cycle.expected_content_length = len(message.get("body", b""))
+    await RequestResponseCycle.send(cycle, message)

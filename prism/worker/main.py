@@ -267,6 +267,9 @@ def run(run_dir: Path, name: str, incarnation: int, config: Config) -> int:
     sockets.to_agent(Hello(role=Role.WORKER, name=name, incarnation=incarnation))
     try:
         device = open_device(device_config, config.models)
+    except ImportError as error:
+        log.error("%s: %s; `prism doctor` says what is missing for devices like this", name, error)
+        return 1
     except DriverError as error:
         log.error("%s: the device cannot be opened: %s", name, error)
         return 1

@@ -101,6 +101,13 @@ def test_workers_are_shown_when_there_are_several(capsys: pytest.CaptureFixture[
     assert "WORKER" not in lines(capsys, entry("a"))[1]
 
 
+def test_the_worker_is_shown_though_the_other_has_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    both = answer(entry("a"))
+    both["devices"].append(both["devices"][0] | {"worker": "worker-1"})
+    print_models(both, as_json=False)
+    assert "WORKER" in capsys.readouterr().out.splitlines()[2]
+
+
 def test_a_migration_is_shown_at_both_ends(capsys: pytest.CaptureFixture[str]) -> None:
     there = {"worker": "worker-1", "report": entry("a", state="loading", load_progress=0.5)["report"]}
     moving = {"source": "worker-0", "target": "worker-1", "phase": "loading"}

@@ -110,6 +110,28 @@ async def test_a_head_without_bound(config: Config, tmp_path: Path) -> None:
         assert answer.count(b"is not JSON") == 2 and answer.count(b"HTTP/1.1 503") == 1
 
 
+async def test_a_client_of_http_1_0_gets_no_chunks(config: Config, tmp_path: Path) -> None:
+    async with cluster(config, tmp_path) as prism:
+        prism.start_controller()
+        prism.start_worker(Script("abc", stop_after=3))
+        body = b'{"model": "%s", "prompt": "x", "stream": true}' % MODEL.encode()
+        head = b"POST /v1/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % len(body)
+        answer = await answer_to(prism.port, head, body)
+        start, _, events = answer.partition(b"\r\n\r\n")
+        assert b"chunked" not in start and b"connection: close" in start
+        assert events.startswith(b"data: {") and events.endswith(b"data: [DONE]\n\n")
+        whole = await answer_to(prism.port, b"GET /v1/models HTTP/1.0\r\n\r\n")
+        assert b"content-length: " in whole and whole.endswith(b"]}")
+
+
+async def test_whoever_probes_may_leave_the_body_out(config: Config, tmp_path: Path) -> None:
+    async with cluster(config, tmp_path) as prism:
+        for path, status in (("/health", b"503"), ("/metrics", b"200"), ("/v1/models", b"200")):
+            head = f"HEAD {path} HTTP/1.1\r\nconnection: close\r\n\r\n".encode()
+            answer = await answer_to(prism.port, head)
+            assert answer.startswith(b"HTTP/1.1 " + status) and answer.endswith(b"\r\n\r\n")
+
+
 async def test_stop_ends_the_process_with_code_0(config: Config, tmp_path: Path) -> None:
     async with cluster(config, tmp_path) as prism:
         prism.stop(5)

@@ -6,14 +6,17 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import zmq
 
 from prism import transport
+from prism.config import Config
 from prism.messages import CancelChoice
 from prism.metrics import Metrics
+from prism.worker import main
 from prism.worker.gauges import Gauges
 from prism.worker.main import LEAST_READING, Process, Sockets, ThreadJobs
 from tests.support.local_worker import LocalWorker
@@ -83,3 +86,21 @@ def test_where_steps_are_long_messages_have_as_long(flooded: tuple[Process, Cloc
     process, clock = flooded
     read = rounds(process, clock, 8 * MESSAGE_SECONDS)
     assert max(read) <= 5 + 8 and len(read) <= 1 + NUM_MESSAGES // 8
+
+
+def test_a_package_that_a_device_lacks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a traceback, three times."""
+
+    def lacks(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    lines: list[str] = []
+    monkeypatch.setattr(main.logs, "setup", lambda *_: None)
+    monkeypatch.setattr(main, "Sockets", lambda *_: SimpleNamespace(to_agent=lambda _: None))
+    monkeypatch.setattr(main, "open_device", lacks)
+    monkeypatch.setattr(main.log, "error", lambda text, *values: lines.append(text % values))
+    config = Config.model_validate({"models": [{"name": "m", "path": "nowhere"}]})
+    assert main.run(tmp_path, "worker-0", 1, config) == 1
+    assert lines == [
+        "worker-0: No module named 'triton'; `prism doctor` says what is missing for devices like this"
+    ]
