@@ -45,7 +45,8 @@ def run_doctor() -> int:
         mark = (
             "[green]ok  [/]" if finding.is_good else "[red]FAIL[/]" if finding.is_fatal else "[yellow]note[/]"
         )
-        console.print(f"{mark} {finding.name}: {escape(finding.text)}", highlight=False)
+        line = f"{mark} {finding.name}: {escape(finding.text)}"
+        console.print(line, highlight=False, soft_wrap=True)
         if finding.is_fatal and not finding.is_good:
             status = 1
     return status
