@@ -45,7 +45,9 @@ def parse_config(text: str, folder: Path, environment: Mapping[str, str], source
     if isinstance(raw, list):
         raw = _from_placement(raw, problems)
     if not isinstance(raw, dict):
-        raise ConfigError([*problems, f"{source}: must hold a mapping with `models:`, or a list of placements"])
+        raise ConfigError(
+            [*problems, f"{source}: must hold a mapping with `models:`, or a list of placements"]
+        )
     raw = _with_profile(_with_paths(raw, folder, problems), folder, problems)
     try:
         config = Config.model_validate(raw)

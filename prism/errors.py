@@ -5,6 +5,7 @@ PrismError
 ├── DriverError            a memory driver's call failed
 ├── OutOfSlabs             the pool holds fewer free slabs than asked for
 ├── DeviceTooSmall         a model that the device, as it was opened, can never serve
+├── NoRoom                 a model that does not fit beside those that are pinned
 ├── CheckpointError        a model directory that cannot be used, naming file and tensor
 ├── HostMemoryError        host memory for packed weights could not be reserved
 │   └── NotHeld            the store has let the weights go meanwhile
@@ -75,6 +76,10 @@ class OutOfSlabs(PrismError):
 
 class DeviceTooSmall(PrismError):
     """The device, with the memory and the tables that it was opened with, can never serve the model."""
+
+
+class NoRoom(PrismError):
+    """Pinned models leave a model less than it takes to load it."""
 
 
 class CheckpointError(PrismError):

@@ -3,6 +3,7 @@
  gateway --Submit, CancelChoice--> worker     worker --Started, Outputs, Rejected, Returned--> gateway
  gateway --Demand--> controller                         controller --Routes--> gateway
  controller --Activate, Evict, SetLimits--> worker      worker --CommandDone--> controller
+ controller --Abandon--> worker
  worker --Report--> controller, gateways                everyone --Hello, Ready--> agent
  agent --ProcessUp, ProcessEnded, Stop--> everyone      worker --WeightsWanted--> agent --Weights*--> worker
 
@@ -220,14 +221,17 @@ class WeightsReady(Message, frozen=True, kw_only=True):
 
 
 class WeightsHeld(Message, frozen=True, kw_only=True):
-    """Packed weights are in host memory: told to all workers when they are packed or asked for."""
+    """Packed weights are in host memory: told to all workers when they are packed or asked for.
+
+    Gateways hear it of models whose packing had failed.
+    """
 
     model: str
     total_bytes: int
 
 
 class WeightsFailed(Message, frozen=True, kw_only=True):
-    """The checkpoint cannot be packed; `reason` names file and tensor."""
+    """The checkpoint cannot be packed; `reason` names file and tensor. For gateways, and who has asked."""
 
     model: str
     reason: str
@@ -348,6 +352,8 @@ class Routes(Message, frozen=True, kw_only=True):
     epoch: int
     version: int
     routes: list[Route]
+    silent: list[str] = []
+    """Workers that are up and have not reported for long."""
 
 
 class Command(Message, frozen=True, kw_only=True):
@@ -381,6 +387,10 @@ class SetLimits(Command, frozen=True, kw_only=True):
     kv_limit_bytes: int | None
 
 
+class Abandon(Command, frozen=True, kw_only=True):
+    """The controller waits for the `Activate` of this number no more: nothing of it stays in force."""
+
+
 class Homes(Message, frozen=True, kw_only=True):
     """The models that live at a worker: those that it may load before anybody asks."""
 
@@ -396,9 +406,11 @@ class CommandDone(Message, frozen=True, kw_only=True):
     error: str | None = None
     conflicts: bool = False
     """It is no failure: something else that is under way, or the mode, does not let it be."""
+    without_room: list[str] = []
+    """Models that cannot be loaded any more beside the one that the command has pinned."""
 
 
-ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits | Homes
+ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits | Abandon | Homes
 FromWorker = Started | Outputs | Rejected | Returned | Report | CommandDone
 ToAgent = Hello | Ready | WeightsWanted
 FromAgent = ProcessUp | ProcessEnded | Stop | WeightsProgress | WeightsReady | WeightsHeld | WeightsFailed

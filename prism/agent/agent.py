@@ -62,6 +62,8 @@ class Agent:
         self._status = 0
         self._packs_ahead = config.host_memory.pack_ahead
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unpackable: dict[str, WeightsFailed] = {}
+        """Of the models whose last packing has failed."""
         self._store = HostStore(
             run_dir.store_socket,
             Bytes(config.host_memory.budget),
@@ -146,6 +148,9 @@ class Agent:
         if _is_worker(child):
             for model, size in self._store.held().items():
                 transport.asend(self._router, WeightsHeld(model=model, total_bytes=size), sender)
+        if child.spec.role is Role.GATEWAY:
+            for failed in self._unpackable.values():
+                transport.asend(self._router, failed, sender)
 
     def _child_ready(self, sender: str, ready: Ready) -> None:
         """Its Hello may still be on its way."""
@@ -174,11 +179,11 @@ class Agent:
                 log.info("packing %s", model)
             size = await self._store.want(ModelId(model))
             answer = WeightsReady(model=model, total_bytes=size)
-            self._tell_workers(WeightsHeld(model=model, total_bytes=size))
+            self._packed(model, size)
         except Exception as error:  # whoever asked waits for an answer, whatever went wrong
             bug = None if isinstance(error, PrismError) else error
             log.error("packing %s failed: %s", model, error, exc_info=bug)
-            answer = WeightsFailed(model=model, reason=str(error))
+            answer = self._packing_failed(model, error)
         if wanted_by is not None and wanted_by in self._peers:
             transport.asend(self._router, answer, wanted_by)
 
@@ -191,19 +196,31 @@ class Agent:
             except Exception as error:  # it concerns this model alone, and nobody waits for it
                 bug = None if isinstance(error, PrismError) else error
                 log.warning("packing %s ahead failed; a request tries again: %s", model, error, exc_info=bug)
+                self._packing_failed(model, error)
                 continue
             if size is None:
                 log.info("%s is not packed ahead: host memory has no room to spare", model)
             else:
                 log.info("%s is packed", model)
-                self._tell_workers(WeightsHeld(model=model, total_bytes=size))
+                self._packed(model, size)
+
+    def _packed(self, model: str, size: Bytes) -> None:
+        held = WeightsHeld(model=model, total_bytes=size)
+        self._tell(Role.WORKER, held)
+        if self._unpackable.pop(model, None) is not None:
+            self._tell(Role.GATEWAY, held)
+
+    def _packing_failed(self, model: str, error: Exception) -> WeightsFailed:
+        failed = self._unpackable[model] = WeightsFailed(model=model, reason=str(error))
+        self._tell(Role.GATEWAY, failed)
+        return failed
 
     def _packing(self, model: ModelId, done: Bytes, total: Bytes) -> None:
-        self._tell_workers(WeightsProgress(model=model, done_bytes=done, total_bytes=total))
+        self._tell(Role.WORKER, WeightsProgress(model=model, done_bytes=done, total_bytes=total))
 
-    def _tell_workers(self, message: WeightsProgress | WeightsHeld) -> None:
+    def _tell(self, role: Role, message: WeightsProgress | WeightsHeld | WeightsFailed) -> None:
         for peer, child in self._peers.items():
-            if _is_worker(child):
+            if child.spec.role is role:
                 transport.asend(self._router, message, peer)
 
     # --- life and death -----------------------------------------------------------------------------

@@ -22,8 +22,10 @@ def load_model(admin: str, name: str, pin: bool | None) -> None:
     from prism.cli.progress import show_progress
 
     with show_progress(admin, name):
-        _call("POST", admin, f"/admin/models/{_quoted(name)}/load", {"pinned": pin})
+        answer = _call("POST", admin, f"/admin/models/{_quoted(name)}/load", {"pinned": pin})
     typer.echo(f"{name} is active")
+    if crowded_out := answer["without_room"]:
+        typer.echo(f"pinned models leave no room for {', '.join(crowded_out)}", err=True)
 
 
 def move_model(admin: str, name: str, device: int) -> None:

@@ -30,6 +30,7 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
         console.print(
             f"{device['worker']} on {device['device']}: {_size(total)} in slabs of "
             f"{_size(device['slab_bytes'])}, {_size(free)} free{_host_memory(device)}"
+            f"{'; has not reported for some time' if device['is_silent'] else ''}"
         )
     print_whole(console, models_table(answer))
     for entry in answer["models"]:

@@ -5,6 +5,7 @@ POST /admin/models/{name}/load        {"pinned": bool | null}
 POST /admin/models/{name}/unload      409 while it has requests
 POST /admin/models/{name}/move        {"device": int}; returns when new requests go there
 POST /admin/models/{name}/limits      {"kv_floor_bytes": int, "kv_limit_bytes": int | null}
+                                      load and limits answer with the models `without_room` beside pinned ones
 GET  /health
 """
 
@@ -86,8 +87,8 @@ def build_app(service: ControllerService) -> FastAPI:
     @app.post("/admin/models/{name:path}/load")
     async def load(name: str, body: Annotated[LoadBody | None, Body()] = None) -> dict[str, Any]:
         model = known(name)
-        await service.load(model, body.pinned if body is not None else None)
-        return {"model": model, "state": "active"}
+        without_room = await service.load(model, body.pinned if body is not None else None)
+        return {"model": model, "state": "active", "without_room": without_room}
 
     @app.post("/admin/models/{name:path}/unload")
     async def unload(name: str, _: Annotated[EmptyBody | None, Body()] = None) -> dict[str, Any]:
@@ -104,8 +105,8 @@ def build_app(service: ControllerService) -> FastAPI:
     @app.post("/admin/models/{name:path}/limits")
     async def limits(name: str, body: LimitsBody) -> dict[str, Any]:
         model = known(name)
-        await service.set_limits(model, body.kv_floor_bytes, body.kv_limit_bytes)
-        return {"model": model, **body.model_dump()}
+        without_room = await service.set_limits(model, body.kv_floor_bytes, body.kv_limit_bytes)
+        return {"model": model, **body.model_dump(), "without_room": without_room}
 
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -136,12 +137,16 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 
 
 def describe(service: ControllerService) -> dict[str, Any]:
-    """Devices and models with their memory in bytes; `report` is null while a worker is away."""
+    """Devices and models with their memory in bytes; `report` is null while a worker is away.
+
+    Of a device that `is_silent` all is as it was when it reported last.
+    """
     state = service.state
     devices = [
         {
             "worker": report.worker,
             "device": report.device,
+            "is_silent": report.worker in service.silence.workers,
             "incarnation": report.incarnation,
             "slab_bytes": report.slab_bytes,
             "num_slabs": report.num_slabs,

@@ -11,7 +11,7 @@ import zmq.asyncio
 
 from prism import transport
 from prism.errors import Conflict, EngineFailure, Unavailable
-from prism.messages import Activate, CommandDone, Evict, Hello, Homes, Report, Role, SetLimits
+from prism.messages import Abandon, Activate, CommandDone, Evict, Hello, Homes, Report, Role, SetLimits
 from prism.transport import Envelope
 from prism.types import ModelId, WorkerId
 
@@ -87,8 +87,8 @@ class WorkerLinks:
         if (link := self._links.get(worker)) is not None:
             transport.asend(link.socket, Homes(epoch=self._epoch, models=[str(model) for model in models]))
 
-    async def command(self, worker: WorkerId, command: Activate | Evict | SetLimits) -> None:
-        """Returns when it is done.
+    async def command(self, worker: WorkerId, command: Activate | Evict | SetLimits) -> list[str]:
+        """Returns when it is done, with the models that have no room any more.
 
         Raises `Unavailable`, or with the worker's words `Conflict` or `EngineFailure`.
         """
@@ -102,8 +102,11 @@ class WorkerLinks:
         try:
             done = await asyncio.wait_for(future, COMMAND_SECONDS)
         except TimeoutError:
+            if isinstance(command, Activate) and self._links.get(worker) is link:
+                transport.asend(link.socket, Abandon(epoch=self._epoch, command_id=number))
             raise Unavailable(f"{worker} has not done it within {COMMAND_SECONDS:g} s") from None
         finally:
             del self._commands[number]
         if done.error is not None:
             raise Conflict(done.error, param="model") if done.conflicts else EngineFailure(done.error)
+        return done.without_room

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 class Commander(Protocol):
     """Has workers do something."""
 
-    async def command(self, worker: WorkerId, command: Activate | Evict | SetLimits) -> None:
-        """Returns when it is done; raises a `RequestError`."""
+    async def command(self, worker: WorkerId, command: Activate | Evict | SetLimits) -> list[str]:
+        """Returns when it is done, with the models that have no room any more; raises a `RequestError`."""
         ...
 
 

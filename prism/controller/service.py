@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 
 import zmq.asyncio
 
@@ -14,6 +14,7 @@ from prism.controller.decisions import Plan
 from prism.controller.links import WorkerLinks
 from prism.controller.migration import CALLED_OFF
 from prism.controller.planner import Planner
+from prism.controller.silence import SILENT_SECONDS, Silence
 from prism.controller.state import ControllerState
 from prism.errors import Conflict, EngineFailure, InvalidRequest, RequestError, Unavailable
 from prism.messages import (
@@ -55,6 +56,7 @@ class ControllerService:
         self.state = state
         self.links = WorkerLinks(context, identity, state.epoch, self._on_report)
         self.planner = planner(state, self.links, self._routes_changed)
+        self.silence = Silence()
         self._router = router
         self._agent = agent
         self._clock = clock
@@ -70,6 +72,7 @@ class ControllerService:
         async for _, message in transport.areceive(self._agent):
             match message:
                 case ProcessUp(role=Role.WORKER, name=name, address=str(address)):
+                    self.silence.heard(WorkerId(name), self._clock.now())
                     self.links.connect(WorkerId(name), address)
                 case ProcessEnded(role=Role.WORKER, name=name):
                     self._worker_ended(WorkerId(name))
@@ -99,12 +102,25 @@ class ControllerService:
             await self._clock.wait(asyncio.Event(), self._clock.now() + TICK_SECONDS)
             if not self._is_rebuilt and self._clock.now() >= self._began + REBUILD_SECONDS:
                 self._rebuilt()
+            self._look_for_silent()
             self.planner.tick()
+
+    def _look_for_silent(self) -> None:
+        silent = self.silence.look(self._clock.now())
+        for worker in sorted(silent):
+            log.warning("%s has not reported for %g s, though its process lives", worker, SILENT_SECONDS)
+        if silent:
+            self._routes_changed()
 
     def _send_routes(self, gateway: str) -> None:
         if self._is_rebuilt:
             state = self.state
-            routes = Routes(epoch=state.epoch, version=state.version, routes=state.routes())
+            routes = Routes(
+                epoch=state.epoch,
+                version=state.version,
+                routes=state.routes(),
+                silent=sorted(self.silence.workers),
+            )
             transport.asend(self._router, routes, gateway)
 
     def _routes_changed(self) -> None:
@@ -127,6 +143,9 @@ class ControllerService:
         known = self.state.reports.get(worker)
         if not self.state.on_report(report):
             return
+        if self.silence.heard(worker, self._clock.now()):
+            log.warning("%s reports again", worker)
+            self._routes_changed()
         self.planner.on_report(report)
         if known is None:
             self._tell_homes(worker)
@@ -141,6 +160,8 @@ class ControllerService:
         self.links.ended(worker)
         self.state.on_worker_ended(worker)
         self.planner.on_worker_ended(worker)
+        if self.silence.ended(worker):
+            self._routes_changed()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -167,13 +188,23 @@ class ControllerService:
 
     # --- for an administrator -------------------------------------------------------------------------
 
-    async def load(self, model: ModelId, pinned: bool | None = None) -> None:
-        """Have a model loaded at all its homes; returns when it is active.
+    async def load(self, model: ModelId, pinned: bool | None = None) -> list[str]:
+        """Have a model loaded at all its homes; returns when it is active, with those it leaves no room.
 
         Raises `Unavailable`, `EngineFailure`, or `Conflict` if it is unloaded meanwhile.
         """
+        crowded_out: dict[str, None] = {}
         for worker in self.state.workers(model):
-            await self.links.command(worker, Activate(epoch=0, command_id=0, model=model, pinned=pinned))
+            activate = Activate(epoch=0, command_id=0, model=model, pinned=pinned)
+            crowded_out |= dict.fromkeys(await self.links.command(worker, activate))
+        return self._told(model, crowded_out)
+
+    def _told(self, model: ModelId, crowded_out: Iterable[str]) -> list[str]:
+        """Whoever has no room any more is named in the log, too: it was not this model that was asked for."""
+        without_room = list(crowded_out)
+        if without_room:
+            log.warning("model %s is pinned and leaves no room for %s", model, ", ".join(without_room))
+        return without_room
 
     async def unload(self, model: ModelId) -> None:
         """Have a model evicted wherever it is.
@@ -184,17 +215,22 @@ class ControllerService:
         for worker in self.state.places(model):
             await self.links.command(worker, Evict(epoch=0, command_id=0, model=model))
 
-    async def set_limits(self, model: ModelId, floor: int, limit: int | None) -> None:
-        """Change a model's KV floor and limit, in bytes. Raises `InvalidRequest` for what can never be."""
+    async def set_limits(self, model: ModelId, floor: int, limit: int | None) -> list[str]:
+        """Change a model's KV floor and limit, in bytes; the models that it leaves no room.
+
+        Raises `InvalidRequest` for what can never be.
+        """
         for worker in self.state.places(model):
             report = self.state.reports.get(worker)
             if report is not None and floor > report.num_slabs * report.slab_bytes:
                 raise InvalidRequest("is more than the memory of the model's device", param="kv_floor_bytes")
+        crowded_out: dict[str, None] = {}
         for worker in self.state.places(model):
             command = SetLimits(
                 epoch=0, command_id=0, model=model, kv_floor_bytes=floor, kv_limit_bytes=limit
             )
-            await self.links.command(worker, command)
+            crowded_out |= dict.fromkeys(await self.links.command(worker, command))
+        return self._told(model, crowded_out)
 
     async def move(self, model: ModelId, device: int) -> WorkerId:
         """Move a model's first home; returns when new requests go there.

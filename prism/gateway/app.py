@@ -30,7 +30,6 @@ from prism.gateway.errors import (
 from prism.gateway.schema_chat import ChatRequest
 from prism.gateway.schema_completions import CompletionRequest
 from prism.gateway.service import Gateway
-from prism.types import ModelId
 
 log = logging.getLogger(__name__)
 
@@ -107,12 +106,12 @@ def _add_state(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/health")
     async def health() -> Response:
         """200 once requests can be served."""
-        failures = {name: gateway.text_models.failure(ModelId(name)) for name in gateway.text_models.names}
         body = {
-            "status": "ok" if gateway.is_ready else "stopping" if gateway.is_stopping else "starting",
+            "status": gateway.status,
             "version": __version__,
             "workers": sorted(gateway.dispatcher.routing.workers),
-            "unavailable_models": {name: reason for name, reason in failures.items() if reason},
+            "silent_workers": gateway.dispatcher.routing.silent,
+            "unavailable_models": gateway.unavailable_models,
         }
         return JsonResponse(body, 200 if gateway.is_ready else 503)
 

@@ -29,6 +29,7 @@ from prism.gateway.schema_chat import ChatRequest
 from prism.gateway.service import Gateway
 from prism.gateway.streams import Batch, Mailbox, Stream
 from prism.gateway.texts import Piece
+from prism.gateway.threads import NotBegun, Threads
 from prism.gateway.tokenizers import TextModel
 from prism.types import RequestId, Tenant
 
@@ -47,10 +48,14 @@ async def complete(gateway: Gateway, http: HttpRequest, schema: type[CommonReque
         with gateway.arriving(tenant):
             limits, server = gateway.config.limits, gateway.config.server
             body = await read_body(http, server.max_body, limits.max_wait)
-            request = await parse_body(body, schema, gateway.executor)
-            model = await gateway.text_models.get(request.model, limits.max_wait)
-            gateway.dispatcher.refuse(model.name, tenant, arrival)
-            prompts = await tokenize(request, model, gateway.executor)
+            threads = Threads(gateway.threads, http, gateway.clock, arrival + limits.max_wait)
+            try:
+                request = await parse_body(body, schema, threads)
+                model = await gateway.text_models.get(request.model, limits.max_wait)
+                gateway.dispatcher.refuse(model.name, tenant, arrival)
+                prompts = await tokenize(request, model, threads)
+            except NotBegun:
+                raise gateway.dispatcher.late(gateway.clock.now()) from None
         answer = Answer(gateway, http, request, model, prompts, arrival)
         try:
             return await answer.respond()

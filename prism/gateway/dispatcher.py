@@ -80,6 +80,11 @@ class Dispatcher:
             wait = self._throughput.retry_after(len(self._live), now)
             raise Overloaded(f"{self._max_held} requests wait already", retry_after=wait)
 
+    def late(self, now: float) -> Overloaded:
+        """The error of a request that has waited for as long as it may."""
+        wait = self._throughput.retry_after(len(self._live), now)
+        return Overloaded("no first token within limits.max_wait", retry_after=wait)
+
     def _has_room_for(self, tenant: Tenant | None) -> bool:
         if tenant is None:
             return False
@@ -241,8 +246,7 @@ class Dispatcher:
         if request.latest_end <= now:
             error: RequestError = Unavailable("the request took longer than limits.request_timeout")
         elif request.latest_start + START_MARGIN <= now and not request.has_tokens and not request.is_running:
-            wait = self._throughput.retry_after(len(self._live), now)
-            error = Overloaded("no first token within limits.max_wait", retry_after=wait)
+            error = self.late(now)
         else:
             return
         self._fail(request, error.wire(), now)

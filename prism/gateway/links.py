@@ -31,6 +31,8 @@ from prism.messages import (
     Started,
     Stop,
     Submit,
+    WeightsFailed,
+    WeightsHeld,
 )
 from prism.transport import areceive, asend, connect_dealer, identity_of, wait_disconnected
 from prism.types import Incarnation, WorkerId
@@ -57,6 +59,10 @@ class Listener(Protocol):
 
     def on_worker_message(self, placement: Placement, message: WorkerMessage) -> None:
         """What a worker says."""
+        ...
+
+    def on_packing(self, news: WeightsFailed | WeightsHeld) -> None:
+        """A model's weights cannot be packed, or can be again."""
         ...
 
     def on_controller_up(self) -> None:
@@ -135,6 +141,8 @@ class ProcessLinks:
                     self._on_up(up)
                 case ProcessEnded() as ended:
                     self._on_ended(ended)
+                case WeightsFailed() | WeightsHeld() as news:
+                    self._heard.on_packing(news)
                 case Stop(grace=grace):
                     on_stop(grace)
                 case other:

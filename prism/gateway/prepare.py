@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping
-from concurrent.futures import Executor
 from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -16,11 +15,12 @@ from prism.gateway.schema import CommonRequest, parse
 from prism.gateway.schema_chat import ChatRequest
 from prism.gateway.schema_completions import CompletionRequest, Prompt
 from prism.gateway.templates import Alarm, render_chat
+from prism.gateway.threads import Threads
 from prism.gateway.tokenizers import TextModel
 from prism.types import Slo
 
 RequestT = TypeVar("RequestT", bound=CommonRequest)
-_SMALL_BODY = 32 * 1024  # parsed on the loop within a millisecond
+_SMALL_BODY = 32 * 1024  # parsed on the loop within a millisecond or two, whatever it holds
 
 
 async def read_body(http: HttpRequest, limit: int, seconds: float) -> bytes:
@@ -46,7 +46,7 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit} bytes")
 
 
-async def parse_body(body: bytes, schema: type[RequestT], executor: Executor) -> RequestT:
+async def parse_body(body: bytes, schema: type[RequestT], threads: Threads) -> RequestT:
     """The validated request."""
 
     def work() -> RequestT:
@@ -54,10 +54,10 @@ async def parse_body(body: bytes, schema: type[RequestT], executor: Executor) ->
 
     if len(body) <= _SMALL_BODY:
         return work()
-    return await asyncio.get_running_loop().run_in_executor(executor, work)
+    return await threads.run(work)
 
 
-async def tokenize(request: CommonRequest, model: TextModel, executor: Executor) -> list[list[int]]:
+async def tokenize(request: CommonRequest, model: TextModel, threads: Threads) -> list[list[int]]:
     """The prompts of a request as tokens."""
     alarm = Alarm()
 
@@ -69,7 +69,7 @@ async def tokenize(request: CommonRequest, model: TextModel, executor: Executor)
         return [_prompt_tokens(prompt, model) for prompt in request.prompt]
 
     try:
-        return await asyncio.get_running_loop().run_in_executor(executor, work)
+        return await threads.run(work)
     finally:
         alarm.cancel()
 

@@ -66,6 +66,7 @@ class Routing:
         self._up: dict[WorkerId, Incarnation] = {}
         self._reports: dict[WorkerId, dict[ModelId, ModelReport]] = {}
         self._sent: dict[WorkerId, int] = {}
+        self._silent: list[str] = []
 
     @property
     def is_usable(self) -> bool:
@@ -77,6 +78,11 @@ class Routing:
         """All workers that are up."""
         return dict(self._up)
 
+    @property
+    def silent(self) -> list[WorkerId]:
+        """Those of them that have not reported to the controller for long."""
+        return [worker for worker in sorted(self._up) if worker in self._silent]
+
     def update(self, routes: Routes) -> bool:
         """Take a newer table; False for one that is not newer."""
         version = (routes.epoch, routes.version)
@@ -84,6 +90,7 @@ class Routing:
             return False
         self._version = version
         self._routes = {ModelId(route.model): route for route in routes.routes}
+        self._silent = routes.silent
         return True
 
     def worker_up(self, placement: Placement) -> None:

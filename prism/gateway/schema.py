@@ -18,6 +18,8 @@ from prism.gateway.body import join
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_METADATA = 16
+"""OpenAI's limit."""
 _INT64 = 2**63
 
 NO_OPS: Mapping[str, tuple[Any, ...]] = {
@@ -44,7 +46,11 @@ NO_OPS: Mapping[str, tuple[Any, ...]] = {
 
 
 class Section(BaseModel):
-    """Base of all schemas: types are not converted, unknown fields are refused."""
+    """Base of all schemas: types are not converted, unknown fields are refused.
+
+    Lists of them fail fast: pydantic makes its errors in C, a million of them in 14 s in which nothing
+    else runs.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -74,11 +80,10 @@ def _bias(value: Any) -> dict[int, float]:
         raise InvalidRequest("must be an object of token ids and numbers", param="logit_bias")
     result = {}
     for name, number in value.items():
-        param = join("logit_bias", name)
         if not name.isascii() or not name.isdecimal() or len(name) > 9:
-            raise InvalidRequest("names of logit_bias must be token ids", param=param)
+            raise InvalidRequest("names of logit_bias must be token ids", param=join("logit_bias", name))
         if isinstance(number, bool) or not isinstance(number, int | float) or not -100 <= number <= 100:
-            raise InvalidRequest("must be a number from -100 to 100", param=param)
+            raise InvalidRequest("must be a number from -100 to 100", param=join("logit_bias", name))
         result[int(name)] = float(number)
     return result
 
@@ -113,12 +118,14 @@ class CommonRequest(Section):
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
     logit_bias: Bias = Field(default_factory=dict)
     stop: Stops = ()
-    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128)
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = Field(
+        default=None, max_length=128
+    )
     ignore_eos: bool | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     skip_special_tokens: Literal[True] | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
@@ -165,7 +172,8 @@ def _is_no_op(schema: type[CommonRequest], name: str, value: Any) -> bool:
     if name in schema.model_fields:
         return value is None and not schema.model_fields[name].is_required()
     if name not in NO_OPS:
-        return False
+        path = join("", name)
+        raise InvalidRequest(f"unknown field {path}", param=path)
     if value is not None and not any(_equal(value, each) for each in NO_OPS[name]):
         raise InvalidRequest(f"{name} is not supported with this value", param=name)
     return True

@@ -17,7 +17,7 @@ class TextPart(Section):
     text: str
 
 
-Content = str | list[TextPart]
+Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class InputMessage(Section):
@@ -54,7 +54,7 @@ Message = Annotated[
 class ChatRequest(CommonRequest):
     """A conversation to be continued by the assistant."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the model's template, such as `enable_thinking`; as vLLM has it."""

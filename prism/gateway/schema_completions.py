@@ -12,6 +12,8 @@ from prism.gateway.schema import CommonRequest
 MAX_PROMPTS = 256
 MAX_SEQUENCES = 1024
 """Prompts times `n` of one body."""
+MAX_BIASES = 100_000
+"""Prompts times names of `logit_bias`, which each of them takes along to its worker."""
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for this endpoint."""
 
@@ -22,10 +24,10 @@ def _prompts(value: Any) -> list[Prompt]:
     """One prompt per element; a list of integers is one prompt."""
     if isinstance(value, str) or _is_tokens(value):
         return [value]
+    if isinstance(value, list) and not 1 <= len(value) <= MAX_PROMPTS:
+        raise InvalidRequest(f"must hold token ids alone, or 1 to {MAX_PROMPTS} prompts", param="prompt")
     if not isinstance(value, list) or not all(isinstance(each, str) or _is_tokens(each) for each in value):
         raise InvalidRequest("must be a string, a list of token ids, or a list of either", param="prompt")
-    if not 1 <= len(value) <= MAX_PROMPTS:
-        raise InvalidRequest(f"must hold 1 to {MAX_PROMPTS} prompts", param="prompt")
     if len({isinstance(each, str) for each in value}) > 1:
         raise InvalidRequest("must not mix strings and token ids", param="prompt")
     return value
@@ -67,3 +69,5 @@ class CompletionRequest(CommonRequest):
             raise InvalidRequest("a best_of other than n is not supported", param="best_of")
         if len(self.prompt) * self.num_choices > MAX_SEQUENCES:
             raise InvalidRequest(f"prompts times n must not pass {MAX_SEQUENCES}", param="n")
+        if len(self.prompt) * len(self.logit_bias) > MAX_BIASES:
+            raise InvalidRequest(f"prompts times its names must not pass {MAX_BIASES}", param="logit_bias")

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import assert_never
 
@@ -17,11 +16,12 @@ from prism.gateway.dispatcher import Dispatcher
 from prism.gateway.links import WorkerMessage
 from prism.gateway.ports import Links, Sink
 from prism.gateway.requests import Placement, Request
+from prism.gateway.threads import Pool
 from prism.gateway.tokenizers import TextModels
-from prism.messages import Outputs, Rejected, Report, Returned, Routes, Started
+from prism.messages import Outputs, Rejected, Report, Returned, Routes, Started, WeightsFailed, WeightsHeld
 from prism.metrics import Metrics
 from prism.tenants import has_room
-from prism.types import Tenant, TenantId
+from prism.types import ModelId, Tenant, TenantId
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,10 @@ class Gateway:
         self.config = config
         self.clock = clock
         self.metrics = metrics
-        self.executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
+        self.threads = Pool(NUM_THREADS)
         self.text_models = TextModels(config)
         self.dispatcher = Dispatcher(links, config.limits.max_queue)
+        self._unpackable: dict[ModelId, str] = {}
         self._num_http = 0
         self._arriving: Counter[TenantId | None] = Counter()
         self._stop_by: float | None = None
@@ -54,6 +55,23 @@ class Gateway:
     def is_ready(self) -> bool:
         """Requests can be served: routes are known and a worker is up."""
         return self.dispatcher.routing.is_usable and not self.is_stopping
+
+    @property
+    def status(self) -> str:
+        """In one word; `degraded` serves, but not everything."""
+        if not self.is_ready:
+            return "stopping" if self.is_stopping else "starting"
+        return "degraded" if self.dispatcher.routing.silent else "ok"
+
+    @property
+    def unavailable_models(self) -> dict[ModelId, str]:
+        """Those whose directory cannot be used, and why, as far as is known."""
+        found = {name: self.text_models.failure(name) for name in self.text_models.names}
+        return {
+            name: reason
+            for name, failure in found.items()
+            if (reason := failure or self._unpackable.get(name)) is not None
+        }
 
     # --- HTTP requests ----------------------------------------------------------------------------------
 
@@ -110,6 +128,16 @@ class Gateway:
         """A worker has ended."""
         self.dispatcher.on_worker_ended(placement, self.clock.now())
         self._wake.set()
+
+    def on_packing(self, news: WeightsFailed | WeightsHeld) -> None:
+        """Requests for a model whose weights could not be packed go on being sent: it is tried again."""
+        match news:
+            case WeightsFailed(model=model, reason=reason):
+                self._unpackable[ModelId(model)] = reason
+            case WeightsHeld(model=model):
+                self._unpackable.pop(ModelId(model), None)
+            case _:
+                assert_never(news)
 
     def on_controller_up(self) -> None:
         """A new controller."""
@@ -169,4 +197,4 @@ class Gateway:
     def close(self) -> None:
         """The threads end once they are idle."""
         self.text_models.close()
-        self.executor.shutdown(wait=False, cancel_futures=True)
+        self.threads.close()

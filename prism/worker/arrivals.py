@@ -65,7 +65,12 @@ class Arrivals:
         """The checkpoint is unusable; whoever does not wait for it learns of it when he asks."""
         if model.state is ModelState.FETCHING:
             self._worker.residency.fail(model, Unavailable(reason))
-            self._endings.model_failed(model)
+            self._failed(model)
+
+    def _failed(self, model: Model) -> None:
+        """Refuse its requests; if it was pinned, others may have the room that was kept for it."""
+        self._endings.model_failed(model)
+        self._worker.room_changed()
 
     def job_ended(self, event: JobEvent) -> None:
         """A load or an unmapping."""
@@ -91,8 +96,9 @@ class Arrivals:
         if self._registrations is not None:
             self._registrations.prefer(likely_order(worker.models.values()))
         if model.state is ModelState.FAILED:
-            self._endings.model_failed(model)
-        worker.capacities_changed()
+            self._failed(model)
+        else:
+            worker.capacities_changed()
 
     def _had_link_alone(self, event: Loaded) -> bool:
         """Whether no other load was under way at any moment of one that has just ended."""
@@ -131,7 +137,7 @@ class Arrivals:
         if model.state is not before:
             worker.places_changed()
             if model.state is ModelState.FAILED:
-                self._endings.model_failed(model)
+                self._failed(model)
 
     def _first_weights_arrived(self, model: Model) -> None:
         """Its requests may enter, and what its steps gain by can be prepared."""

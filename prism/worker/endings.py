@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prism.errors import Overloaded, RequestError, Unavailable
 from prism.types import ModelState
 from prism.worker.delivery import Delivery
+from prism.worker.entry import no_room
 from prism.worker.models import Model
 from prism.worker.requests import Ticket
 from prism.worker.stepper import Stepper
@@ -75,7 +76,7 @@ class Endings:
         for ticket in self._worker.requests.of_model(model.name):
             if _num_tokens(model, ticket) >= capacity:
                 message = f"the KV limit of model {model.name} was lowered to {capacity} tokens"
-                self.refuse(ticket, Unavailable(message))
+                self.refuse(ticket, no_room(self._worker, model) or Unavailable(message))
 
     def look_for_overdue(self, now: float) -> None:
         """Refuse what has taken too long altogether."""

@@ -9,10 +9,15 @@ from prism.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, O
 from prism.messages import Submit
 from prism.tenants import has_room
 from prism.types import ModelState, TenantId
+from prism.worker.models import Model
 from prism.worker.requests import Ticket
 
 if TYPE_CHECKING:
     from prism.worker.loop import Worker
+
+
+LACKING_SECONDS = 30.0
+"""After which a client may ask again for a model that waits for an administrator."""
 
 
 def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
@@ -21,7 +26,7 @@ def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
     1. An unknown model.
     2. A full queue, unless its tenant has little there.
     3. A model whose last load failed a moment ago.
-    4. A context that the model, or the memory it may have, can never hold.
+    4. A model for which pinned ones leave no room, or a context that it or its memory can never hold.
     5. Tokens outside the vocabulary, which would end the worker as an index on the device.
     """
     submit = ticket.submit
@@ -37,10 +42,20 @@ def check_submit(worker: Worker, ticket: Ticket, now: float) -> None:
             f"model {model.name} cannot be loaded: {model.error}", retry_after=max(1.0, model.retry_at - now)
         )
     limit = worker.max_len(model)  # 4
+    if (error := no_room(worker, model)) is not None:
+        raise error
     if limit is not None:
         _check_length(ticket, limit)
     if model.profile is not None:  # 5
         _check_tokens(submit, model.profile.spec.vocab_size)
+
+
+def no_room(worker: Worker, model: Model) -> Unavailable | None:
+    """For all requests of a model that can hold no token beside pinned ones: it is no mistake of theirs."""
+    lacking = worker.room.lacking(model) if worker.max_len(model) == 0 else None
+    if lacking is None:
+        return None
+    return Unavailable(f"model {model.name} cannot be served: {lacking}", retry_after=LACKING_SECONDS)
 
 
 def _has_room(worker: Worker, submit: Submit) -> bool:

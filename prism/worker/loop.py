@@ -20,6 +20,7 @@ from prism.engine.step import Step
 from prism.errors import RequestError
 from prism.memory.slabs import KvOwner
 from prism.messages import (
+    Abandon,
     Activate,
     CancelChoice,
     Command,
@@ -31,11 +32,11 @@ from prism.messages import (
     Submit,
 )
 from prism.modes import RULES, Mode
-from prism.types import Bytes, Epoch, GatewayId, Incarnation, RequestId, WorkerId
+from prism.types import Bytes, Epoch, GatewayId, Incarnation, ModelState, RequestId, WorkerId
 from prism.worker import admission
 from prism.worker.accounts import Accounts
 from prism.worker.arrivals import Arrivals
-from prism.worker.commands import carry_out
+from prism.worker.commands import abandon, carry_out
 from prism.worker.cost_book import CostBook
 from prism.worker.delivery import Delivery
 from prism.worker.device import Device
@@ -52,6 +53,7 @@ from prism.worker.reclaimer import Reclaimer
 from prism.worker.requests import Requests, Ticket
 from prism.worker.rescue import end_standstill
 from prism.worker.residency import Residency
+from prism.worker.room import Room
 from prism.worker.snapshot import FAR
 from prism.worker.spare_room import SpareRoom
 from prism.worker.standstill import STANDSTILL_SECONDS, Standstill
@@ -59,7 +61,7 @@ from prism.worker.stepper import Stepper
 from prism.worker.tenancy import Tenancy, settle_residents
 from prism.worker.turn_watch import TurnWatch
 from prism.worker.usage import is_hopeful
-from prism.worker.views import admission_snapshot, estimate, kv_capacity_tokens, waiting_request
+from prism.worker.views import admission_snapshot, estimate, waiting_request
 
 LEAST_PATIENCE = 0.05
 """Who lacks memory looks again after `min_residency`, when busy models may be evicted, but no sooner."""
@@ -108,7 +110,8 @@ class Worker:
         self._rate = CompletionRate()
         self._delivery = Delivery(outside.outbox, incarnation)
         self._patience = max(LEAST_PATIENCE, self.limits.min_residency)
-        self.residency = Residency(device, outside, self.host, name, self.max_batch_size)
+        self.room = Room(self.models, device.num_slabs)
+        self.residency = Residency(device, outside, self.host, self.room, name, self.max_batch_size)
         self.holdings = self._make_holdings(config.scheduling.idle_threshold)
         self.reclaimer = Reclaimer(device, self.models, self.holdings, self.evict, self.host)
         self._spare_room = self._make_spare_room(is_used=config.scheduling.load_ahead)
@@ -239,16 +242,34 @@ class Worker:
             self.epoch = Epoch(command.epoch)
             carry_out(self, command)
 
+    def on_abandon(self, command: Abandon) -> None:
+        """The controller does not wait any more for what it has commanded."""
+        if command.epoch >= self.epoch:
+            abandon(self, command)
+
     def on_homes(self, homes: Homes) -> None:
         """Which models live here, as the controller tells at each change."""
         if homes.epoch >= self.epoch:
             self._spare_room.on_homes(homes.models)
+            self._look_for_crowded_out()
 
-    def command_done(self, command: Command, error: str | None = None, *, conflicts: bool = False) -> None:
-        """Tell the controller how a command ended."""
-        number = command.command_id
+    def command_done(
+        self,
+        command: Command,
+        error: str | None = None,
+        *,
+        conflicts: bool = False,
+        pinned: Model | None = None,
+    ) -> None:
+        """Tell the controller how a command ended, and whom a model that may be `pinned` leaves no room."""
         self._outbox.to_controller(
-            CommandDone(command_id=number, worker=self.name, error=error, conflicts=conflicts)
+            CommandDone(
+                command_id=command.command_id,
+                worker=self.name,
+                error=error,
+                conflicts=conflicts,
+                without_room=[] if pinned is None else self.room.crowded_out_by(pinned),
+            )
         )
 
     # --- work -----------------------------------------------------------------------------------------
@@ -374,6 +395,27 @@ class Worker:
             if model.engine is not None:
                 model.engine.limit_context(capacity)
 
+    def room_changed(self) -> None:
+        """A model stays that did not, or does not any more, or keeps another part of the memory."""
+        self.capacities_changed()
+        for model in self.models.values():
+            if model.state is ModelState.FAILED and model.lacks_room:
+                model.retry_at = 0.0
+                self._learn_room(model)
+        self._look_for_crowded_out()
+
+    def _look_for_crowded_out(self) -> None:
+        """Beside pinned models those that live here learn at once whether there is room for them."""
+        if any(model.pinned for model in self.models.values()):
+            for model in self.models.values():
+                if model.is_at_home and model.state is ModelState.COLD:
+                    self._learn_room(model)
+
+    def _learn_room(self, model: Model) -> None:
+        self.learn(model)
+        if model.state is ModelState.FAILED:
+            self._endings.model_failed(model)
+
     def requests_suspended(self, choices: dict[RequestId, list[ResumedChoice]]) -> None:
         """An eviction took these requests' place: they wait again, with what they had produced."""
         for request_id, unfinished in choices.items():
@@ -408,7 +450,7 @@ class Worker:
         """Longest context of a model on this device, in tokens."""
         if model.profile is None:
             return None
-        return min(model.profile.spec.max_position, kv_capacity_tokens(self, model))
+        return min(model.profile.spec.max_position, self.room.capacity_tokens(model))
 
 
 def index_of(worker: str) -> int:

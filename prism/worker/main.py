@@ -22,6 +22,7 @@ from prism.config import Config, DeviceConfig, likely_first
 from prism.costs import Costs
 from prism.errors import DriverError
 from prism.messages import (
+    Abandon,
     Activate,
     CancelChoice,
     CommandDone,
@@ -235,6 +236,9 @@ class Process:
                 self._worker.on_homes(message)
             case Activate() | Evict() | SetLimits():
                 self._worker.on_command(message)
+                self._report_due = 0.0
+            case Abandon():
+                self._worker.on_abandon(message)
                 self._report_due = 0.0
             case _:
                 log.error("unexpected message dropped", extra={"sender": sender})

@@ -113,6 +113,8 @@ class Model:
     """To be loaded although no request asks for it: by command or by configuration."""
     stalled_until: float = 0.0
     """Its last turn could not run for want of memory; it is tried again then, or when memory changes."""
+    lacks_room: bool = False
+    """It failed since pinned models leave it no room."""
     error: str | None = None
     retry_at: float = 0.0
     num_failures: int = 0
@@ -132,6 +134,10 @@ class Model:
     cache_hits: CacheHits = field(default_factory=CacheHits)
     usage: Usage = field(default_factory=Usage)
     load_commands: list[int] = field(default_factory=list)
+    was_pinned: bool = False
+    """Before the load commands that are under way: so it is again if nothing comes of them."""
+    was_wanted: bool = False
+    """The same."""
     evict_commands: list[int] = field(default_factory=list)
 
     @property

@@ -15,11 +15,12 @@ That its arena still shows them does no harm, but the arena must be empty before
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 from prism.engine.engine import Engine
 from prism.engine.kv_blocks import KvSpace
-from prism.errors import DeviceTooSmall, NotHeld, PrismError
+from prism.errors import DeviceTooSmall, NoRoom, NotHeld, PrismError
 from prism.memory.arena import Arena
 from prism.memory.slabs import KvOwner, WeightsOwner
 from prism.messages import CommandDone, ResumedChoice, WeightsWanted
@@ -33,6 +34,7 @@ from prism.worker.loading import Load, LoadCancelled, Loaded, LoadPlan, Unloaded
 from prism.worker.models import Model, Profile, read_profile
 from prism.worker.outside import Outside
 from prism.worker.reclaimer import Reclaimer, slabs_to_activate
+from prism.worker.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Residency:
         device: Device,
         outside: Outside,
         host: HostKv,
+        room: Room,
         worker_id: WorkerId,
         max_batch_size: int,
     ) -> None:
@@ -65,6 +68,7 @@ class Residency:
         self._outside = outside
         self._outbox = outside.outbox
         self._host = host
+        self._room = room
         self._leaving: list[tuple[Stamp | None, Model]] = []
         self._clock = outside.clock
         self._max_batch_size = max_batch_size
@@ -83,14 +87,9 @@ class Residency:
                 profile = read_profile(model.config, self._device.slab_bytes)
                 self._device.backend.check(profile.spec)
                 model.profile = profile
-            self._check_size(model)
+            self._room.check(model)
         except PrismError as error:
             self.fail(model, error)
-
-    def _check_size(self, model: Model) -> None:
-        wanted, num_slabs = slabs_to_activate(model), self._device.num_slabs
-        if wanted > num_slabs:
-            raise DeviceTooSmall(f"weights and the least KV take {wanted} slabs; the device has {num_slabs}")
 
     def want(self, model: Model) -> None:
         """Somebody needs the model: start bringing it in, unless that is under way or has just failed."""
@@ -110,17 +109,17 @@ class Residency:
     def try_load(self, model: Model, reclaimer: Reclaimer, now: float) -> None:
         """Start the load if there is room for the model, or ask others for room.
 
-        A model that was evicted a moment ago waits until its arena is empty. One whose floor has been raised
-        meanwhile may never find room, and whoever is younger would wait behind it.
+        A model that was evicted a moment ago waits until its arena is empty. One whose floor was raised
+        meanwhile, or beside which another was pinned, may never find room; the younger would wait behind it.
         """
-        if not model.is_waiting_for_slabs:
+        if model.state is not ModelState.FETCHING:
             return
         try:
-            self._check_size(model)
-        except DeviceTooSmall as error:
+            self._room.check(model)
+        except (DeviceTooSmall, NoRoom) as error:
             self.fail(model, error)
             return
-        if model.arena_slabs or not reclaimer.ensure_weights(model, now):
+        if not model.is_packed or model.arena_slabs or not reclaimer.ensure_weights(model, now):
             return
         profile = model.profile
         assert profile is not None
@@ -168,7 +167,7 @@ class Residency:
         """Nobody wants a loading model any more: its slabs come back soon, and it is cold again."""
         assert model.load is not None
         model.load.cancel()
-        self._answer(model.load_commands, f"model {model.name} was unloaded meanwhile", conflicts=True)
+        self._give_up(model, f"model {model.name} was unloaded meanwhile", conflicts=True)
 
     def loaded(self, model: Model, event: Loaded) -> None:
         """The load has ended, well or not. If not, what it was given to run has been dropped."""
@@ -191,7 +190,8 @@ class Residency:
         log.info(
             "model %s active after %.3f s (copy %.3f s)", model.name, now - model.load_started, event.seconds
         )
-        self._answer(model.load_commands, None)
+        without_room = self._room.crowded_out_by(model) if model.load_commands else []
+        self._answer(model.load_commands, None, without_room=without_room)
 
     def _new_engine(self, model: Model, profile: Profile, arena: Arena, kv: KvSpace) -> Engine:
         """Bound to a lane for ever, and to the arena's addresses."""
@@ -224,16 +224,17 @@ class Residency:
         model.num_failures += 1
         model.state = ModelState.FAILED
         model.is_packed = model.is_ahead = False
-        model.is_wanted = model.pinned  # a pinned model is tried again for ever
+        model.lacks_room = isinstance(error, NoRoom)
         model.error = str(error)
         model.retry_at = self._clock() + wait
         log.error("model %s cannot be loaded: %s", model.name, error)
-        self._answer(model.load_commands, model.error)
+        self._give_up(model, model.error, conflicts=model.lacks_room)
+        model.is_wanted = model.pinned  # a pinned model is tried again for ever
 
     def forget(self, model: Model) -> None:
         """A model that holds nothing is not wanted any more."""
         if model.state is ModelState.FETCHING:
-            self._answer(model.load_commands, f"model {model.name} was unloaded meanwhile", conflicts=True)
+            self._give_up(model, f"model {model.name} was unloaded meanwhile", conflicts=True)
             self._become_cold(model)
 
     # --- towards cold -------------------------------------------------------------------------------
@@ -312,10 +313,29 @@ class Residency:
                 pool.give_back(KvOwner(model.name), owned, None if model.lane is None else model.lane.stamp())
             model.kv = None
 
-    def _answer(self, commands: list[int], error: str | None, *, conflicts: bool = False) -> None:
+    def _give_up(self, model: Model, error: str, *, conflicts: bool) -> None:
+        """Nothing comes of the load commands that are under way: they are over, as is what they pinned."""
+        if model.load_commands:
+            model.pinned = model.was_pinned
+        self._answer(model.load_commands, error, conflicts=conflicts)
+
+    def _answer(
+        self,
+        commands: list[int],
+        error: str | None,
+        *,
+        conflicts: bool = False,
+        without_room: Sequence[str] = (),
+    ) -> None:
         for command in commands:
             self._outbox.to_controller(
-                CommandDone(command_id=command, worker=self._worker_id, error=error, conflicts=conflicts)
+                CommandDone(
+                    command_id=command,
+                    worker=self._worker_id,
+                    error=error,
+                    conflicts=conflicts,
+                    without_room=list(without_room),
+                )
             )
         commands.clear()
 

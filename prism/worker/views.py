@@ -251,16 +251,3 @@ def arrival_of(model: Model, models: Mapping[str, Model], max_batch_tokens: int)
         others_decode=any(map(decodes, others)),
         max_batch_tokens=max_batch_tokens,
     )
-
-
-def kv_capacity_tokens(worker: Worker, model: Model) -> int:
-    """Tokens of one sequence that the model could hold if all others gave what they must."""
-    profile = model.profile
-    assert profile is not None
-    slabs = worker.device.num_slabs - profile.weight_slabs
-    for other in worker.models.values():
-        if other is not model and other.pinned and other.profile is not None:
-            slabs -= other.profile.weight_slabs + other.kv_floor
-    if model.kv_limit is not None:
-        slabs = min(slabs, model.kv_limit)
-    return max(0, slabs) * profile.kv.blocks_per_slab * profile.kv.tokens_per_block

@@ -17,9 +17,18 @@ from prism.agent.rundir import RunDir
 from prism.config import Config
 from prism.demo.catalog import demo_model_path
 from prism.errors import CheckpointError
-from prism.messages import Hello, ProcessEnded, ProcessUp, Ready, Role, WeightsHeld
+from prism.messages import (
+    Hello,
+    ProcessEnded,
+    ProcessUp,
+    Ready,
+    Role,
+    WeightsFailed,
+    WeightsHeld,
+    WeightsWanted,
+)
 from prism.types import Bytes, ModelId
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -152,10 +161,16 @@ class RecordingStore:
     def held(self) -> dict[ModelId, Bytes]:
         return {ModelId("first"): Bytes(7)} if self.ahead else {}
 
+    def holds(self, model: ModelId) -> bool:
+        return False
+
     async def pack_ahead(self, model: ModelId) -> Bytes:
         self.ahead.append(model)
         if model == "bad":
             raise CheckpointError("holds nothing", file="bad")
+        return Bytes(7)
+
+    async def want(self, model: ModelId) -> Bytes:
         return Bytes(7)
 
 
@@ -206,4 +221,34 @@ async def test_workers_are_told_what_is_held(short_path: Path) -> None:
         transport.asend(worker, ready(Role.WORKER, "worker-0", incarnation))
         assert await hears(worker) == held
         listening.child("worker-0").has_ended = True
+    listening.close()
+
+
+async def test_gateways_are_told_what_cannot_be_packed_until_it_can(short_path: Path) -> None:
+    """The log alone said that weights were missing."""
+    config = Config.model_validate({"models": [{"name": name, "path": "."} for name in ("bad", "first")]})
+    listening = Listening(short_path, config)
+    listening.agent._store = RecordingStore()  # type: ignore[assignment]
+    gateway, worker = listening.process("gateway-0"), listening.process("worker-0")
+    transport.asend(gateway, Hello(role=Role.GATEWAY, name="gateway-0", incarnation=1))
+    await eventually(lambda: listening.agent._peers, "it is heard")
+    transport.asend(worker, Hello(role=Role.WORKER, name="worker-0", incarnation=1))
+    transport.asend(worker, ready(Role.WORKER, "worker-0"))
+    assert await hears(gateway) == up(Role.WORKER, "worker-0")
+    failed = WeightsFailed(model="bad", reason="bad: holds nothing")
+    assert await hears(gateway) == failed
+    listening.child("gateway-0").has_ended = True
+    later = listening.process("gateway-0")
+    transport.asend(later, Hello(role=Role.GATEWAY, name="gateway-0", incarnation=2))
+    assert await hears(later) == up(Role.WORKER, "worker-0")
+    assert await hears(later) == failed
+    for model in (
+        "bad",
+        "bad",
+        "first",
+    ):  # it has been mended; of others and of what is so gateways hear nothing
+        transport.asend(worker, WeightsWanted(model=model))
+    assert await hears(later) == WeightsHeld(model="bad", total_bytes=7)
+    transport.asend(worker, ready(Role.WORKER, "worker-0"))
+    assert await hears(later) == up(Role.WORKER, "worker-0")
     listening.close()

@@ -54,6 +54,7 @@ def answer(*models: dict[str, Any]) -> dict[str, Any]:
         "registration_error": None,
         "kv_host_bytes": 0,
         "kv_host_error": None,
+        "is_silent": False,
     }
     placement = {"pressures": {}, "crowded": [], "infeasible": []}
     return {
@@ -106,6 +107,13 @@ def test_the_worker_is_shown_though_the_other_has_no_model(capsys: pytest.Captur
     both["devices"].append(both["devices"][0] | {"worker": "worker-1"})
     print_models(both, as_json=False)
     assert "WORKER" in capsys.readouterr().out.splitlines()[2]
+
+
+def test_a_worker_that_does_not_report_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    stale = answer(entry("a"))
+    stale["devices"][0]["is_silent"] = True
+    print_models(stale, as_json=False)
+    assert capsys.readouterr().out.splitlines()[0].endswith("; has not reported for some time")
 
 
 def test_a_migration_is_shown_at_both_ends(capsys: pytest.CaptureFixture[str]) -> None:

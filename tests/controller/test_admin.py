@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from prism.controller.admin import LimitsBody, build_app
 from prism.controller.decisions import Plan
 from prism.controller.migration import Migration, Phase
+from prism.controller.silence import Silence
 from prism.controller.snapshot import Home
 from prism.controller.state import ControllerState
 from prism.errors import Conflict, EngineFailure, RequestError, Unavailable
@@ -32,9 +33,12 @@ class FakeService:
         self.asked: list[tuple[Any, ...]] = []
         self.error: RequestError | None = None
         self.plan: Plan | None = None
+        self.without_room: list[str] = []
+        self.silence = Silence()
 
-    async def load(self, model: str, pinned: bool | None = None) -> None:
+    async def load(self, model: str, pinned: bool | None = None) -> list[str]:
         self._ask("load", model, pinned)
+        return self.without_room
 
     async def unload(self, model: str) -> None:
         self._ask("unload", model)
@@ -43,8 +47,9 @@ class FakeService:
         self._ask("move", model, device)
         return WorkerId(f"worker-{device}")
 
-    async def set_limits(self, model: str, floor: int, limit: int | None) -> None:
+    async def set_limits(self, model: str, floor: int, limit: int | None) -> list[str]:
         self._ask("limits", model, floor, limit)
+        return self.without_room
 
     def _ask(self, *asked: Any) -> None:
         self.asked.append(asked)
@@ -80,6 +85,7 @@ async def test_models_with_and_without_a_worker(client: httpx.AsyncClient, servi
         {
             "worker": "worker-0",
             "device": "cpu:0",
+            "is_silent": False,
             "incarnation": 2,
             "slab_bytes": 2**21,
             "num_slabs": 8,
@@ -150,6 +156,14 @@ async def test_commands_are_passed_on(client: httpx.AsyncClient, service: FakeSe
         ("move", "org/b", 0),
     ]
     assert (await client.get("/health")).json() == {"status": "ok"}
+
+
+@pytest.mark.anyio
+async def test_answers_name_the_models_without_room(client: httpx.AsyncClient, service: FakeService) -> None:
+    service.without_room = ["org/b"]
+    for path, body in (("a/load", {"pinned": True}), ("a/limits", {"kv_floor_bytes": 5})):
+        response = await client.post(f"/admin/models/{path}", json=body)
+        assert response.json()["without_room"] == ["org/b"]
 
 
 @pytest.mark.anyio

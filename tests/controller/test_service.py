@@ -6,21 +6,25 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq.asyncio
 
 from prism.clock import ManualClock
 from prism.config import SchedulingConfig
 from prism.controller import links as links_module
+from prism.controller.admin import describe
 from prism.controller.links import WorkerLinks
 from prism.controller.migration import Phase
 from prism.controller.planner import Planner
 from prism.controller.service import ControllerService
+from prism.controller.silence import SILENT_SECONDS
 from prism.controller.snapshot import DeviceState, Home, ModelNeed
 from prism.controller.state import ControllerState
 from prism.controller.views import Catalog
 from prism.errors import Conflict, EngineFailure, InvalidRequest, Unavailable
 from prism.messages import (
+    Abandon,
     Activate,
     AnyMessage,
     CommandDone,
@@ -229,6 +233,18 @@ async def test_what_a_worker_refuses_is_an_error_with_its_words(world: World) ->
                 await task
 
 
+async def test_a_pin_tells_who_has_no_room(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """It said nothing, and neither did the log."""
+    worker = await world.worker()
+    pin = asyncio.create_task(world.service.load(A, pinned=True))
+    worker.say(msgspec.structs.replace(done(await command(world, worker)), without_room=["b", "c"]))
+    assert await pin == ["b", "c"]
+    assert "model a is pinned and leaves no room for b, c" in caplog.text
+    limits = asyncio.create_task(world.service.set_limits(A, 0, None))
+    worker.say(msgspec.structs.replace(done(await command(world, worker)), without_room=["b"]))
+    assert await limits == ["b"]
+
+
 async def test_a_floor_beyond_the_device_is_refused(world: World) -> None:
     """It was accepted, and all other models then had no memory at all."""
     worker = await world.worker()
@@ -267,7 +283,10 @@ async def test_a_worker_that_never_answers(world: World, monkeypatch: pytest.Mon
     worker = await world.worker()
     with pytest.raises(Unavailable, match="has not done it within"):
         await world.service.load(A)
-    worker.say(done(await command(world, worker)))  # too late, which harms nobody
+    heard = await command(world, worker)
+    await world.until(lambda: worker.heard)
+    assert worker.heard.pop() == Abandon(epoch=EPOCH, command_id=heard.command_id), "it stayed in force"
+    worker.say(done(heard))  # too late, which harms nobody
     task = asyncio.create_task(world.service.unload(A))
     monkeypatch.setattr(links_module, "COMMAND_SECONDS", 10.0)
     worker.say(done(await command(world, worker)))
@@ -518,6 +537,42 @@ async def test_workers_hear_which_models_live_with_them(world: World, gateway: G
     active = model_report("a", state=ModelState.ACTIVE)
     second.say(report("worker-1", active))  # as a later controller finds it
     await world.until(lambda: second.homes == ["a"])
+
+
+async def test_a_worker_that_stands_still_is_told_once(
+    world: World, gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its last report was shown as if it were of this moment, and everything was said to be well."""
+    still, well = await world.worker(), await world.worker(name="worker-1")
+    still.say(report("worker-0", model_report("a")))
+    well.say(report("worker-1", model_report("a")))
+    await world.until(lambda: len(world.service.state.reports) == 2)
+    for second in range(int(SILENT_SECONDS) + 3):
+        well.say(report("worker-1", model_report("a", num_started=second)))
+        await world.until(lambda n=second: num_started(world, "worker-1") == n)
+        await world.pass_time(1.0)
+    await world.until(lambda: gateway.routes is not None and gateway.routes.silent == ["worker-0"])
+    assert [device["is_silent"] for device in describe(world.service)["devices"]] == [True, False]
+    assert caplog.text.count("has not reported") == 1
+    still.say(report("worker-0", model_report("a")))
+    await world.until(lambda: gateway.routes is not None and not gateway.routes.silent)
+    assert "worker-0 reports again" in caplog.text
+    assert not any(device["is_silent"] for device in describe(world.service)["devices"])
+
+
+async def test_a_silent_worker_that_ends_is_silent_no_more(world: World, gateway: Gateway) -> None:
+    await world.worker()
+    await world.until(lambda: gateway.routes is not None)
+    for _ in range(int(SILENT_SECONDS) + 3):
+        await world.pass_time(1.0)
+    await world.until(lambda: gateway.routes is not None and gateway.routes.silent == ["worker-0"])
+    world.worker_ends()
+    await world.until(lambda: gateway.routes is not None and not gateway.routes.silent)
+
+
+def num_started(world: World, worker: str) -> int:
+    found = world.service.state.report_of(WorkerId(worker), A)
+    return -1 if found is None else found.num_started
 
 
 async def test_placement_looks_now_and_then(world: World, gateway: Gateway) -> None:

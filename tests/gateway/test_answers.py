@@ -5,13 +5,14 @@ import json
 import shutil
 from typing import Any
 
+import msgspec
 import pytest
 from openai.types.chat import ChatCompletion
 
 from prism.config import Config
 from prism.errors import Overloaded
 from prism.gateway.app import create_app
-from prism.messages import ModelReport, Rejected, Report, Submit
+from prism.messages import ModelReport, Rejected, Report, Submit, WeightsFailed, WeightsHeld
 from prism.types import ModelState
 from tests.gateway.fakes import (
     IM_END,
@@ -412,6 +413,28 @@ async def test_a_broken_model_harms_only_itself(config: Config, tmp_path: Any) -
         assert (await world.chat()).status_code == 200
         health = (await world.client.get("/health")).json()
         assert "tokenizer.json" in health["unavailable_models"]["broken"]
+
+
+async def test_health_names_workers_that_do_not_report(config: Config) -> None:
+    async with running(config) as world:
+        health = (await world.client.get("/health")).json()
+        assert (health["status"], health["silent_workers"]) == ("ok", [])
+        silent = msgspec.structs.replace(routes("w0", version=2), silent=["w0", "gone"])
+        world.gateway.on_routes(silent)
+        response = await world.client.get("/health")
+        assert response.status_code == 200
+        assert response.json()["status"] == "degraded" and response.json()["silent_workers"] == ["w0"]
+
+
+async def test_health_names_models_whose_weights_cannot_be_packed(config: Config) -> None:
+    """Only directories that the gateway itself could not read were told. A request has it tried again."""
+    async with running(config, Script("fine")) as world:
+        world.gateway.on_packing(WeightsFailed(model=MODEL, reason="model.safetensors: truncated"))
+        health = (await world.client.get("/health")).json()
+        assert health["unavailable_models"] == {MODEL: "model.safetensors: truncated"}
+        assert (await world.chat()).status_code == 200
+        world.gateway.on_packing(WeightsHeld(model=MODEL, total_bytes=7))
+        assert (await world.client.get("/health")).json()["unavailable_models"] == {}
 
 
 def with_template(config: Config, tmp_path: Any, template: str | None) -> Config:

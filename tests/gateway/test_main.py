@@ -15,7 +15,7 @@ import zmq.asyncio
 
 from prism.config import Config
 from prism.gateway import heads
-from prism.messages import Demand, Ready
+from prism.messages import Demand, Ready, WeightsFailed
 from tests.gateway.fakes import MODEL, Script
 from tests.gateway.processes import Peer, cluster
 from tests.support.waiting import PATIENCE
@@ -67,6 +67,9 @@ async def test_health_tells_when_requests_can_be_served(config: Config, tmp_path
         while response.status_code == 503:
             response = await client.get(url)
         assert response.json()["status"] == "ok"
+        prism.agent.say(WeightsFailed(model=MODEL, reason="no weights"))
+        while response.json()["unavailable_models"] != {MODEL: "no weights"}:
+            response = await client.get(url)
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"

@@ -52,7 +52,7 @@ def _bodies() -> Iterator[Bad]:
             for value in (b"NaN", b"Infinity", b"-Infinity")
         ],
         "numbers without end": [whole[:-1] + b', "n": ' + b"9" * 5000 + b"}"],
-        "deep": [b"[" * 100_000, b'{"a":' * 100_000, b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"],
+        "deep": [b"[" * 100_000, b'{"a":' * 20_000, b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"],
     }
     for kind, bodies in by_kind.items():
         for body in bodies:
@@ -156,6 +156,9 @@ def _prompts() -> Iterator[Bad]:
     given = "chat_template_kwargs"
     yield Bad("message", CHAT, _with(**{given: {"messages": []}}), param=f"{given}.messages")
     yield Bad("too many", TEXT, _text(prompt=["a"] * 20, n=100), param="n")
+    for each in ([], {}, "", {"role": "x"}):
+        yield Bad("too many values", CHAT, _with(messages=[each] * 150_000), param="messages")
+    yield Bad("too many values", CHAT, _with(messages=[1] * 1_000_000), param="messages[0]")
 
 
 def _headers() -> Iterator[Bad]:
