@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prism.engine.adjustment import Adjustment
 from prism.engine.randomness import uniforms
 from prism.engine.sequence import Sequence
 from prism.messages import TokenLogprob
@@ -52,21 +53,10 @@ def sample(logits: Tensor, rows: Seq[Sequence]) -> Sampled:
 
 def _adjust(logits: Tensor, row: Sequence) -> None:
     """Bias, penalties and forbidden ends of one row, in place."""
-    params = row.params
-    if params.logit_bias:
-        tokens = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[tokens] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if params.repetition_penalty != 1.0:
-        tokens = torch.tensor(sorted(set(row.tokens)), device=logits.device)
-        seen = logits[tokens]
-        scale = params.repetition_penalty
-        logits[tokens] = torch.where(seen > 0, seen / scale, seen * scale)
-    if (params.frequency_penalty or params.presence_penalty) and row.counts:
-        tokens = torch.tensor(list(row.counts), device=logits.device)
-        counts = torch.tensor(list(row.counts.values()), dtype=torch.float32, device=logits.device)
-        logits[tokens] -= params.frequency_penalty * counts + params.presence_penalty
-    if row.draw_index < params.min_tokens and params.stop_token_ids:
-        logits[list(params.stop_token_ids)] = -torch.inf
+    if row.needs_history:
+        if row.adjustment is None:
+            row.adjustment = Adjustment(row, logits.device)
+        row.adjustment.apply(logits, row)
 
 
 def _draw(logits: Tensor, rows: Seq[Sequence]) -> Tensor:

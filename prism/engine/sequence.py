@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING
 
 from prism.engine.kv_slab import ROOT_KEY, BlockKey, block_key
 from prism.engine.randomness import stream
 from prism.types import BlockId, Rank, RequestId, SamplingParams
+
+if TYPE_CHECKING:
+    from prism.engine.adjustment import Adjustment
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +58,8 @@ class Sequence:
     """It has lost its blocks to others, and has not begun again."""
     counts: dict[int, int] = field(default_factory=dict)
     """Occurrences of each output token, kept where penalties may want them."""
+    adjustment: Adjustment | None = None
+    """Of its logits, once the first token has been drawn."""
     end: int = field(init=False)
     """Tokens, prompt included, with which the choice ends."""
     stops: frozenset[int] = field(init=False)

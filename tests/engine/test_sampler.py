@@ -62,6 +62,23 @@ def test_bias_and_min_tokens() -> None:
     assert tokens(logits({7: 2.0, 8: 1.0}), row([1, 1], **stopping)) == [7]
 
 
+def test_what_is_kept_between_draws_is_what_a_new_sequence_would_have() -> None:
+    """Bias and the tokens seen stay on the device; each draw adds its own."""
+    params = {"repetition_penalty": 1.7, "frequency_penalty": 0.3, "logit_bias": {9: 0.5, 4: -2.0}}
+    generator = torch.Generator().manual_seed(3)
+    kept, output = row(**params), []
+    for _ in range(30):
+        scores = torch.randn(1, VOCAB, generator=generator)
+        token = tokens(scores.clone(), kept)[0]
+        again, fresh = scores.clone(), scores.clone()
+        tokens(again, kept)
+        tokens(fresh, row(output, **params))
+        assert torch.equal(again, fresh), "and drawing twice adds nothing"
+        kept.append(token)
+        output.append(token)
+    assert len(set(output)) > 10
+
+
 def test_draw_does_not_depend_on_the_batch() -> None:
     scores = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
     kinds = [{}, {"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.1, "top_p": 0.9}]
