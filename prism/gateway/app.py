@@ -30,6 +30,7 @@ from prism.gateway.errors import (
 from prism.gateway.schema_chat import ChatRequest
 from prism.gateway.schema_completions import CompletionRequest
 from prism.gateway.service import Gateway
+from prism.types import ModelId
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +86,13 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
     created = int(gateway.clock.now())
 
     def entry(model: ModelConfig) -> dict[str, Any]:
-        return {"id": model.name, "object": "model", "created": created, "owned_by": "prism"}
+        known = {"id": model.name, "object": "model", "created": created, "owned_by": "prism"}
+        return known | {"max_model_len": gateway.max_len(ModelId(model.name))}
 
     @app.head("/v1/models", dependencies=guard, include_in_schema=False)
     @app.get("/v1/models", dependencies=guard)
     async def models() -> Response:
-        """All configured models, loaded or not."""
+        """All configured models, loaded or not; `max_model_len` is vLLM's, and null until it is known."""
         return JsonResponse({"object": "list", "data": [entry(model) for model in gateway.config.models]})
 
     @app.get("/v1/models/{name:path}", dependencies=guard)

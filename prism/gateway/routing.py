@@ -111,6 +111,13 @@ class Routing:
             self._reports[worker] = {ModelId(model.model): model for model in report.models}
             self._sent[worker] = 0
 
+    def max_len(self, model: ModelId) -> int | None:
+        """Tokens of the longest context for which each of a model's workers has memory, as far as known."""
+        workers = self._routes[model].workers if model in self._routes else []
+        reports = [self._reports.get(WorkerId(name), {}).get(model) for name in workers]
+        known = [report.max_len for report in reports if report is not None and report.max_len is not None]
+        return min(known, default=None)
+
     def sent(self, placement: Placement) -> None:
         """A request is on its way there; the next report will count it."""
         self._sent[placement.worker] = self._sent.get(placement.worker, 0) + 1

@@ -63,6 +63,11 @@ class Gateway:
             return "stopping" if self.is_stopping else "starting"
         return "degraded" if self.dispatcher.routing.silent else "ok"
 
+    def max_len(self, name: ModelId) -> int | None:
+        """Tokens of a model's longest context, within the memory that it may use as well; None if unknown."""
+        bounds = self.text_models.max_len(name), self.dispatcher.routing.max_len(name)
+        return min((bound for bound in bounds if bound is not None), default=None)
+
     @property
     def unavailable_models(self) -> dict[ModelId, str]:
         """Those whose directory cannot be used, and why, as far as is known."""

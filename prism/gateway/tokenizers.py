@@ -185,6 +185,13 @@ class TextModels:
             text = f"model {name!r} cannot be used: {error}"
             raise Unavailable(text, param="model", retry_after=60) from error
 
+    def max_len(self, name: ModelId) -> int | None:
+        """Tokens of a model's longest context, whatever the memory; None if it was not read, or cannot be."""
+        load = self._loads[name]
+        if not load.done() or load.cancelled() or load.exception() is not None:
+            return None
+        return load.result().spec.max_position
+
     def failure(self, name: ModelId) -> str | None:
         """Why a model cannot be used, as far as is known."""
         load = self._loads[name]

@@ -15,6 +15,7 @@ from prism.gateway.app import create_app
 from prism.messages import ModelReport, Rejected, Report, Submit, WeightsFailed, WeightsHeld
 from prism.types import ModelState
 from tests.gateway.fakes import (
+    CONTEXT,
     IM_END,
     MODEL,
     Script,
@@ -415,6 +416,21 @@ async def test_a_broken_model_harms_only_itself(config: Config, tmp_path: Any) -
         assert "tokenizer.json" in health["unavailable_models"]["broken"]
 
 
+async def test_models_tell_the_longest_context_that_their_memory_allows(config: Config) -> None:
+    async with running(config, Script("x")) as world:
+
+        async def told() -> int | None:
+            found: int | None = (await world.client.get(f"/v1/models/{MODEL}")).json()["max_model_len"]
+            return found
+
+        await world.complete()
+        assert await told() == CONTEXT
+        world.gateway.on_worker_message(place("w0"), report("w0", ModelState.COLD, 0))
+        assert await told() == CONTEXT
+        world.gateway.on_worker_message(place("w0"), report("w0", ModelState.ACTIVE, 0, max_len=CONTEXT // 2))
+        assert await told() == CONTEXT // 2
+
+
 async def test_health_names_workers_that_do_not_report(config: Config) -> None:
     async with running(config) as world:
         health = (await world.client.get("/health")).json()
@@ -485,7 +501,7 @@ async def test_an_endless_template_is_interrupted(
         assert (await world.complete()).status_code == 200
 
 
-def report(worker: str, state: ModelState, num_waiting: int) -> Report:
+def report(worker: str, state: ModelState, num_waiting: int, max_len: int | None = None) -> Report:
     model = ModelReport(
         model=MODEL,
         state=state,
@@ -500,7 +516,7 @@ def report(worker: str, state: ModelState, num_waiting: int) -> Report:
         load_progress=0,
         idle_seconds=0,
         num_activations=0,
-        max_len=None,
+        max_len=max_len,
         pinned=False,
     )
     return Report(
