@@ -23,7 +23,8 @@ def setup(level: str, json: bool, stream: TextIO | None = None) -> None:
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if json else TextFormatter())
-    for name, least in (("prism", level.upper()), *dict.fromkeys(LIBRARIES, "ERROR").items()):
+    levels = {"prism": level.upper()} | dict.fromkeys(LIBRARIES, "ERROR")
+    for name, least in levels.items():
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(least)

@@ -28,7 +28,7 @@ from running import gpu_name, is_healthy, running
 from shapes import write_shape
 
 from prism.configfile import load_config
-from prism.types import Bytes, MiB
+from prism.types import Bytes
 from prism.worker.models import read_profile
 
 PORT, ADMIN = 8360, 8361
@@ -158,8 +158,9 @@ def link_bandwidth() -> float:
 
 def weights_bytes(path: Path) -> int:
     """Of all models of a configuration together."""
-    models = load_config(path).models
-    return sum(read_profile(model, Bytes(32 * MiB)).weights.total_bytes for model in models)
+    config = load_config(path)
+    slab = Bytes(config.devices[0].slab)
+    return sum(read_profile(model, slab).weights.total_bytes for model in config.models)
 
 
 def with_server(

@@ -193,18 +193,20 @@ class ControllerService:
 
         Raises `Unavailable`, `EngineFailure`, or `Conflict` if it is unloaded meanwhile.
         """
-        crowded_out: dict[str, None] = {}
-        for worker in self.state.workers(model):
-            activate = Activate(epoch=0, command_id=0, model=model, pinned=pinned)
-            crowded_out |= dict.fromkeys(await self.links.command(worker, activate))
-        return self._told(model, crowded_out)
+        activate = Activate(epoch=0, command_id=0, model=model, pinned=pinned)
+        return await self._command(self.state.workers(model), activate)
 
-    def _told(self, model: ModelId, crowded_out: Iterable[str]) -> list[str]:
-        """Whoever has no room any more is named in the log, too: it was not this model that was asked for."""
-        without_room = list(crowded_out)
-        if without_room:
-            log.warning("model %s is pinned and leaves no room for %s", model, ", ".join(without_room))
-        return without_room
+    async def _command(self, workers: Iterable[WorkerId], command: Activate | Evict | SetLimits) -> list[str]:
+        """Have one worker after the other do it; the models that have no room any more.
+
+        These are named in the log, too: it was not about them that somebody asked.
+        """
+        crowded_out: dict[str, None] = {}
+        for worker in workers:
+            crowded_out |= dict.fromkeys(await self.links.command(worker, command))
+        if crowded_out:
+            log.warning("model %s is pinned and leaves no room for %s", command.model, ", ".join(crowded_out))
+        return list(crowded_out)
 
     async def unload(self, model: ModelId) -> None:
         """Have a model evicted wherever it is.
@@ -212,8 +214,7 @@ class ControllerService:
         Raises `Unavailable`, `EngineFailure`, or `Conflict` while it is in use.
         """
         self.planner.call_off(model)
-        for worker in self.state.places(model):
-            await self.links.command(worker, Evict(epoch=0, command_id=0, model=model))
+        await self._command(self.state.places(model), Evict(epoch=0, command_id=0, model=model))
 
     async def set_limits(self, model: ModelId, floor: int, limit: int | None) -> list[str]:
         """Change a model's KV floor and limit, in bytes; the models that it leaves no room.
@@ -224,13 +225,8 @@ class ControllerService:
             report = self.state.reports.get(worker)
             if report is not None and floor > report.num_slabs * report.slab_bytes:
                 raise InvalidRequest("is more than the memory of the model's device", param="kv_floor_bytes")
-        crowded_out: dict[str, None] = {}
-        for worker in self.state.places(model):
-            command = SetLimits(
-                epoch=0, command_id=0, model=model, kv_floor_bytes=floor, kv_limit_bytes=limit
-            )
-            crowded_out |= dict.fromkeys(await self.links.command(worker, command))
-        return self._told(model, crowded_out)
+        command = SetLimits(epoch=0, command_id=0, model=model, kv_floor_bytes=floor, kv_limit_bytes=limit)
+        return await self._command(self.state.places(model), command)
 
     async def move(self, model: ModelId, device: int) -> WorkerId:
         """Move a model's first home; returns when new requests go there.

@@ -188,13 +188,14 @@ class TextModels:
     def max_len(self, name: ModelId) -> int | None:
         """Tokens of a model's longest context, whatever the memory; None if it was not read, or cannot be."""
         load = self._loads[name]
-        if not load.done() or load.cancelled() or load.exception() is not None:
-            return None
-        return load.result().spec.max_position
+        return load.result().spec.max_position if _has_ended(load) and load.exception() is None else None
 
     def failure(self, name: ModelId) -> str | None:
         """Why a model cannot be used, as far as is known."""
         load = self._loads[name]
-        if not load.done() or load.cancelled() or (error := load.exception()) is None:
-            return None
-        return str(error)
+        error = load.exception() if _has_ended(load) else None
+        return None if error is None else str(error)
+
+
+def _has_ended(load: asyncio.Future[TextModel]) -> bool:
+    return load.done() and not load.cancelled()

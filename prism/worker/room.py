@@ -59,8 +59,9 @@ class Room:
         return [other.name for other in others if isinstance(self.lacking(other), NoRoom)]
 
     def _staying_beside(self, model: Model) -> list[Model]:
-        """Who gives a model nothing."""
-        return [other for other in self._models.values() if other is not model and _stays(other)]
+        """Who gives a model nothing. Asked in each round for whoever waits: most are not pinned."""
+        pinned = [other for other in self._models.values() if other.pinned]
+        return [other for other in pinned if other is not model and _stays(other)]
 
     def _beside(self, staying: list[Model]) -> int:
         return self._num_slabs - sum(_kept(other) for other in staying)
