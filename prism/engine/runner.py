@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prism.attention.kernels import KvView
 from prism.engine.sampler import Sampled
 from prism.engine.sequence import Sequence
 from prism.engine.step import Step
+from prism.types import Bytes
 
 
 class InFlight(Protocol):
@@ -61,3 +62,11 @@ class Runner(Protocol):
         may be launched on the lane between its pieces. A lane takes one such step at a time.
         """
         ...
+
+
+class GraphUsage(NamedTuple):
+    """What captured steps take on the device."""
+
+    num_graphs: int
+    num_bytes: Bytes
+    """With what was taken for graphs that are gone: the driver keeps it for others."""

@@ -11,7 +11,7 @@ import torch
 from prism.attention.kernels import KvView
 from prism.attention.torch_kernels import TorchKernels
 from prism.engine.kv_blocks import Move
-from prism.engine.runner import Runner
+from prism.engine.runner import GraphUsage, Runner
 from prism.engine.scheduler import UNBOUNDED
 from prism.engine.torch_runner import TorchRunner
 from prism.memory.driver import Driver
@@ -22,7 +22,7 @@ from prism.types import Bytes, DType, LaneId
 from prism.weights.copiers import Copier, HostCopier
 from prism.weights.registrations import Pinner
 from prism.worker.copies import CopyWork, Run
-from prism.worker.device import Device, GraphUsage, Guess
+from prism.worker.device import Device, Guess
 from prism.worker.lanes import Work
 from prism.worker.notices import Notices
 

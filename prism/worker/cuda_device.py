@@ -22,7 +22,7 @@ from prism.engine.gpu.lane import GpuLane, LaneShape, workspace_bytes
 from prism.engine.gpu.runner import GpuRunner
 from prism.engine.kv_blocks import Move
 from prism.engine.kv_layout import BLOCK_TOKENS, KvLayout, plan_kv_layout
-from prism.engine.runner import Runner
+from prism.engine.runner import GraphUsage, Runner
 from prism.engine.step import Step
 from prism.engine.torch_runner import TorchFlight, TorchRunner
 from prism.errors import DeviceTooSmall, DriverError
@@ -38,7 +38,7 @@ from prism.weights.cuda_copier import CudaCopier
 from prism.weights.registrations import Pinner
 from prism.worker.copies import CopyWork, Run
 from prism.worker.cuda_copies import Copies, Leaving, SwapStream
-from prism.worker.device import Device, GraphUsage, Guess
+from prism.worker.device import Device, Guess
 from prism.worker.lanes import Work
 from prism.worker.needs import ModelNeeds
 from prism.worker.notices import Notices

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from prism.attention.kernels import KvView
 from prism.costs import DeviceRates
 from prism.engine.kv_blocks import Move
 from prism.engine.kv_layout import KvLayout
-from prism.engine.runner import Runner
+from prism.engine.runner import GraphUsage, Runner
 from prism.engine.scheduler import Slots
 from prism.engine.step import Step
 from prism.memory.arena import Arena
@@ -43,13 +43,6 @@ class Guess:
     """Floating-point operations a second of a prompt."""
     bytes: float
     """Bytes a second between device and host memory, each way."""
-
-
-class GraphUsage(NamedTuple):
-    """What captured steps take on the device."""
-
-    num_graphs: int
-    num_bytes: Bytes
 
 
 class Backend(Protocol):

@@ -42,13 +42,14 @@ def products_of(spec: ModelSpec) -> tuple[Product, ...]:
     """Those of a layer and the head's."""
     hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
     all_heads = heads + 2 * spec.num_kv_heads * spec.head_dim
-    layer = (
-        Product(all_heads, hidden, has_bias=spec.attention_bias),
-        Product(hidden, heads, has_bias=spec.output_bias, is_added=True),
-        Product(2 * spec.intermediate_size, hidden),
-        Product(hidden, spec.intermediate_size, is_added=True),
+    is_fp8 = is_fast(spec)
+    return (
+        Product(all_heads, hidden, has_bias=spec.attention_bias, is_fp8=is_fp8),
+        Product(hidden, heads, has_bias=spec.output_bias, is_added=True, is_fp8=is_fp8),
+        Product(2 * spec.intermediate_size, hidden, is_fp8=is_fp8),
+        Product(hidden, spec.intermediate_size, is_added=True, is_fp8=is_fp8),
+        Product(spec.vocab_size, hidden),
     )
-    return (*(product._replace(is_fp8=is_fast(spec)) for product in layer), Product(spec.vocab_size, hidden))
 
 
 class Products:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prism.engine.pieces import Work
+from prism.engine.runner import GraphUsage
 from prism.types import Bytes, MiB
 
 if TYPE_CHECKING:  # needs Triton, which only GPUs have
@@ -80,14 +81,6 @@ class Captures(Protocol):
         ...
 
 
-class Usage(NamedTuple):
-    """What graphs take."""
-
-    num_graphs: int
-    num_bytes: Bytes
-    """Of the device, with what was taken for graphs that are gone: the driver keeps it for others."""
-
-
 def padded_size(batch: int, limit: int) -> int:
     """The least size that holds the batch."""
     return min(next((size for size in SIZES if size >= batch), limit), limit)
@@ -130,9 +123,9 @@ class Graphs:
         self._num_taken = 0
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> GraphUsage:
         """How many there are, and what the driver took for all there were."""
-        return Usage(len(self._graphs), Bytes(self._num_taken))
+        return GraphUsage(len(self._graphs), Bytes(self._num_taken))
 
     def find(self, key: Key) -> Key | None:
         """The graph that serves a step best.
