@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from prism.attention.gpu.few_rows import few_linear, is_few
-from prism.attention.gpu.launch import has_fp8, launch, overlap
+from prism.attention.gpu.launch import is_hopper, launch, overlap
 from prism.attention.gpu.rows import normed_row, silu_mul_row
 from prism.attention.kernels import Stream, Weight
 from prism.modelspec import ModelSpec
@@ -39,7 +39,7 @@ def is_scaled(weight: Weight, dtype: torch.dtype) -> bool:
     return (
         weight.scale is not None
         and dtype is torch.bfloat16
-        and has_fp8()
+        and is_hopper()
         and sizes[0] % MULTIPLE == 0
         and sizes[1] % MULTIPLE == 0
     )
@@ -47,7 +47,7 @@ def is_scaled(weight: Weight, dtype: torch.dtype) -> bool:
 
 def slow_because(spec: ModelSpec) -> str | None:
     """Why fp8 weights of a model are written out for each product of several rows, if they are."""
-    if not has_fp8():
+    if not is_hopper():
         return "the GPU is older than Hopper"
     if spec.dtype is not DType.BF16:
         return "products of fp8 give bf16 only, and the model computes in another format"

@@ -72,7 +72,7 @@ class GpuKernels:
                 q[:num], pages, self._tables, plan.slots, plan.positions, self._scratch, plan.split, out[:num]
             )
         if plan.tiles is not None:
-            prefill_attention(q, pages, self._tables, plan.tiles, out)
+            prefill_attention(qkv, plan.num_heads, pages, self._tables, plan.tiles, out)
         return out.flatten(1)
 
     def norm_linear(

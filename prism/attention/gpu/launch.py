@@ -16,14 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-HOPPER = (9, 0)
-"""The first capability that has it, and fast products of fp8 with a scale for each row and channel."""
+if TYPE_CHECKING:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
+HOPPER = (9, 0)
+"""The first capability that has it, fast products of fp8 with a scale for each row and channel, and a tensor
+memory accelerator."""
 
 Grid = tuple[int, int, int]
 
@@ -31,7 +34,7 @@ _compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 """By kernel, kinds of arguments, constants and options: what Triton compiled, and the constants in order."""
 
 
-def launch(kernel: Any, grid: Grid, *args: Tensor | float | None, **named: Any) -> None:
+def launch(kernel: Any, grid: Grid, *args: Tensor | TensorDescriptor | float | None, **named: Any) -> None:
     """`kernel[grid](*args, **named)` on the current stream of this process's device.
 
     `named` are the constants and options like `num_warps`. Others than these come as `args`, all of them.
@@ -48,18 +51,20 @@ def launch(kernel: Any, grid: Grid, *args: Tensor | float | None, **named: Any) 
     compiled[grid](*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args), *constants)
 
 
-def _kind(value: object) -> Any:
+def _kind(value: Any) -> Any:
     """What Triton compiles another kernel for: types, aligned addresses, and integers that are special."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
+    if hasattr(value, "block_shape"):
+        return value.base.dtype, tuple(value.block_shape)
     if type(value) is int:
         return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31, value < 1 << 63
     return type(value)
 
 
 @cache
-def has_fp8() -> bool:
-    """Whether this device's matrix units take fp8 as this package uses it."""
+def is_hopper() -> bool:
+    """Whether this process's device is one, or newer."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= HOPPER
 
 
@@ -69,6 +74,6 @@ def overlap(rows: int) -> dict[str, Any]:
 
     Only steps of one row gain; beside cuBLAS's kernels, which signal nothing, larger ones lost 1 %.
     """
-    if rows == 1 and torch.cuda.is_available() and torch.cuda.get_device_capability() >= HOPPER:
+    if rows == 1 and is_hopper():
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}

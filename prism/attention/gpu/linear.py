@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from prism.attention.gpu.launch import has_fp8, launch, overlap
+from prism.attention.gpu.launch import is_hopper, launch, overlap
 from prism.attention.kernels import Weight
 
 
@@ -146,7 +146,7 @@ def vector_linear(
 
 def is_supported(width: int, *, is_fp8: bool = False) -> bool:
     """Whether rows of such a width can be cut into whole turns, and the device knows the format."""
-    return width % 256 == 0 and (not is_fp8 or has_fp8())
+    return width % 256 == 0 and (not is_fp8 or is_hopper())
 
 
 def choose_tile(size: int, width: int, *, silu: bool, is_fp8: bool = False) -> Tile:

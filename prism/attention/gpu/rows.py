@@ -102,7 +102,7 @@ def _store_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
     HAS_NORM: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token: queries rotate in place, keys on their way to the page, values are copied."""
+    """Some heads of one token: queries and keys rotate in place, keys and values are copied to the page."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -131,9 +131,8 @@ def _store_kernel(
     sin = tl.where(rotates, tl.load(angles + row + DIM // 2 + half), 0.0)
     kind = qkv.dtype.element_ty
     left, right = (first * cos - second * sin).to(kind), (second * cos + first * sin).to(kind)
-    query = (heads < HEADS)[:, None]
-    tl.store(source, left, mask=query)
-    tl.store(source + DIM // 2, right, mask=query)
+    tl.store(source, left, mask=rotates)
+    tl.store(source + DIM // 2, right, mask=rotates)
     if position >= 0:
         slot = tl.load(slots + token).to(tl.int64)
         page = tl.load(tables + slot * table_stride + position // TOKENS).to(tl.int64)
@@ -161,7 +160,8 @@ def rotate_and_store(
     num_heads: int,
     norms: HeadNorms | None,
 ) -> Tensor:
-    """Store a step's keys and values; returns its queries `[tokens, heads, dim]`, a view of `qkv`.
+    """Rotate a step's queries and keys in place, store its keys and values; returns the queries
+    `[tokens, heads, dim]`, a view of `qkv`.
 
     `qkv [tokens, heads + 2 kv_heads, dim]`, contiguous; `pages [unit, 2, token, kv_head, dim]` one layer's
     view; `slots`, `positions` `[tokens]` int32, position -1 for padding.

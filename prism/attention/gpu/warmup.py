@@ -125,7 +125,7 @@ def _attention(device: torch.device, spec: ModelSpec, dtype: torch.dtype, tokens
         for split in SPLITS if rows > 1 else {choose_split(1, kv_heads, 1)}:
             decode_attention(q, pages, tables, slots, slots, scratch, split, out)
         tiles = torch.tensor(tiles_of([Chunk(0, rows, rows, 0)]), dtype=torch.int32, device=device)
-        prefill_attention(q, pages, tables, tiles, out)
+        prefill_attention(qkv, heads, pages, tables, tiles, out)
         best, place = zeros(rows, PARTS, kind=torch.float32), zeros(rows, PARTS, kind=torch.int32)
         logits = zeros(rows, spec.vocab_size)
         draw_greedy(logits, best, place, slots, slots, last_tokens)

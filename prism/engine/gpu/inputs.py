@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prism.attention.gpu.decode import Split
 from prism.attention.gpu.kernels import GpuPlan
-from prism.attention.gpu.prefill import BLOCK_M, TILE_WORDS, tiles_of
+from prism.attention.gpu.prefill import TILE, TILE_WORDS, tiles_of
 from prism.attention.gpu.prefill import Chunk as PromptChunk
 from prism.attention.kernels import KvView
 from prism.engine.gpu.columns import TableNotes, slots_of
@@ -36,14 +36,14 @@ class MixedSize(NamedTuple):
     def of(cls, step: Step) -> MixedSize:
         """Without padding."""
         lengths = [chunk.length for chunk in step.prompts]
-        num_tiles = sum(-(-length // BLOCK_M) for length in lengths)
+        num_tiles = sum(-(-length // TILE) for length in lengths)
         num_drawing = sum(chunk.samples for chunk in step.prompts)
         return cls(len(step.decodes), sum(lengths), len(step.decodes) + num_drawing, num_tiles)
 
     @classmethod
     def of_graph(cls, key: Key) -> MixedSize:
         """Of all steps that a graph serves."""
-        tiles = -(-key.prompt_rows // BLOCK_M) + MAX_CHUNKS
+        tiles = -(-key.prompt_rows // TILE) + MAX_CHUNKS
         return cls(key.size, key.prompt_rows, key.size + MAX_CHUNKS, tiles)
 
     @property
