@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from prism.attention.kernels import BatchLayout, HeadNorms, KvView, Stream, Weight
 from prism.attention.torch_kernels import TorchKernels
@@ -77,6 +78,34 @@ def test_mixed_steps(heads: int, kv_heads: int, dim: int, normed: bool) -> None:
             ints(tiles_of(chunks)) if chunks else None,
         )
         assert distance(fused.attention(plan, 1, qkv.clone(), norms, table), expected) < 0.01
+
+
+@pytest.mark.parametrize("is_hopper", [True, False])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_chunks_see_nothing_of_each_other(dim: int, is_hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between, before and behind two chunks are rows without numbers, in tiles that the chunks' end in."""
+    from prism.attention.gpu import prefill
+    from prism.attention.gpu.prefill import Chunk, prefill_attention, tiles_of
+
+    if not is_hopper:
+        monkeypatch.setattr(prefill, "is_hopper", lambda: False)
+    torch.manual_seed(0)
+    heads, kv_heads = 4, 2
+    qkv = torch.full((300, heads + 2 * kv_heads, dim), float("nan"), dtype=torch.bfloat16, device="cuda")
+    pages = torch.full((1, 2, 16, kv_heads, dim), float("nan"), dtype=torch.bfloat16, device="cuda")
+    chunks = [Chunk(3, 70, 70, 0), Chunk(80, 130, 130, 0)]
+    for row, query, *_ in chunks:
+        qkv[row : row + query].normal_()
+    tiles = torch.tensor([*tiles_of(chunks), [0] * 5], dtype=torch.int32, device="cuda")
+    out = torch.zeros(300, heads, dim, dtype=torch.bfloat16, device="cuda")
+    tables = torch.zeros(1, 16, dtype=torch.int32, device="cuda")
+    prefill_attention(qkv, heads, pages, tables, tiles, out)
+    for row, query, *_ in chunks:
+        q, k, v = qkv[row : row + query].float().transpose(0, 1).split([heads, kv_heads, kv_heads])
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        assert distance(out[row : row + query], expected.transpose(0, 1)) < 0.01
+        out[row : row + query] = 0
+    assert not out.any()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,20 @@ def test_other_kinds_of_arguments_are_compiled_for_themselves(
     launch(kernel, (1, 1, 1), torch.zeros(64), 7, WIDTH=9, BLOCK=2, num_warps=4)
     launch(kernel, (1, 1, 1), other, count, WIDTH=width, BLOCK=2, num_warps=warps)
     assert kernel.num_compiled == 2
+
+
+def test_descriptors_are_told_apart_by_tiles_and_numbers_not_by_memory(kernel: Kernel) -> None:
+    """Triton makes them anew of each launch's memory."""
+    for size, tile, dtype in (
+        (8, 4, torch.half),
+        (16, 4, torch.half),
+        (16, 2, torch.half),
+        (16, 2, torch.float),
+    ):
+        rows = SimpleNamespace(base=torch.zeros(size, 4, dtype=dtype), block_shape=[tile, 4])
+        launch(kernel, (1, 1, 1), rows, 7, WIDTH=9, BLOCK=2)
+        assert kernel.launches[-1][1][0] is rows
+    assert kernel.num_compiled == 3
 
 
 def test_what_is_interpreted_is_called_as_it_is(kernel: Kernel) -> None:
