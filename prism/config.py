@@ -7,6 +7,7 @@ string stands for an environment variable; where nothing else is in it, it may b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -23,7 +24,10 @@ from pydantic import (
 from prism.fields import READ_ENVIRONMENT, Duration, Real, Size, Whole
 from prism.modes import RULES, Mode
 from prism.tenants import ApiKey, ApiKeyConfig, key_problems, tenants_of
-from prism.types import GiB, MiB, Quantization, Slo, Tenant
+from prism.types import GiB, MiB, Quantization, Seconds, Slo, Tenant
+
+GPU_WATCHDOG = Seconds(60.0)
+"""Nothing that a GPU's worker does keeps its loop for more than a few seconds."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 
@@ -113,6 +117,23 @@ class DeviceConfig(_Section):
     """Of its steps, relative to the other devices; placement gives a faster one more."""
     lanes: Whole = Field(default=2, ge=1, le=8)
     """Steps of so many models at a time on a GPU; each lane has workspaces of its own. A CPU has one."""
+    watchdog_timeout: Duration | None = None
+    """A worker that has not reported for so long, though it lives, is killed and started again; its requests
+    go on. None is 60 s for a GPU, and never for a CPU, where one step may take longer."""
+
+    @property
+    def watchdog_seconds(self) -> Seconds:
+        """The same without None; infinite where nobody watches."""
+        if self.watchdog_timeout is not None:
+            return Seconds(self.watchdog_timeout)
+        return GPU_WATCHDOG if self.kind == "cuda" else Seconds(math.inf)
+
+    @field_validator("watchdog_timeout")
+    @classmethod
+    def _patient(cls, timeout: float | None) -> float | None:
+        if timeout is not None and timeout < 10:
+            raise ValueError("must be at least 10s: reports may come late")
+        return timeout
 
     @field_validator("slab")
     @classmethod

@@ -199,6 +199,14 @@ class Stop(Message, frozen=True, kw_only=True):
     grace: float
 
 
+class Hung(Message, frozen=True, kw_only=True):
+    """Nothing was heard of this worker for longer than its `watchdog_timeout`: it is to be killed."""
+
+    name: str
+    incarnation: int
+    silent_seconds: float
+
+
 class WeightsWanted(Message, frozen=True, kw_only=True):
     """A worker needs a model's packed weights in host memory."""
 
@@ -412,7 +420,7 @@ class CommandDone(Message, frozen=True, kw_only=True):
 
 ToWorker = Submit | CancelChoice | Hello | Activate | Evict | SetLimits | Abandon | Homes
 FromWorker = Started | Outputs | Rejected | Returned | Report | CommandDone
-ToAgent = Hello | Ready | WeightsWanted
+ToAgent = Hello | Ready | Hung | WeightsWanted
 FromAgent = ProcessUp | ProcessEnded | Stop | WeightsProgress | WeightsReady | WeightsHeld | WeightsFailed
 ToController = Hello | Demand
 FromController = Routes

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,15 @@ def test_a_key_in_the_wrong_brackets_is_not_shown(folder: Path) -> None:
     assert not any(SECRET in problem for problem in found)
 
 
+def test_watchdogs_of_gpus_bite_by_themselves_and_none_at_once(folder: Path) -> None:
+    (problem,) = problems("models: [{name: a, path: a}]\ndevices: [{watchdog_timeout: 9s}]", folder)
+    assert problem == "devices[0].watchdog_timeout: must be at least 10s: reports may come late"
+    another = {"kind": "cuda", "index": 1, "watchdog_timeout": 10}
+    devices = [{}, {"kind": "cuda"}, {"watchdog_timeout": "5m"}, another]
+    config = Config.model_validate({"models": [{"name": "a", "path": "a"}], "devices": devices})
+    assert [device.watchdog_seconds for device in config.devices] == [math.inf, 60.0, 300.0, 10.0]
+
+
 NUMBERS = [
     "models[0].max_model_len",
     "models[0].device",
@@ -239,6 +249,7 @@ QUANTITIES = [
     "models[0].memory.limit",
     "devices[0].memory",
     "devices[0].slab",
+    "devices[0].watchdog_timeout",
     "server.max_body",
     "server.shutdown_grace",
     "limits.max_wait",

@@ -3,6 +3,7 @@
 start: bind ports -> run directory -> weight store -> children -> packing ahead, once workers have memory
 a child says Hello: it is told who is up      a child is Ready: everybody is told
 a child ends: everybody is told, and it is started again after a back-off
+the controller says that a worker hangs: it is killed
 SIGTERM: gateways finish their streams, then the rest is stopped; status 0
 """
 
@@ -23,6 +24,7 @@ from prism.config import Config, likely_first
 from prism.errors import PrismError
 from prism.messages import (
     Hello,
+    Hung,
     ProcessEnded,
     ProcessUp,
     Ready,
@@ -124,6 +126,8 @@ class Agent:
                     self._welcome(sender, message)
                 case Ready():
                     self._child_ready(sender, message)
+                case Hung():
+                    self._kill(message)
                 case WeightsWanted(model=model):
                     self._start(self._pack(model, sender))
                 case _:
@@ -233,6 +237,13 @@ class Agent:
         ended = ProcessEnded(role=child.spec.role, name=child.spec.name, incarnation=child.incarnation)
         self._tell_everybody(ended)
         (self._run_dir.path / f"{identity}.sock").unlink(missing_ok=True)
+
+    def _kill(self, hung: Hung) -> None:
+        """A worker stands still; what follows is what follows any death. Its successor has done nothing."""
+        for child in self._children:
+            if (child.spec.name, child.incarnation) == (hung.name, hung.incarnation):
+                log.error("%s has not reported for %.0f s: it is killed", hung.name, hung.silent_seconds)
+                child.signal(signal.SIGKILL)
 
     def _child_hopeless(self, child: Child) -> None:
         log.error("%s does not start; giving up", child.spec.name)

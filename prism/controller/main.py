@@ -63,7 +63,8 @@ async def _serve(run_dir: Path, name: str, incarnation: int, config: Config, lis
     def planner(state: ControllerState, links: WorkerLinks, routes_changed: Callable[[], None]) -> Planner:
         return Planner(config.scheduling, catalog, state, links, routes_changed, clock.now, Metrics())
 
-    service = ControllerService(state, planner, context, router, agent, identity, clock)
+    watchdogs = {WorkerId(f"worker-{i}"): device.watchdog_seconds for i, device in enumerate(config.devices)}
+    service = ControllerService(state, planner, context, router, agent, identity, clock, watchdogs)
     server = Server(uvicorn.Config(build_app(service), log_config=None, access_log=False, lifespan="off"))
 
     def stop() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 
 import zmq.asyncio
 
@@ -22,6 +22,7 @@ from prism.messages import (
     Demand,
     Evict,
     Hello,
+    Hung,
     ProcessEnded,
     ProcessUp,
     Report,
@@ -30,7 +31,7 @@ from prism.messages import (
     SetLimits,
     Stop,
 )
-from prism.types import ModelId, WorkerId
+from prism.types import ModelId, Seconds, WorkerId
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +52,14 @@ class ControllerService:
         agent: zmq.asyncio.Socket,
         identity: str,
         clock: Clock,
+        watchdogs: Mapping[WorkerId, Seconds],
     ) -> None:
-        """`planner` makes the one that has this service's connections."""
+        """`planner` makes the one that has this service's connections; see `Silence` for `watchdogs`."""
         self.state = state
         self.links = WorkerLinks(context, identity, state.epoch, self._on_report)
         self.planner = planner(state, self.links, self._routes_changed)
-        self.silence = Silence()
+        self.silence = Silence(watchdogs)
+        self._incarnations: dict[WorkerId, int] = {}
         self._router = router
         self._agent = agent
         self._clock = clock
@@ -71,7 +74,8 @@ class ControllerService:
         """Who comes and goes."""
         async for _, message in transport.areceive(self._agent):
             match message:
-                case ProcessUp(role=Role.WORKER, name=name, address=str(address)):
+                case ProcessUp(role=Role.WORKER, name=name, incarnation=incarnation, address=str(address)):
+                    self._incarnations[WorkerId(name)] = incarnation
                     self.silence.heard(WorkerId(name), self._clock.now())
                     self.links.connect(WorkerId(name), address)
                 case ProcessEnded(role=Role.WORKER, name=name):
@@ -111,6 +115,9 @@ class ControllerService:
             log.warning("%s has not reported for %g s, though its process lives", worker, SILENT_SECONDS)
         if silent:
             self._routes_changed()
+        for worker, seconds in self.silence.hung(self._clock.now()).items():
+            hung = Hung(name=worker, incarnation=self._incarnations[worker], silent_seconds=seconds)
+            transport.asend(self._agent, hung)
 
     def _send_routes(self, gateway: str) -> None:
         if self._is_rebuilt:

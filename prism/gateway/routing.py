@@ -29,20 +29,24 @@ class Candidate:
     """Requests there, by the share that it bears: what its report says, and what was sent from here since."""
     is_draining: bool = False
     """It finishes what it has: the model has moved away."""
+    is_silent: bool = False
+    """It has not reported for long."""
 
 
 def choose(candidates: tuple[Candidate, ...], prompt: list[int]) -> Placement | None:
     """The worker for a prompt, or None if there is none.
 
-    1. One that the model has not moved away from.
-    2. One that has the model in memory.
-    3. The least loaded, in steps of `LOAD_STEP`.
-    4. The one to which the first tokens of the prompt are bound by hash (rendezvous).
+    1. One that reports.
+    2. One that the model has not moved away from.
+    3. One that has the model in memory.
+    4. The least loaded, in steps of `LOAD_STEP`.
+    5. The one to which the first tokens of the prompt are bound by hash (rendezvous).
     """
     prefix = ",".join(map(str, prompt[:PREFIX_TOKENS]))
     best = min(
         candidates,
         key=lambda c: (
+            c.is_silent,
             c.is_draining,
             not c.is_active,
             c.load // LOAD_STEP,
@@ -123,7 +127,7 @@ class Routing:
         self._sent[placement.worker] = self._sent.get(placement.worker, 0) + 1
 
     def candidates(self, model: ModelId) -> tuple[Candidate, ...]:
-        """The workers that are routed and up, draining ones last."""
+        """The workers that are routed and up."""
         route = self._routes.get(model)
         if route is None:
             return ()
@@ -142,4 +146,5 @@ class Routing:
         load = sum(each.num_running + each.num_waiting for each in reports.values())
         is_active = model in reports and reports[model].state is ModelState.ACTIVE
         load += self._sent.get(worker, 0)
-        return Candidate(Placement(worker, incarnation), is_active, load / weight, is_draining)
+        is_silent = worker in self._silent
+        return Candidate(Placement(worker, incarnation), is_active, load / weight, is_draining, is_silent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from prism.demo.catalog import demo_model_path
 from prism.errors import CheckpointError
 from prism.messages import (
     Hello,
+    Hung,
     ProcessEnded,
     ProcessUp,
     Ready,
@@ -139,6 +141,25 @@ async def test_strangers_and_the_dead_are_not_heard(
         assert await hears(gateway) == up(Role.WORKER, "worker-1")  # and of nobody else before
     assert listening.child("worker-0").ready_since is None
     assert caplog.text.count("a stranger said Ready: worker-0.1") == 2
+
+
+async def test_a_worker_that_hangs_is_killed_and_its_successor_is_not(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The word may come when another one has taken its place."""
+    killed: list[str] = []
+    for child in listening.agent._children:
+        monkeypatch.setattr(
+            child, "signal", lambda number, name=child.spec.name: killed.append((name, number))
+        )
+    controller = listening.process("controller")
+    for name in ("worker-0", "worker-1", "worker-1"):
+        listening.process(name)
+    for name, incarnation in (("worker-1", 1), ("worker-7", 1), ("worker-0", 1)):
+        transport.asend(controller, Hung(name=name, incarnation=incarnation, silent_seconds=61.5))
+    await eventually(lambda: killed, "somebody is killed")
+    assert killed == [("worker-0", signal.SIGKILL)]
+    assert "worker-0 has not reported for 62 s: it is killed" in caplog.text
 
 
 def test_each_device_has_a_worker_and_gateways_share_a_socket() -> None:

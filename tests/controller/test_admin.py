@@ -34,7 +34,7 @@ class FakeService:
         self.error: RequestError | None = None
         self.plan: Plan | None = None
         self.without_room: list[str] = []
-        self.silence = Silence()
+        self.silence = Silence({})
 
     async def load(self, model: str, pinned: bool | None = None) -> list[str]:
         self._ask("load", model, pinned)

@@ -32,6 +32,7 @@ from prism.messages import (
     Evict,
     Hello,
     Homes,
+    Hung,
     ProcessEnded,
     ProcessUp,
     Role,
@@ -42,7 +43,7 @@ from prism.messages import (
 )
 from prism.metrics import Metrics
 from prism.transport import areceive, asend, bind_router, connect_dealer, socket_address
-from prism.types import MiB, ModelId, ModelState, WorkerId
+from prism.types import MiB, ModelId, ModelState, Seconds, WorkerId
 from tests.controller.reports import model_report, report
 from tests.gateway.processes import Peer
 from tests.support.waiting import PATIENCE, eventually
@@ -52,6 +53,7 @@ pytestmark = pytest.mark.anyio
 A = ModelId("a")
 HOME = WorkerId("worker-0")
 EPOCH = 1
+WATCHDOG = Seconds(30.0)
 
 
 class WorkerPeer(Peer):
@@ -80,7 +82,7 @@ class World:
         self.clock, self.metrics = ManualClock(), Metrics()
         state = ControllerState(epoch=epoch, homes={A: (Home(HOME),)})
         self.service = ControllerService(
-            state, self.planner, self.context, router, agent, "controller.1", self.clock
+            state, self.planner, self.context, router, agent, "controller.1", self.clock, {HOME: WATCHDOG}
         )
         self.is_stopped = asyncio.Event()
         self.tasks = [
@@ -568,6 +570,23 @@ async def test_a_silent_worker_that_ends_is_silent_no_more(world: World, gateway
     await world.until(lambda: gateway.routes is not None and gateway.routes.silent == ["worker-0"])
     world.worker_ends()
     await world.until(lambda: gateway.routes is not None and not gateway.routes.silent)
+
+
+async def test_the_agent_is_told_of_each_incarnation_that_hangs(world: World) -> None:
+    """Once, and never of a worker that nobody watches."""
+    await world.worker(name="worker-1")
+    for incarnation in (1, 2):
+        await world.worker(incarnation)
+        told = len(world.agent.heard)
+        for _ in range(int(WATCHDOG) - 1):
+            await world.pass_time(1.0)
+        assert len(world.agent.heard) == told
+        for _ in range(5):
+            await world.pass_time(1.0)
+        await world.until(lambda told=told: len(world.agent.heard) > told)
+        hung = Hung(name="worker-0", incarnation=incarnation, silent_seconds=30.0)
+        assert world.agent.heard[told:] == [hung]
+        world.worker_ends(incarnation)
 
 
 def num_started(world: World, worker: str) -> int:

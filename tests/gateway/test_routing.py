@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from prism.gateway.routing import Routing, choose
@@ -50,6 +51,18 @@ def test_a_draining_worker_gets_nothing_unless_no_other_is_up(routing: Routing) 
     route(routing, workers=["w1"], draining=["w0"])
     tell(routing, "w0", 0)
     tell(routing, "w1", 100, ModelState.LOADING)
+    assert chosen(routing) == {"w1"}
+    routing.worker_ended(W1)
+    assert chosen(routing) == {"w0"}
+
+
+def test_a_silent_worker_gets_nothing_unless_no_other_is_up(routing: Routing) -> None:
+    """One that drains is better, and one that must load the model."""
+    route(routing, workers=["w0"], draining=["w1"])
+    tell(routing, "w0", 0)
+    tell(routing, "w1", 100, ModelState.COLD)
+    routes = Routes(epoch=1, version=2, routes=[Route(model=MODEL, workers=["w0"], draining=["w1"])])
+    assert routing.update(msgspec.structs.replace(routes, silent=["w0"]))
     assert chosen(routing) == {"w1"}
     routing.worker_ended(W1)
     assert chosen(routing) == {"w0"}

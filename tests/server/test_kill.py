@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -194,6 +195,21 @@ async def test_what_was_unloaded_stays_away_when_its_worker_dies(
     assert await are(adder="active", speller="cold", radio="active")
     await client.post(f"{server.url}/v1/completions", json={"model": "speller", "prompt": "a"})
     await eventually(lambda: are(adder="active", speller="active", radio="active"), "it is back")
+
+
+async def test_a_worker_that_hangs_is_killed_and_no_stream_notices(
+    client: httpx.AsyncClient, expected: list[Answer]
+) -> None:
+    """A process that is stopped stands for one whose GPU answers no more. They waited for it to the end."""
+    with Server(longest_delay=0.5, device={"watchdog_timeout": "10s"}) as server:
+        calls = [call.start(client, server.url) for call in load.calls()]
+        await eventually(lambda: num_events(calls) > 300, "the streams are under way")
+        pid = server.pid("worker-0")
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        await eventually(lambda: server.pid("worker-0") not in (None, pid), "another one starts")
+        assert_alike(await ends(calls), expected)
+        assert "worker-0 has not reported for 10 s: it is killed" in server.log
 
 
 def memory_files(pids: Iterable[int]) -> set[int]:
