@@ -38,6 +38,8 @@ def print_models(answer: dict[str, Any], *, as_json: bool) -> None:
             console.print(f"{entry['model']}: {entry['report']['error']}")
     for name in answer["placement"]["crowded"]:
         console.print(f"{name}: takes turns in memory, since all that is asked for fits no device together")
+    for name in answer["placement"]["shut_out"]:
+        console.print(f"{name}: has no room beside pinned models")
     for name in answer["placement"]["infeasible"]:
         console.print(f"{name}: fits no device")
     if answer["tenants"]:

@@ -183,12 +183,13 @@ def _describe_tenants(state: ControllerState) -> list[dict[str, Any]]:
 def _describe_plan(plan: Plan | None) -> dict[str, Any]:
     """The devices' pressures at the last look, and the models that have too little room."""
     if plan is None:
-        return {"pressures": {}, "crowded": [], "infeasible": []}
+        return {"pressures": {}, "crowded": [], "infeasible": [], "shut_out": []}
     pressures = {worker: round(pressure, 3) for worker, pressure in plan.pressures.items()}
     return {
         "pressures": pressures,
         "crowded": sorted(plan.crowded),
         "infeasible": sorted(plan.infeasible),
+        "shut_out": sorted(plan.shut_out),
     }
 
 

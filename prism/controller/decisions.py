@@ -59,4 +59,6 @@ class Plan:
     """They fit a device, but not beside what else is asked for: their workers swap."""
     infeasible: frozenset[ModelId]
     """They fit no device, or fewer than they are split over."""
+    shut_out: frozenset[ModelId]
+    """They live where pinned models leave them no room: their workers refuse them."""
     pressures: dict[WorkerId, float]

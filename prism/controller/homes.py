@@ -39,15 +39,19 @@ class Homes:
     def plan(self) -> Plan:
         """How it has turned out."""
         pressures = self.fleet.pressures()
-        for model, homes in self._homes.items():
-            entry, places = self.entries[model], (self.fleet.index[home.worker] for home in homes)
+        shut_out = set()
+        for model in self._homes:
+            entry, places = self.entries[model], self.places(model)
             if not all(self.fleet.holds(entry, place) for place in places):
                 self.infeasible.add(model)
+            if any(self.fleet.is_shut_out(entry, place) for place in places):
+                shut_out.add(model)
         return Plan(
             tuple(self._decisions),
             dict(self._homes),
-            frozenset(self.crowded),
+            frozenset(self.crowded - shut_out),
             frozenset(self.infeasible),
+            frozenset(shut_out),
             {worker: float(pressures[place]) for worker, place in self.fleet.index.items()},
         )
 
@@ -101,6 +105,10 @@ class Homes:
     def roomy(self, model: ModelNeed, entry: Entry) -> Mask:
         """Of those the ones that are up and have room for it beside what lives there."""
         return np.asarray(self.allowed(model) & self.fleet.is_up & self.fleet.fits(entry))
+
+    def able(self, model: ModelNeed, entry: Entry) -> Mask:
+        """Those that are up and have room for it if all that may gives way."""
+        return np.asarray(self.allowed(model) & self.fleet.is_up & self.fleet.fits_beside_pinned(entry))
 
     # --- deciding -------------------------------------------------------------------------------------
 

@@ -5,16 +5,18 @@ It starts from the homes as they are, and changes as little as it must:
 1. A model without a home gets the device on which the pressure is least after adding it, among those with
    room. Live models come first, by descending demand.
 2. A device with more live models than fit gives some away: what is not in memory first, then what asks
-   least.
+   least. A model that pinned ones leave no room goes where they do.
 3. A model for whose load fewer homes suffice loses one; one whose home is too little gets another
    (replicas.py).
 4. The most pressed device gives a model away, if that lowers the higher pressure of the two by more than
    `gain`, it is beyond `doubt` that the target stays below what the source was, it pays within `horizon`,
    and the model has lived there for `cooldown`.
-5. A model of which nothing is in memory, and that nobody asks for, moves its home to a device that is better.
+5. A model of which nothing is in memory, and that nobody asks for, moves its home to a device that is better,
+   and at once if pinned models leave it no room.
 
 What has no room anywhere beside others is crowded: it lives where it fits alone, and its worker swaps.
-What fits no device is infeasible, and lives on the largest, whose worker says so.
+What fits no device is infeasible, and lives on the largest, whose worker says so. So does the worker of what
+has no room beside pinned models on any: it is shut out.
 """
 
 from __future__ import annotations
@@ -82,8 +84,10 @@ def _best(homes: Homes, model: ModelNeed) -> int | None:
     entry = entry_of(model, len(homes.of(model.model)) + 1)
     if not allowed.any():
         return None
-    if not (able := allowed & fleet.fits_alone(entry)).any():
+    if not (holding := allowed & fleet.fits_alone(entry)).any():
         return lowest(-fleet.capacity, allowed)
+    if not (able := holding & fleet.fits_beside_pinned(entry)).any():
+        return lowest(fleet.with_added(entry), holding)
     if not model.is_live:
         return lowest(fleet.homeliness(entry), able)
     if (roomy := able & fleet.fits(entry)).any():
@@ -119,8 +123,11 @@ def _push_out(homes: Homes, model: ModelNeed, place: int) -> None:
     if (roomy := homes.roomy(model, entry)).any():
         if homes.may_move(model) or homes.fleet.workers[place] not in model.resident:
             homes.move(model, place, lowest(homes.fleet.with_added(entry), roomy), 0.0)
-    else:
-        homes.crowded.add(model.model)
+        return
+    homes.crowded.add(model.model)
+    is_shut_out = homes.fleet.is_shut_out(entry, place) and homes.fleet.workers[place] not in model.resident
+    if is_shut_out and (able := homes.able(model, entry)).any():
+        homes.move(model, place, lowest(homes.fleet.with_added(entry), able), 0.0)
 
 
 # --- 4: pressure --------------------------------------------------------------------------------------
@@ -202,14 +209,15 @@ def _rehome_idle(homes: Homes) -> None:
     """To where each would go best if somebody asked for it, with the inertia of a move."""
     fleet = homes.fleet
     for model in homes.models.values():
-        if model.is_live or model.resident or model.device is not None or not homes.may_move(model):
+        if model.is_live or model.resident or model.device is not None or homes.is_busy(model):
             continue
         entry, places = homes.entries[model.model], homes.places(model.model)
-        able = homes.allowed(model) & fleet.is_up & fleet.fits_alone(entry)
+        able = homes.able(model, entry)
         if len(places) != 1 or not able.any():
             continue
         there = fleet.homeliness(entry)
         target, place = lowest(there, able), places[0]
         gain = float(there[place] - there[target] - entry.weights / fleet.capacity[place])
-        if gain > homes.policy.gain:
+        is_better = gain > homes.policy.gain and homes.may_move(model)
+        if is_better or fleet.is_shut_out(entry, place):
             homes.move(model, place, target, gain)

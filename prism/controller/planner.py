@@ -78,6 +78,10 @@ class Planner:
         """Look at everything now."""
         self._tell(self._placer.place(self._now()))
 
+    def look_soon(self) -> None:
+        """A command has changed who has room."""
+        self._placer.look_soon(self._now())
+
     def _tell(self, done: Round) -> None:
         infeasible = frozenset() if self.plan is None else self.plan.infeasible
         for model in sorted(infeasible - self._infeasible):

@@ -54,6 +54,7 @@ class Entry:
     compute: float
     noise: float
     is_live: bool
+    is_pinned: bool
     asked: Floats
     """Its requests a second by the longest wait that they can bear, in steps of `WAITS`."""
     blocked: Floats
@@ -87,6 +88,7 @@ def entry_of(model: ModelNeed, num_homes: int) -> Entry:
         model.compute / count,
         model.noise,
         model.is_live,
+        model.is_pinned,
         _by_wait(model.request_rate / count, model.ttft) if model.request_rate else _NOTHING,
         np.array(model.blocked) / count if model.blocked else _NOTHING,
     )
@@ -111,6 +113,8 @@ class Fleet:
         self._means = tuple(float(each.mean()) for each in (self.capacity, self._slab, self.speed))
         self.is_up: Mask = np.array([device.is_up for device in devices], dtype=bool)
         self._used: Floats = np.zeros(len(devices))
+        self._pinned: Floats = np.zeros(len(devices))
+        """Of the slabs that are used, those that nobody can have."""
         self._weights: Floats = np.zeros(len(devices))
         self._kv: Floats = np.zeros(len(devices))
         self._compute: Floats = np.zeros(len(devices))
@@ -135,6 +139,7 @@ class Fleet:
             return
         self._pressures = None
         self._used[place] += sign * self.need(entry, place)
+        self._pinned[place] += sign * self.need(entry, place) * entry.is_pinned
         self._weights[place] += sign * entry.weights
         self._kv[place] += sign * entry.kv
         self._compute[place] += sign * entry.compute
@@ -179,6 +184,16 @@ class Fleet:
     def fits_alone(self, entry: Entry) -> Mask:
         """Devices that can hold it at all."""
         return np.asarray(self._need(entry) <= self._slabs)
+
+    def fits_beside_pinned(self, entry: Entry) -> Mask:
+        """Devices that can hold it if all that is not pinned gives way; it lives on none of them."""
+        return np.asarray(self._pinned + self._need(entry) <= self._slabs)
+
+    def is_shut_out(self, entry: Entry, place: int) -> bool:
+        """Pinned models leave it no room on a device on which it lives, and which could hold it else."""
+        need = self.need(entry, place)
+        others = float(self._pinned[place]) - need * entry.is_pinned
+        return need <= float(self._slabs[place]) < others + need
 
     def fits(self, entry: Entry) -> Mask:
         """Devices that have room for it beside what lives there."""

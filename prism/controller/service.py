@@ -213,6 +213,7 @@ class ControllerService:
             crowded_out |= dict.fromkeys(await self.links.command(worker, command))
         if crowded_out:
             log.warning("model %s is pinned and leaves no room for %s", command.model, ", ".join(crowded_out))
+            self.planner.look_soon()
         return list(crowded_out)
 
     async def unload(self, model: ModelId) -> None:

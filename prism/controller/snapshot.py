@@ -50,6 +50,8 @@ class ModelNeed:
     """Where it is in memory, or on its way there, because somebody has asked for it."""
     is_ahead: bool = False
     """It is in memory somewhere though nobody has."""
+    is_pinned: bool = False
+    """It gives way to nobody."""
 
     @property
     def is_live(self) -> bool:

@@ -109,4 +109,5 @@ def _need(
         is_wanted=is_asked_for or is_warm or is_pinned,
         resident=state.resident(model.model),
         is_ahead=any(report.is_ahead for report in reports),
+        is_pinned=is_pinned,
     )

@@ -56,7 +56,7 @@ def answer(*models: dict[str, Any]) -> dict[str, Any]:
         "kv_host_error": None,
         "is_silent": False,
     }
-    placement = {"pressures": {}, "crowded": [], "infeasible": []}
+    placement = {"pressures": {}, "crowded": [], "infeasible": [], "shut_out": []}
     return {
         "epoch": 1,
         "devices": [device],
@@ -130,10 +130,11 @@ def test_a_migration_is_shown_at_both_ends(capsys: pytest.CaptureFixture[str]) -
 
 def test_models_without_room_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     of_all = answer(entry("a"))
-    of_all["placement"] |= {"crowded": ["a"], "infeasible": ["b"]}
+    of_all["placement"] |= {"crowded": ["a"], "infeasible": ["b"], "shut_out": ["c"]}
     print_models(of_all, as_json=False)
-    crowded, infeasible = capsys.readouterr().out.splitlines()[-2:]
+    crowded, shut_out, infeasible = capsys.readouterr().out.splitlines()[-3:]
     assert crowded.startswith("a: takes turns") and infeasible == "b: fits no device"
+    assert shut_out == "c: has no room beside pinned models"
 
 
 def test_progress_and_errors(capsys: pytest.CaptureFixture[str]) -> None:

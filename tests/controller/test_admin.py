@@ -127,12 +127,14 @@ async def test_a_migration_under_way_is_shown(client: httpx.AsyncClient, service
 
 @pytest.mark.anyio
 async def test_what_placement_has_found_is_shown(client: httpx.AsyncClient, service: FakeService) -> None:
-    empty = {"pressures": {}, "crowded": [], "infeasible": []}
+    empty = {"pressures": {}, "crowded": [], "infeasible": [], "shut_out": []}
     assert (await client.get("/admin/models")).json()["placement"] == empty
     pressures = {WorkerId("worker-0"): 0.51234}
-    service.plan = Plan((), {}, frozenset((ModelId("a"),)), frozenset((ModelId("org/b"),)), pressures)
+    crowded, infeasible, shut_out = (frozenset((ModelId(name),)) for name in ("a", "org/b", "c"))
+    service.plan = Plan((), {}, crowded, infeasible, shut_out, pressures)
     found = (await client.get("/admin/models")).json()["placement"]
-    assert found == {"pressures": {"worker-0": 0.512}, "crowded": ["a"], "infeasible": ["org/b"]}
+    assert found.pop("pressures") == {"worker-0": 0.512}
+    assert found == {"crowded": ["a"], "infeasible": ["org/b"], "shut_out": ["c"]}
 
 
 @pytest.mark.anyio

@@ -272,6 +272,29 @@ def test_what_can_never_fit_is_told() -> None:
     assert plan.infeasible == {"a"} and workers_of(plan, "a") == [W1] == workers_of(plan, "b")
 
 
+@pytest.mark.parametrize("asked", [{}, {"token_rate": 1.0}])
+def test_who_has_no_room_beside_pinned_models_goes_where_there_is_some(asked: dict[str, float]) -> None:
+    """At once, whenever it was put there. It stayed for a cooldown, and each request for it got 503."""
+    pinned = model("pin", 95, W0, is_pinned=True, is_wanted=True)
+    homes = {"pin": at(W0), "a": at(W0, since=NOW - 1), "big": at(W1)}
+    models = [pinned, model("a", 10, **asked), model("big", 95, W1, token_rate=1.0)]
+    plan = run(models, [device(0), device(1)], homes)
+    assert plan.decisions == (Rehome(ModelId("a"), W0, W1),) and not plan.shut_out
+    assert plan.crowded == ({"a"} if asked else set())
+    models[0] = replace(pinned, is_pinned=False)  # it gives way
+    if not asked:
+        assert run(models, [device(0), device(1)], homes).decisions == ()
+
+
+def test_who_has_no_room_beside_pinned_models_anywhere_is_told() -> None:
+    pins = [model(name, 95, at, is_pinned=True, is_wanted=True) for name, at in (("p", W0), ("q", W1))]
+    homes = {"p": at(W0), "q": at(W1), "a": at(W0), "huge": at(W0), "b": at(W1)}
+    models = [*pins, model("a", 10), model("huge", 101), model("b", 5, token_rate=1.0)]
+    plan = run(models, [device(0, slab_bytes=5), device(1, slab_bytes=5)], homes)
+    assert plan.decisions == ()
+    assert (plan.shut_out, plan.infeasible, plan.crowded) == ({"a", "b"}, {"huge"}, set())
+
+
 def test_idle_models_reserve_nothing() -> None:
     models = [model(f"idle{i}", 60) for i in range(4)] + [model("a", 60, token_rate=1.0)]
     plan = run(models, [device(0)])
@@ -389,24 +412,28 @@ def test_parts_of_a_model_are_never_on_one_device() -> None:
 # --- properties -----------------------------------------------------------------------------------------
 
 NEEDS = st.builds(
-    lambda weights, floor, rate, compute, tp, at: (weights, floor, rate, compute, tp, at),
+    lambda weights, floor, rate, compute, tp, at, pinned: (weights, floor, rate, compute, tp, at, pinned),
     st.integers(1, 60),
     st.integers(0, 20),
     st.sampled_from([0.0, 0.0, 1.0, 20.0]),
     st.floats(0, 1.2),
     st.sampled_from([1, 1, 1, 2]),
     st.integers(0, 5),
+    st.sampled_from([False, False, False, True]),
 )
 
 
 @settings(max_examples=150)
 @given(st.lists(NEEDS, min_size=1, max_size=14), st.lists(st.integers(30, 120), min_size=1, max_size=5))
-def test_never_infeasible(needs: list[tuple[int, int, float, float, int, int]], memories: list[int]) -> None:
+def test_never_infeasible(
+    needs: list[tuple[int, int, float, float, int, int, bool]], memories: list[int]
+) -> None:
     """From any homes: moves go only where there is room, and in the end only the crowded lack it."""
     devices = [device(i, memory, slab_bytes=5) for i, memory in enumerate(memories)]
     models, homes = [], {}
-    for i, (weights, floor, rate, compute, tp, place) in enumerate(needs):
+    for i, (weights, floor, rate, compute, tp, place, pinned) in enumerate(needs):
         load = {"token_rate": rate, "compute": compute if rate else 0.0, "kv_floor_bytes": floor}
+        load |= {"is_pinned": pinned, "is_wanted": pinned}
         resident = (devices[place].worker,) if place < len(devices) else ()
         if resident and tp == 1:
             homes[f"m{i}"] = at(*resident)
@@ -422,7 +449,7 @@ def test_never_infeasible(needs: list[tuple[int, int, float, float, int, int]], 
     assert not plan.decisions, "it comes to rest"
     for each in devices:
         live = [m for m in models if m.is_live and each.worker in workers_of(plan, m.model)]
-        calm = [m for m in live if m.model not in plan.crowded | plan.infeasible]
+        calm = [m for m in live if m.model not in plan.crowded | plan.infeasible | plan.shut_out]
         assert slabs(calm) * 5 <= each.memory_bytes, each
 
 

@@ -138,3 +138,25 @@ async def test_two_busy_models_come_apart_by_themselves(client: httpx.AsyncClien
                 group.create_task(keep_asking(model))
             await eventually(are_apart, "one of them moves")
             are_done.set()
+
+
+async def test_whom_a_pin_leaves_no_room_is_served_by_another_device(client: httpx.AsyncClient) -> None:
+    """It was refused for two minutes, though the other device had nothing to do."""
+    with Server(devices=[DEVICE | {"memory": "24MiB"}] * 2) as server:
+        await eventually(lambda: both_up(server), "both workers are up")
+        home = {name: entry["homes"] for name, entry in (await entries(server)).items()}
+        neighbour = next(name for name in home if name != "adder" and home[name] == home["adder"])
+        admin = f"{server.admin}/admin/models/adder"
+        assert (await client.post(f"{admin}/load", json={"pinned": True})).status_code == 200
+        limits = {"kv_floor_bytes": 16 << 20, "kv_limit_bytes": None}
+        answer = await client.post(f"{admin}/limits", json=limits)
+        assert answer.json()["without_room"] == [neighbour]
+
+        async def is_served() -> bool:
+            body = {"model": neighbour, "prompt": "a", "max_tokens": 1}
+            answer = await client.post(f"{server.url}/v1/completions", json=body)
+            assert answer.status_code in (200, 503), answer.text
+            return answer.status_code == 200
+
+        await eventually(is_served, "it has room")
+        assert home["adder"] != (await entries(server))[neighbour]["homes"]
