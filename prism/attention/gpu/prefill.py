@@ -74,6 +74,18 @@ def _fold(queries, keys, values, tokens, last, best, total, acc, scale, MASKED: 
 
 
 @triton.jit
+def _load(keys_at, value_offset, real, MASKED: tl.constexpr):
+    """A tile of keys and one of values; with `MASKED` only of what is `real`."""
+    if MASKED:
+        keys = tl.load(keys_at, mask=real[:, None], other=0.0)
+        values = tl.load(keys_at + value_offset, mask=real[:, None], other=0.0)
+    else:
+        keys = tl.load(keys_at)
+        values = tl.load(keys_at + value_offset)
+    return keys, values
+
+
+@triton.jit
 def _attend_pages(
     queries, keys_at, table, first, end, context, best, total, acc, page_stride, value_offset, scale,
     ROW: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
@@ -87,12 +99,7 @@ def _attend_pages(
         else:
             page = tl.load(table + tokens // TOKENS).to(tl.int64)
         place = keys_at + (page * page_stride + (tokens % TOKENS) * ROW)[:, None] + dims[None, :]
-        if MASKED:
-            keys = tl.load(place, mask=(tokens < context)[:, None], other=0.0)
-            values = tl.load(place + value_offset, mask=(tokens < context)[:, None], other=0.0)
-        else:
-            keys = tl.load(place)
-            values = tl.load(place + value_offset)
+        keys, values = _load(place, value_offset, tokens < context, MASKED)
         last = tl.full((queries.shape[0],), context - 1, tl.int32)
         best, total, acc = _fold(queries, keys, values, tokens, last, best, total, acc, scale, MASKED)
     return best, total, acc
@@ -102,7 +109,7 @@ def _attend_pages(
 def _attend_rows(
     queries, qkv, row, query, first, end, members, column, best, total, acc, scale,
     WIDTH: tl.constexpr, VALUES: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr, TILED: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Over tokens `[first, end)` of a chunk of `query`, which begins at `row`; `members` are the queries'.
 
@@ -111,19 +118,14 @@ def _attend_rows(
     dims = tl.arange(0, DIM)
     for start in tl.range(first, end, TILE, num_stages=1 if MASKED else None):
         tokens = start + tl.arange(0, TILE)
-        if TILED:
+        if TMA:
             keys = qkv.load([row + start, column])
             values = qkv.load([row + start, column + VALUES])
             if MASKED:
                 values = tl.where((tokens < query)[:, None], values, 0.0)
         else:
             place = qkv + (row + tokens).to(tl.int64)[:, None] * WIDTH + column + dims[None, :]
-            if MASKED:
-                keys = tl.load(place, mask=(tokens < query)[:, None], other=0.0)
-                values = tl.load(place + VALUES, mask=(tokens < query)[:, None], other=0.0)
-            else:
-                keys = tl.load(place)
-                values = tl.load(place + VALUES)
+            keys, values = _load(place, VALUES, tokens < query, MASKED)
         best, total, acc = _fold(queries, keys, values, tokens, members, best, total, acc, scale, MASKED)
     return best, total, acc
 
@@ -132,7 +134,7 @@ def _attend_rows(
 def _prefill_kernel(
     q, qkv, kv, tables, tiles, out, table_stride, page_stride, value_offset, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
-    TILE: tl.constexpr, TILED: tl.constexpr,
+    TILE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """`kv` points to one layer's keys in the window's first page; `q` and `qkv` are the same rows."""
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
@@ -165,11 +167,11 @@ def _prefill_kernel(
     end = tl.minimum(query, start + TILE)
     best, total, acc = _attend_rows(
         queries, qkv, row, query, 0, start, members, column, best, total, acc, scale,
-        width, KV_HEADS * DIM, DIM, TILE, False, TILED,
+        width, KV_HEADS * DIM, DIM, TILE, False, TMA,
     )  # fmt: skip
     best, total, acc = _attend_rows(
         queries, qkv, row, query, start, end, members, column, best, total, acc, scale,
-        width, KV_HEADS * DIM, DIM, TILE, True, TILED,
+        width, KV_HEADS * DIM, DIM, TILE, True, TMA,
     )  # fmt: skip
     target = out + (rows[:, None] * HEADS + head) * DIM + dims[None, :]
     tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=real)
@@ -194,5 +196,5 @@ def prefill_attention(
         rows, source, pages, tables, tiles, out,
         tables.stride(0), pages.stride(0), pages.stride(1), dim**-0.5 * LOG2_E,
         HEADS=num_heads, KV_HEADS=pages.shape[3], DIM=dim, TOKENS=pages.shape[2],
-        TILE=TILE, TILED=is_hopper(), num_warps=WARPS, **choose_options(dim),
+        TILE=TILE, TMA=is_hopper(), num_warps=WARPS, **choose_options(dim),
     )  # fmt: skip
