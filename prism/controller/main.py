@@ -118,6 +118,8 @@ def _need(model: ModelConfig) -> ModelNeed:
         ttft=model.slo.ttft,
         compute=model.expected_load or 0.0,
         device=None if model.device is None else WorkerId(f"worker-{model.device}"),
+        is_wanted=model.is_loaded_at_start,
+        is_pinned=model.pinned,
     )
 
 

@@ -4,15 +4,15 @@ It starts from the homes as they are, and changes as little as it must:
 
 1. A model without a home gets the device on which the pressure is least after adding it, among those with
    room. Live models come first, by descending demand.
-2. A device with more live models than fit gives some away: what is not in memory first, then what asks
-   least. A model that pinned ones leave no room goes where they do.
-3. A model for whose load fewer homes suffice loses one; one whose home is too little gets another
+2. A model that pinned ones leave no room goes where they leave it some, or loses that home if it has others.
+3. A device with more live models than fit gives some away: what is not in memory first, then what asks
+   least.
+4. A model for whose load fewer homes suffice loses one; one whose home is too little gets another
    (replicas.py).
-4. The most pressed device gives a model away, if that lowers the higher pressure of the two by more than
+5. The most pressed device gives a model away, if that lowers the higher pressure of the two by more than
    `gain`, it is beyond `doubt` that the target stays below what the source was, it pays within `horizon`,
    and the model has lived there for `cooldown`.
-5. A model of which nothing is in memory, and that nobody asks for, moves its home to a device that is better,
-   and at once if pinned models leave it no room.
+6. A model of which nothing is in memory, and that nobody asks for, moves its home to a device that is better.
 
 What has no room anywhere beside others is crowded: it lives where it fits alone, and its worker swaps.
 What fits no device is infeasible, and lives on the largest, whose worker says so. So does the worker of what
@@ -40,11 +40,12 @@ def decide(snapshot: PlacementSnapshot, now: float) -> Plan:
     """See the module's docstring."""
     homes = Homes(snapshot, now)
     _settle(homes)  # 1
-    _relieve_overfull(homes)  # 2
-    fit_replicas(homes)  # 3
-    while homes.moves_left and _relieve(homes):  # 4
+    _leave_pinned(homes)  # 2
+    _relieve_overfull(homes)  # 3
+    fit_replicas(homes)  # 4
+    while homes.moves_left and _relieve(homes):  # 5
         pass
-    _rehome_idle(homes)  # 5
+    _rehome_idle(homes)  # 6
     return homes.plan()
 
 
@@ -96,7 +97,34 @@ def _best(homes: Homes, model: ModelNeed) -> int | None:
     return lowest(fleet.with_added(entry), able)
 
 
-# --- 2: what does not fit -----------------------------------------------------------------------------
+# --- 2: no room beside pinned models ------------------------------------------------------------------
+
+
+def _leave_pinned(homes: Homes) -> None:
+    """At once: the worker refuses each request. What is in memory there gives way first."""
+    fleet = homes.fleet
+    for model in homes.models.values():
+        if model.device is not None or homes.is_busy(model):
+            continue
+        for place in homes.places(model.model):
+            entry = homes.entries[model.model]
+            if fleet.is_shut_out(entry, place) and fleet.workers[place] not in model.resident:
+                _leave(homes, model, place)
+
+
+def _leave(homes: Homes, model: ModelNeed, place: int) -> None:
+    fleet, entry = homes.fleet, homes.entries[model.model]
+    able, roomy = homes.able(model, entry), homes.roomy(model, entry)
+    if able.any():
+        there = fleet.with_added(entry) if model.is_live else fleet.homeliness(entry)
+        homes.move(model, place, lowest(there, roomy if roomy.any() else able), 0.0)
+        return
+    others = [other for other in homes.places(model.model) if other != place]
+    if len(others) >= model.tp and not all(fleet.is_shut_out(entry, other) for other in others):
+        homes.merge(model, place)
+
+
+# --- 3: what does not fit -----------------------------------------------------------------------------
 
 
 def _relieve_overfull(homes: Homes) -> None:
@@ -123,14 +151,11 @@ def _push_out(homes: Homes, model: ModelNeed, place: int) -> None:
     if (roomy := homes.roomy(model, entry)).any():
         if homes.may_move(model) or homes.fleet.workers[place] not in model.resident:
             homes.move(model, place, lowest(homes.fleet.with_added(entry), roomy), 0.0)
-        return
-    homes.crowded.add(model.model)
-    is_shut_out = homes.fleet.is_shut_out(entry, place) and homes.fleet.workers[place] not in model.resident
-    if is_shut_out and (able := homes.able(model, entry)).any():
-        homes.move(model, place, lowest(homes.fleet.with_added(entry), able), 0.0)
+    else:
+        homes.crowded.add(model.model)
 
 
-# --- 4: pressure --------------------------------------------------------------------------------------
+# --- 5: pressure --------------------------------------------------------------------------------------
 
 
 def _relieve(homes: Homes) -> bool:
@@ -202,14 +227,14 @@ def _gain(homes: Homes, model: ModelNeed, place: int, pressure: float) -> _Gain:
     return _Gain(min(rest, pressure - homes.fleet.with_removed(entry, place)), rest, target)
 
 
-# --- 5: idle models -----------------------------------------------------------------------------------
+# --- 6: idle models -----------------------------------------------------------------------------------
 
 
 def _rehome_idle(homes: Homes) -> None:
     """To where each would go best if somebody asked for it, with the inertia of a move."""
     fleet = homes.fleet
     for model in homes.models.values():
-        if model.is_live or model.resident or model.device is not None or homes.is_busy(model):
+        if model.is_live or model.resident or model.device is not None or not homes.may_move(model):
             continue
         entry, places = homes.entries[model.model], homes.places(model.model)
         able = homes.able(model, entry)
@@ -218,6 +243,5 @@ def _rehome_idle(homes: Homes) -> None:
         there = fleet.homeliness(entry)
         target, place = lowest(there, able), places[0]
         gain = float(there[place] - there[target] - entry.weights / fleet.capacity[place])
-        is_better = gain > homes.policy.gain and homes.may_move(model)
-        if is_better or fleet.is_shut_out(entry, place):
+        if gain > homes.policy.gain:
             homes.move(model, place, target, gain)

@@ -286,6 +286,16 @@ def test_who_has_no_room_beside_pinned_models_goes_where_there_is_some(asked: di
         assert run(models, [device(0), device(1)], homes).decisions == ()
 
 
+def test_a_home_without_room_beside_pinned_models_is_given_up_if_there_are_others() -> None:
+    pinned = model("pin", 95, W0, is_pinned=True, is_wanted=True)
+    homes = {"pin": at(W0), "a": at(W0, W1, since=NOW - 1)}
+    plan = run([pinned, model("a", 10, W1, token_rate=1.0)], [device(0), device(1)], homes)
+    assert plan.decisions == (Merge(ModelId("a"), W0),) and workers_of(plan, "a") == [W1]
+    assert not plan.shut_out
+    parts = run([pinned, model("a", 20, W1, tp=2)], [device(0), device(1)], homes)
+    assert parts.decisions == () and parts.shut_out == {"a"}
+
+
 def test_who_has_no_room_beside_pinned_models_anywhere_is_told() -> None:
     pins = [model(name, 95, at, is_pinned=True, is_wanted=True) for name, at in (("p", W0), ("q", W1))]
     homes = {"p": at(W0), "q": at(W1), "a": at(W0), "huge": at(W0), "b": at(W1)}
