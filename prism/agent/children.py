@@ -17,6 +17,9 @@ from prism.messages import Role
 
 log = logging.getLogger(__name__)
 
+START_SECONDS = 300.0
+"""What has not become ready by then hangs. A GPU's worker takes 5 to 10."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
@@ -91,7 +94,12 @@ class Child:
         self._process = process
         if self._stopping.is_set():  # too late for whoever told the others to end
             self.signal(signal.SIGTERM)
-        return f"ended with {describe(await process.wait())}"
+        end = asyncio.create_task(process.wait())
+        await asyncio.wait({end}, timeout=START_SECONDS)
+        if not end.done() and self.ready_since is None:
+            log.error("%s has not become ready within %g s: it is killed", self.spec.name, START_SECONDS)
+            self.signal(signal.SIGKILL)
+        return f"ended with {describe(await end)}"
 
     async def _back_off(self, end: str, lived: float | None) -> None:
         delay = self._backoff.delay(lived)

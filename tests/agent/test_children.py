@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prism.agent import backoff
+from prism.agent import backoff, children
 from prism.agent.children import Child, ChildSpec, describe
 from prism.messages import Role
 from tests.support.waiting import PATIENCE, eventually
@@ -88,6 +88,26 @@ async def test_what_never_becomes_ready_is_given_up() -> None:
     child = Script("raise SystemExit(3)")
     await ends(asyncio.create_task(child.supervise()))
     assert child.is_hopeless and child.ends == [1, 2, 3]
+
+
+async def test_what_hangs_before_it_is_ready_is_killed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its requests waited for it in vain. One that was ready in time may take as long as it wants."""
+    monkeypatch.setattr(children, "START_SECONDS", 0.2)
+    child = Script(FOR_EVER)
+    supervisor = asyncio.create_task(child.supervise())
+    await running(child)
+    child.became_ready("somewhere")
+    await asyncio.sleep(0.5)
+    assert child.incarnation == 1 and not caplog.text
+    child.signal(signal.SIGKILL)
+    await child.until(3)
+    assert caplog.text.count("worker-0 has not become ready within 0.2 s: it is killed") >= 2
+    child.stop()
+    child.signal(signal.SIGKILL)
+    await ends(supervisor)
+    assert not child.is_hopeless
 
 
 async def test_a_program_that_is_not_there_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
