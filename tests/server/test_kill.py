@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import socket
 import time
@@ -209,7 +210,7 @@ async def test_a_worker_that_hangs_is_killed_and_no_stream_notices(
         os.kill(pid, signal.SIGSTOP)
         await eventually(lambda: server.pid("worker-0") not in (None, pid), "another one starts")
         assert_alike(await ends(calls), expected)
-        assert "worker-0 has not reported for 10 s: it is killed" in server.log
+        assert re.search(r"worker-0 has not reported for \d+ s: it is killed", server.log)
 
 
 def memory_files(pids: Iterable[int]) -> set[int]:
