@@ -139,7 +139,7 @@ class Fleet:
             return
         self._pressures = None
         self._used[place] += sign * self.need(entry, place)
-        self._pinned[place] += sign * self.need(entry, place) * entry.is_pinned
+        self._pinned[place] += sign * self._kept(entry, place)
         self._weights[place] += sign * entry.weights
         self._kv[place] += sign * entry.kv
         self._compute[place] += sign * entry.compute
@@ -177,6 +177,10 @@ class Fleet:
 
     # --- what follows ---------------------------------------------------------------------------------
 
+    def _kept(self, entry: Entry, place: int) -> float:
+        """Slabs that nobody can have; a pinned model that the device cannot hold never comes."""
+        return self.need(entry, place) if entry.is_pinned and self.holds(entry, place) else 0.0
+
     def holds(self, entry: Entry, place: int) -> bool:
         """A device can hold it, with nothing beside it."""
         return self.need(entry, place) <= float(self._slabs[place])
@@ -191,9 +195,8 @@ class Fleet:
 
     def is_shut_out(self, entry: Entry, place: int) -> bool:
         """Pinned models leave it no room on a device on which it lives, and which could hold it else."""
-        need = self.need(entry, place)
-        others = float(self._pinned[place]) - need * entry.is_pinned
-        return need <= float(self._slabs[place]) < others + need
+        need, slabs = self.need(entry, place), float(self._slabs[place])
+        return need <= slabs < float(self._pinned[place]) - self._kept(entry, place) + need
 
     def fits(self, entry: Entry) -> Mask:
         """Devices that have room for it beside what lives there."""

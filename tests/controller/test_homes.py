@@ -43,7 +43,7 @@ def model(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 def test_nobody_lives_where_a_pinned_model_leaves_no_room(model: Callable[..., dict[str, Any]]) -> None:
     """Homes went by sizes alone, and the first requests for such a model got 503."""
-    models = [model("a", 2, pinned=True, memory={"floor": "1000MiB"}), model("b", 20), model("c", 20)]
+    models = [model("a", 2, pinned=True, memory={"floor": "900MiB"}), model("b", 20), model("c", 20)]
     config = {"models": models, "devices": [{"memory": "1GiB"}, {"memory": "1GiB"}]}
     homes = homes_of(Config.model_validate(config))
     assert homes["a"] != homes["b"] == homes["c"]

@@ -303,6 +303,9 @@ def test_who_has_no_room_beside_pinned_models_anywhere_is_told() -> None:
     plan = run(models, [device(0, slab_bytes=5), device(1, slab_bytes=5)], homes)
     assert plan.decisions == ()
     assert (plan.shut_out, plan.infeasible, plan.crowded) == ({"a", "b"}, {"huge"}, set())
+    models[0] = replace(models[0], weights_bytes=101)  # that one never comes, so it is in nobody's way
+    plan = run(models, [device(0, slab_bytes=5), device(1, slab_bytes=5)], homes)
+    assert plan.decisions == (Rehome(ModelId("b"), W1, W0),) and not plan.shut_out
 
 
 def test_idle_models_reserve_nothing() -> None:
