@@ -128,4 +128,5 @@ def _weights_bytes(spec: ModelSpec) -> int:
     attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
     layer = attention + 3 * spec.hidden_size * spec.intermediate_size
     embeddings = (1 if spec.tied_embeddings else 2) * spec.vocab_size * spec.hidden_size
-    return spec.num_layers * layer * spec.matrix_dtype.itemsize + embeddings * spec.dtype.itemsize
+    positions = spec.max_position * spec.head_dim * 4  # the rotary table, in fp32
+    return spec.num_layers * layer * spec.matrix_dtype.itemsize + embeddings * spec.dtype.itemsize + positions

@@ -101,20 +101,21 @@ def _best(homes: Homes, model: ModelNeed) -> int | None:
 
 
 def _leave_pinned(homes: Homes) -> None:
-    """At once: the worker refuses each request. What is in memory there gives way first."""
+    """At once: the worker refuses each request, also while it is in memory there still."""
     fleet = homes.fleet
     for model in homes.models.values():
         if model.device is not None or homes.is_busy(model):
             continue
         for place in homes.places(model.model):
-            entry = homes.entries[model.model]
-            if fleet.is_shut_out(entry, place) and fleet.workers[place] not in model.resident:
+            if fleet.is_shut_out(homes.entries[model.model], place):
                 _leave(homes, model, place)
 
 
 def _leave(homes: Homes, model: ModelNeed, place: int) -> None:
     fleet, entry = homes.fleet, homes.entries[model.model]
     able, roomy = homes.able(model, entry), homes.roomy(model, entry)
+    if fleet.workers[place] in model.resident:  # migrations go where there is room
+        able = roomy
     if able.any():
         there = fleet.with_added(entry) if model.is_live else fleet.homeliness(entry)
         homes.move(model, place, lowest(there, roomy if roomy.any() else able), 0.0)

@@ -111,7 +111,7 @@ class Placer:
     def on_demand(self, model: ModelId, now: float) -> bool:
         """Somebody waits for a model: if none of its homes is up, it gets the best device that is, now.
 
-        Not one whose pinned models leave it no room: its home may come up. Returns whether it did.
+        Returns whether it did.
         """
         state, up = self._state, self._up()
         if model not in state.homes or model in state.migrations or not up or up & {*state.workers(model)}:
@@ -122,7 +122,7 @@ class Placer:
         homes = seen.homes | {model: ()}
         policy = replace(self._policy, max_moves=0)
         plan = decide(replace(seen, models=models, homes=homes, busy=others, policy=policy), now)
-        return model not in plan.shut_out and state.set_homes(model, plan.homes[model])
+        return state.set_homes(model, plan.homes[model])
 
     def look_soon(self, now: float) -> None:
         """Something has changed of which workers are about to report; without effect if nothing moves."""

@@ -179,7 +179,10 @@ class Fleet:
 
     def _kept(self, entry: Entry, place: int) -> float:
         """Slabs that nobody can have; a pinned model that the device cannot hold never comes."""
-        return self.need(entry, place) if entry.is_pinned and self.holds(entry, place) else 0.0
+        if not entry.is_pinned or not self.holds(entry, place):
+            return 0.0
+        slab = float(self._slab[place])
+        return math.ceil(entry.weights / slab) + math.ceil(entry.floor / slab)
 
     def holds(self, entry: Entry, place: int) -> bool:
         """A device can hold it, with nothing beside it."""

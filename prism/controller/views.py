@@ -74,6 +74,18 @@ def _is_warm(report: ModelReport, warm: float) -> bool:
     return report.state is ModelState.ACTIVE and not report.is_ahead and report.idle_seconds < warm
 
 
+def _stays(catalog: Catalog, state: ControllerState, model: ModelId) -> bool:
+    """Pinned where it lives, and neither sent away from there nor unable to come, as its worker sees it."""
+    workers = state.workers(model)
+    known = [(worker, report) for worker in workers if (report := state.report_of(worker, model)) is not None]
+    if not known:
+        return model in catalog.pinned
+    return any(
+        report.pinned and report.state is not ModelState.FAILED and model not in state.sent_away(worker)
+        for worker, report in known
+    )
+
+
 def _need(
     catalog: Catalog,
     state: ControllerState,
@@ -109,5 +121,5 @@ def _need(
         is_wanted=is_asked_for or is_warm or is_pinned,
         resident=state.resident(model.model),
         is_ahead=any(report.is_ahead for report in reports),
-        is_pinned=is_pinned,
+        is_pinned=_stays(catalog, state, model.model),
     )

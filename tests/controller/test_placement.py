@@ -286,6 +286,25 @@ def test_who_has_no_room_beside_pinned_models_goes_where_there_is_some(asked: di
         assert run(models, [device(0), device(1)], homes).decisions == ()
 
 
+def test_what_is_in_memory_beside_a_pinned_model_without_room_moves_at_once() -> None:
+    """Its worker refused all that asked for it, and nothing made it leave."""
+    pinned = model("pin", 95, W0, is_pinned=True, is_wanted=True)
+    homes = {"pin": at(W0), "a": at(W0, since=NOW - 1)}
+    for asked in ({}, {"token_rate": 1.0}):
+        plan = run([pinned, model("a", 10, W0, **asked)], [device(0), device(1)], homes)
+        assert plan.decisions == (Move(ModelId("a"), W0, W1, 0.0),)
+    both = homes | {"a": at(W0, W1, since=NOW - 1)}
+    plan = run([pinned, model("a", 10, W0, W1, token_rate=1.0)], [device(0), device(1)], both)
+    assert plan.decisions == (Merge(ModelId("a"), W0),)
+
+
+def test_a_pinned_model_without_a_floor_keeps_its_weights_alone() -> None:
+    pinned = model("pin", 90, W0, is_pinned=True, is_wanted=True)
+    plan = run([pinned, model("a", 9)], [device(0)], {"pin": at(W0), "a": at(W0)})
+    assert not plan.shut_out
+    assert run([pinned, model("a", 10)], [device(0)], {"pin": at(W0), "a": at(W0)}).shut_out == {"a"}
+
+
 def test_a_home_without_room_beside_pinned_models_is_given_up_if_there_are_others() -> None:
     pinned = model("pin", 95, W0, is_pinned=True, is_wanted=True)
     homes = {"pin": at(W0), "a": at(W0, W1, since=NOW - 1)}

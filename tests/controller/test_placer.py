@@ -12,7 +12,7 @@ from prism.controller.placer import SOON, Placer
 from prism.controller.snapshot import DeviceState, Home, ModelNeed
 from prism.controller.state import ControllerState
 from prism.controller.views import Catalog
-from prism.types import MiB, ModelId, WorkerId
+from prism.types import MiB, ModelId, ModelState, WorkerId
 from tests.controller.reports import model_report, report
 
 A, PIN = ModelId("a"), ModelId("pin")
@@ -37,20 +37,31 @@ class World:
         config = SchedulingConfig(**scheduling)
         self.placer = Placer(config, catalog, self.state, moves, lambda: frozenset((W1,)), 100.0)
 
-    def tell(self, *, pinned: bool) -> None:
-        models = model_report("a"), model_report("pin", weights_bytes=12 * MiB, pinned=pinned)
+    def tell(self, state: ModelState) -> None:
+        models = model_report("a"), model_report("pin", weights_bytes=12 * MiB, pinned=True, state=state)
         told = report("worker-1", *models)
         assert self.state.on_report(told)
         self.placer.on_report(told, 100.0)
 
 
-@pytest.mark.parametrize("pinned", [True, False])
-def test_a_demand_gives_no_home_beside_pinned_models_that_leave_no_room(pinned: bool) -> None:
-    """Its own device was starting still: it came to live where it was refused, and stayed there."""
+@pytest.mark.parametrize(
+    ("state", "counts"), [(ModelState.ACTIVE, True), (ModelState.COLD, True), (ModelState.FAILED, False)]
+)
+def test_pins_count_where_their_models_live_and_can_come(state: ModelState, counts: bool) -> None:
+    """Each worker says that a configured model is pinned; where it does not live nothing is kept for it."""
     world = World()
-    world.tell(pinned=pinned)
-    assert world.placer.on_demand(A, 100.0) is not pinned
-    assert world.state.workers(A) == ((W0,) if pinned else (W1,))
+    world.tell(state)
+    assert [need.is_pinned for need in world.placer.snapshot(100.0).models] == [False, counts]
+    world.state.set_homes(PIN, (Home(W0),))
+    assert not any(need.is_pinned for need in world.placer.snapshot(100.0).models)
+
+
+def test_a_demand_gives_a_home_that_is_up_whatever_is_pinned_there() -> None:
+    """Its worker says why it is refused; to wait for its own, which may never come, told nobody anything."""
+    world = World()
+    world.tell(ModelState.ACTIVE)
+    assert world.placer.on_demand(A, 100.0)
+    assert world.state.workers(A) == (W1,)
 
 
 def test_it_looks_soon_if_it_ever_looks() -> None:
