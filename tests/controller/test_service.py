@@ -242,6 +242,9 @@ async def test_a_pin_tells_who_has_no_room(world: World, caplog: pytest.LogCaptu
     worker.say(msgspec.structs.replace(done(await command(world, worker)), without_room=["b", "c"]))
     assert await pin == ["b", "c"]
     assert "model a is pinned and leaves no room for b, c" in caplog.text
+    assert world.service.plan is None
+    await world.pass_time(2.0)  # the next look that comes by itself would be after ten
+    await world.until(lambda: world.service.plan is not None)
     limits = asyncio.create_task(world.service.set_limits(A, 0, None))
     worker.say(msgspec.structs.replace(done(await command(world, worker)), without_room=["b"]))
     assert await limits == ["b"]
