@@ -3,7 +3,7 @@
  gateway --Submit, CancelChoice--> worker     worker --Started, Outputs, Rejected, Returned--> gateway
  gateway --Demand--> controller                         controller --Routes--> gateway
  controller --Activate, Evict, SetLimits--> worker      worker --CommandDone--> controller
- controller --Abandon--> worker
+ controller --Abandon--> worker                         controller --Hung--> agent
  worker --Report--> controller, gateways                everyone --Hello, Ready--> agent
  agent --ProcessUp, ProcessEnded, Stop--> everyone      worker --WeightsWanted--> agent --Weights*--> worker
 

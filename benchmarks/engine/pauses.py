@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +95,7 @@ def main() -> None:
     report("none", {name: microseconds(work, work, 40) for name, work in todo.items()})
     for milliseconds in (7, 29):
         for how in (turn, look):
-
-            def wait(how: Callable[[float], None] = how, seconds: float = milliseconds / 1e3) -> None:
-                how(seconds)
-
+            wait = partial(how, milliseconds / 1e3)
             found = {name: microseconds(work, wait, 20) for name, work in todo.items()}
             report(f"{how.__name__}, {milliseconds} ms", found)
 

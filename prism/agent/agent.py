@@ -135,11 +135,18 @@ class Agent:
 
     def _child_of(self, sender: str, message: Hello | Ready) -> Child | None:
         """The present process of that name, if it is the one that says so."""
-        for child in self._children:
-            if (child.spec.name, child.incarnation) == (message.name, message.incarnation):
-                return None if child.has_ended else child
-        log.error("a stranger said %s: %s", type(message).__name__, sender)
-        return None
+        child = self._find(message)
+        if child is None:
+            log.error("a stranger said %s: %s", type(message).__name__, sender)
+            return None
+        return None if child.has_ended else child
+
+    def _find(self, message: Hello | Ready | Hung) -> Child | None:
+        """The child of that name, if that is its present incarnation."""
+        named = (message.name, message.incarnation)
+        return next(
+            (child for child in self._children if (child.spec.name, child.incarnation) == named), None
+        )
 
     def _welcome(self, sender: str, hello: Hello) -> None:
         child = self._child_of(sender, hello)
@@ -239,11 +246,11 @@ class Agent:
         (self._run_dir.path / f"{identity}.sock").unlink(missing_ok=True)
 
     def _kill(self, hung: Hung) -> None:
-        """A worker stands still; what follows is what follows any death. Its successor has done nothing."""
-        for child in self._children:
-            if (child.spec.name, child.incarnation) == (hung.name, hung.incarnation):
-                log.error("%s has not reported for %.0f s: it is killed", hung.name, hung.silent_seconds)
-                child.signal(signal.SIGKILL)
+        """A worker stands still, unless another one has taken its place; what follows is that of any death."""
+        child = self._find(hung)
+        if child is not None:
+            log.error("%s has not reported for %.0f s: it is killed", hung.name, hung.silent_seconds)
+            child.signal(signal.SIGKILL)
 
     def _child_hopeless(self, child: Child) -> None:
         log.error("%s does not start; giving up", child.spec.name)

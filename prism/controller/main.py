@@ -97,8 +97,6 @@ def catalog_of(config: Config) -> Catalog:
     return Catalog(
         tuple(_need(model) for model in config.models),
         devices,
-        frozenset(ModelId(model.name) for model in config.models if model.pinned),
-        frozenset(ModelId(model.name) for model in config.models if model.is_loaded_at_start),
     )
 
 

@@ -96,7 +96,7 @@ class Planner:
         """What a worker that has come up is to load at once, unless the configuration told itself."""
         if len(self.workers) == 1:
             return []
-        models = (m for m in self._catalog.models if m.model in self._catalog.preloaded and m.device is None)
+        models = (m for m in self._catalog.models if m.is_wanted and m.device is None)
         state, sent_away = self._state, self._state.sent_away(worker)
         here = [m.model for m in models if state.workers(m.model)[0] == worker]
         return [model for model in here if model not in sent_away and not state.resident(model)]

@@ -175,14 +175,13 @@ class Fleet:
         floor = np.maximum(1.0, np.ceil(entry.floor / self._slab))
         return np.asarray(np.ceil(entry.weights / self._slab) + floor)
 
-    # --- what follows ---------------------------------------------------------------------------------
-
     def _kept(self, entry: Entry, place: int) -> float:
         """Slabs that nobody can have; a pinned model that the device cannot hold never comes."""
         if not entry.is_pinned or not self.holds(entry, place):
             return 0.0
-        slab = float(self._slab[place])
-        return math.ceil(entry.weights / slab) + math.ceil(entry.floor / slab)
+        return self.need(entry, place) - (entry.floor == 0)  # its KV may all be had then
+
+    # --- what follows ---------------------------------------------------------------------------------
 
     def holds(self, entry: Entry, place: int) -> bool:
         """A device can hold it, with nothing beside it."""

@@ -110,12 +110,13 @@ class ControllerService:
             self.planner.tick()
 
     def _look_for_silent(self) -> None:
-        silent = self.silence.look(self._clock.now())
+        now = self._clock.now()
+        silent = self.silence.look(now)
         for worker in sorted(silent):
             log.warning("%s has not reported for %g s, though its process lives", worker, SILENT_SECONDS)
         if silent:
             self._routes_changed()
-        for worker, seconds in self.silence.hung(self._clock.now()).items():
+        for worker, seconds in self.silence.hung(now).items():
             hung = Hung(name=worker, incarnation=self._incarnations[worker], silent_seconds=seconds)
             transport.asend(self._agent, hung)
 

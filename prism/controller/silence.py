@@ -20,7 +20,7 @@ class Silence:
         self.workers: frozenset[WorkerId] = frozenset()
         """Those that have been silent for too long."""
         self._hung: set[WorkerId] = set()
-        """Those that have been told."""
+        """Those that have been told of."""
         self._heard: dict[WorkerId, float] = {}
         self._looked = 0.0
 

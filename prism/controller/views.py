@@ -25,11 +25,8 @@ class Catalog:
     """What the configuration tells: models with what they take at least, and devices."""
 
     models: tuple[ModelNeed, ...]
+    """Those that are loaded at start are wanted, as long as no worker has reported."""
     devices: tuple[DeviceState, ...]
-    pinned: frozenset[ModelId] = frozenset()
-    """Loaded at start and never evicted under pressure."""
-    preloaded: frozenset[ModelId] = frozenset()
-    """Loaded at start, pinned or not."""
 
 
 def snapshot(
@@ -42,9 +39,7 @@ def snapshot(
 ) -> PlacementSnapshot:
     """Everything, at this moment."""
     return PlacementSnapshot(
-        models=tuple(
-            _need(catalog, state, demand, model, WARM * policy.horizon, now) for model in catalog.models
-        ),
+        models=tuple(_need(state, demand, model, WARM * policy.horizon, now) for model in catalog.models),
         devices=tuple(_device(state, device, up) for device in catalog.devices),
         homes={model: _homes(state, model, now) for model in state.homes},
         busy=frozenset(state.migrations),
@@ -74,20 +69,19 @@ def _is_warm(report: ModelReport, warm: float) -> bool:
     return report.state is ModelState.ACTIVE and not report.is_ahead and report.idle_seconds < warm
 
 
-def _stays(catalog: Catalog, state: ControllerState, model: ModelId) -> bool:
+def _stays(state: ControllerState, model: ModelNeed) -> bool:
     """Pinned where it lives, and neither sent away from there nor unable to come, as its worker sees it."""
-    workers = state.workers(model)
-    known = [(worker, report) for worker in workers if (report := state.report_of(worker, model)) is not None]
+    name, workers = model.model, state.workers(model.model)
+    known = [(worker, report) for worker in workers if (report := state.report_of(worker, name)) is not None]
     if not known:
-        return model in catalog.pinned
+        return model.is_pinned
     return any(
-        report.pinned and report.state is not ModelState.FAILED and model not in state.sent_away(worker)
+        report.pinned and report.state is not ModelState.FAILED and name not in state.sent_away(worker)
         for worker, report in known
     )
 
 
 def _need(
-    catalog: Catalog,
     state: ControllerState,
     demand: DemandWindow,
     model: ModelNeed,
@@ -99,7 +93,7 @@ def _need(
     reports = state.reports_of(model.model)
     is_asked_for = any(report.num_running + report.num_waiting for report in reports)
     is_warm = any(_is_warm(report, warm) for report in reports)
-    is_pinned = any(report.pinned for report in reports) if reports else model.model in catalog.pinned
+    is_kept = any(report.pinned for report in reports) if reports else model.is_pinned
     weights = max((report.weights_bytes for report in reports), default=0) or model.weights_bytes
     load_seconds = max((report.load_seconds for report in reports), default=0.0) or weights / LINK_BYTES
     cached = max((report.kv_cached_bytes for report in reports), default=0)
@@ -118,8 +112,8 @@ def _need(
         noise=load.noise,
         replicated_at=state.replicated_at.get(model.model, float("inf")),
         move_seconds=load_seconds + recompute,
-        is_wanted=is_asked_for or is_warm or is_pinned,
+        is_wanted=is_asked_for or is_warm or is_kept,
         resident=state.resident(model.model),
         is_ahead=any(report.is_ahead for report in reports),
-        is_pinned=_stays(catalog, state, model.model),
+        is_pinned=_stays(state, model),
     )

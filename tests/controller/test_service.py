@@ -97,7 +97,7 @@ class World:
         self, state: ControllerState, links: WorkerLinks, routes_changed: Callable[[], None]
     ) -> Planner:
         devices = tuple(DeviceState(WorkerId(f"worker-{i}"), 16 * MiB, 2 * MiB) for i in range(2))
-        catalog = Catalog((ModelNeed(A, 4 * MiB),), devices, preloaded=self.preloaded)
+        catalog = Catalog((ModelNeed(A, 4 * MiB, is_wanted=A in self.preloaded),), devices)
         config = SchedulingConfig()
         return Planner(config, catalog, state, links, routes_changed, self.clock.now, self.metrics)
 

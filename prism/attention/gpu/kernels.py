@@ -1,7 +1,8 @@
 """`Kernels` of NVIDIA GPUs in bf16 and fp16: cuBLAS for products, Triton for everything around them.
 
 Attention reads KV in place through the window's strided pages, found through block tables that live on the
-device. One row alone takes the fused matrix-vector kernels (linear.py).
+device; what a prompt's chunk brings itself is read from its rows (prefill.py). One row alone takes the fused
+matrix-vector kernels (linear.py).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def _kind(value: Any) -> Any:
     """What Triton compiles another kernel for: types, aligned addresses, and integers that are special."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
-    if hasattr(value, "block_shape"):
+    if hasattr(value, "block_shape"):  # a `TensorDescriptor`, whose module is there with Triton only
         return value.base.dtype, tuple(value.block_shape)
     if type(value) is int:
         return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31, value < 1 << 63
