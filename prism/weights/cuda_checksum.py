@@ -18,18 +18,14 @@ _WORDS_AT_ONCE = 2048
 
 
 class DeviceChecksums:
-    """Those of one buffer's bytes, as far as they were added up; all calls queue on the current stream.
-
-    None but `result` waits for it.
-    """
+    """Those of one buffer's bytes, as far as they were added up; all calls queue on the current stream."""
 
     def __init__(self, total: Bytes, places: Places, device: torch.device) -> None:
         """Of `total` bytes in these slabs."""
         assert places.slab_bytes % BLOCK_BYTES == 0, f"slabs of {places.slab_bytes} bytes"
         self._total = total
         self._slab_bytes = places.slab_bytes
-        slabs = torch.tensor(places.slabs, dtype=torch.int64, pin_memory=True)
-        self._slabs = slabs.to(device, non_blocking=True)
+        self._slabs = torch.tensor(places.slabs, dtype=torch.int64, device=device)
         blocks = num_chunks(total) * (CHUNK_BYTES // BLOCK_BYTES)
         self._sums = torch.zeros(blocks, dtype=torch.int64, device=device)
         """Of each block: no two programs add to one number."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -93,19 +92,3 @@ def test_the_checksums_buffers_do_not_grow(packed: PackedWeights, new_copier: Ca
     before = torch.cuda.memory_allocated()
     carry(Transfer(packed, slabs.places), copier)
     assert torch.cuda.max_memory_allocated() - before < MiB
-
-
-@pytest.mark.gpu
-def test_a_load_begins_while_checksums_of_another_wait(
-    packed: PackedWeights, new_copier: Callable[..., Copier]
-) -> None:
-    """Its table of slabs was copied behind them, and the link stood still meanwhile."""
-    slabs, copier = Slabs(packed, SLAB, "cuda"), new_copier()
-    carry(Transfer(packed, slabs.places), copier)  # torch has its memory from now on
-    with torch.cuda.stream(copier.checking):
-        torch.cuda._sleep(1 << 31)  # a second
-    begin = time.perf_counter()
-    copier.begin(packed.total_bytes, slabs.places)
-    took, was_waiting = time.perf_counter() - begin, not copier.checking.query()
-    torch.cuda.synchronize()
-    assert was_waiting and took < 0.1
