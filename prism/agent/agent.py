@@ -246,7 +246,7 @@ class Agent:
         (self._run_dir.path / f"{identity}.sock").unlink(missing_ok=True)
 
     def _kill(self, hung: Hung) -> None:
-        """A worker stands still, unless another one has taken its place; what follows is that of any death."""
+        """A worker stands still, unless another one has taken its place. All is as after any death then."""
         child = self._find(hung)
         if child is not None:
             log.error("%s has not reported for %.0f s: it is killed", hung.name, hung.silent_seconds)
